@@ -1,0 +1,52 @@
+# Everything a fresh machine with Python (>= 3.11) and make needs: `make train`, `make test`.
+PYTHON ?= python3
+# PyTorch is only for the tests. On Linux, point PIP_EXTRA_INDEX_URL at PyTorch's CPU builds for a small download.
+TORCH ?= torch==2.13.0
+WORKDIR ?= runs/digits
+BIN := .venv/bin
+
+.PHONY: help train test test-slow check format clean
+
+help:
+	@echo 'make train      install, train an EPSANet on handwritten digits, evaluate it'
+	@echo 'make test       install with the test extra (CPU PyTorch included), run the tests'
+	@echo 'make test-slow  the tests that take long'
+	@echo 'make check      ruff and pyright'
+	@echo 'make format     let ruff format and mend what it can'
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+.venv/installed: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet --editable .
+	@touch $@
+
+.venv/installed-dev: pyproject.toml | $(BIN)/python
+	$(BIN)/pip install --quiet '$(TORCH)'
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@ .venv/installed
+
+train: .venv/installed
+	$(BIN)/python train.py --config=configs/digits.py --workdir=$(WORKDIR)
+	$(BIN)/epsanet evaluate $(WORKDIR) --data digits
+	@echo "workdir:  $(WORKDIR)"
+	@echo "evaluate: $(BIN)/epsanet evaluate $(WORKDIR) --data digits"
+	@echo "continue: $(BIN)/python train.py --config=configs/digits.py --workdir=$(WORKDIR) --config.epochs=30"
+
+test: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+
+test-slow: .venv/installed-dev
+	$(BIN)/python -m pytest -n 2 -m slow
+
+check: .venv/installed-dev
+	$(BIN)/ruff check --output-format concise .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

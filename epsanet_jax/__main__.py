@@ -1,0 +1,7 @@
+"""`python -m epsanet_jax` is the command `epsanet`."""
+
+import sys
+
+from epsanet_jax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""What a network is and does: counts, costs, pictures."""

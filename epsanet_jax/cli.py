@@ -1,0 +1,194 @@
+"""The command `epsanet`. Exit status 0, or 2 with one line on stderr for bad usage or input."""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from epsanet_jax.errors import InputError, one_line
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status.
+
+    Args:
+        argv: arguments without the program's name; None: those of this process.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except InputError as e:
+        print(f'error: {one_line(e, limit=None)}', file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the usage in one line."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f'error: {message} (see {self.prog} --help)\n')
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog='epsanet', description='EPSANet for JAX.')
+    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+
+    _add_summary(commands)
+    _add_evaluate(commands)
+    _add_convert(commands)
+    return parser
+
+
+def _add_summary(commands: Any) -> None:
+    summary = commands.add_parser(
+        'summary',
+        help='parameters and multiply-adds of a network',
+        description='Shows parameters and multiply-adds of a network, stage by stage.',
+        epilog='example: epsanet summary epsanet50_small',
+    )
+    summary.add_argument('name', metavar='NAME', help='a model, as in epsanet_jax.list_models()')
+    summary.add_argument('--num-classes', type=_positive, default=1000, metavar='N')
+    summary.add_argument('--image-size', type=_positive, default=224, metavar='PIXELS')
+    summary.add_argument('--json', action='store_true', help='print JSON')
+    summary.set_defaults(run=_summary)
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser(
+        'evaluate',
+        help='accuracy of a checkpoint',
+        description='Evaluates a checkpoint on every picture of a data set, each exactly once.',
+        epilog='example: epsanet evaluate runs/digits --data digits --split test',
+    )
+    evaluate.add_argument(
+        'checkpoint',
+        metavar='CHECKPOINT',
+        help='a workdir, a checkpoint, or a weights file',
+    )
+    evaluate.add_argument(
+        '--data', metavar='DIR_OR_NAME', help="an image folder or a TFDS data set; default: the run's own"
+    )
+    evaluate.add_argument('--split', help="folder or TFDS split; default: the run's own, or what there is")
+    evaluate.add_argument('--data-dir', metavar='DIR', help='where TFDS data sets lie')
+    evaluate.add_argument('--batch-size', type=_positive, default=64, metavar='N')
+    evaluate.add_argument('--step', default='latest', help="'latest' (default), 'best' or a number")
+    evaluate.add_argument(
+        '--on-bad', choices=('stop', 'skip'), default='stop', help='at a picture that cannot be decoded'
+    )
+    evaluate.add_argument('--json', action='store_true', help='print JSON')
+    evaluate.set_defaults(run=_evaluate)
+
+
+def _add_convert(commands: Any) -> None:
+    convert = commands.add_parser(
+        'convert',
+        help='weights from and to PyTorch',
+        description='Converts weights between PyTorch files, safetensors and checkpoints of epsanet_jax. '
+        'What SRC and DST are is told by their names: .pth.tar (as the reference saves it), .pth and .pt '
+        '(a bare state dict), .safetensors; anything else is a folder: a workdir or a checkpoint.',
+        epilog='example: epsanet convert checkpoint.pth.tar weights.safetensors --verify',
+    )
+    convert.add_argument('src', metavar='SRC')
+    convert.add_argument('dst', metavar='DST')
+    convert.add_argument('--model', metavar='NAME', help='default: found from the shapes')
+    convert.add_argument(
+        '--num-classes',
+        type=_positive,
+        metavar='N',
+        help='a classifier of another size is replaced',
+    )
+    convert.add_argument('--step', default='latest', help="of a workdir: 'latest', 'best' or a number")
+    convert.add_argument(
+        '--verify',
+        action='store_true',
+        help='compare logits with those of PyTorch',
+    )
+    convert.set_defaults(run=_convert)
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'expected a whole number above 0, got {text!r}')
+    return value
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from epsanet_jax.convert import command
+
+    for line in command.convert(args.src, args.dst, args.model, args.num_classes, args.step, args.verify):
+        print(line)
+
+
+def _summary(args: argparse.Namespace) -> None:
+    from epsanet_jax.analysis.summary import summarize
+    from epsanet_jax.models import create_model, get_variant
+    from epsanet_jax.models.epsanet import MIN_SIZE
+
+    if args.image_size < MIN_SIZE:
+        raise InputError(f'--image-size must be at least {MIN_SIZE}, got {args.image_size}')
+    rows = summarize(create_model(args.name, num_classes=args.num_classes), args.image_size)
+    counts = ('params', 'multiply_adds', 'published_count')
+    total = {field: sum(getattr(row, field) for row in rows) for field in counts}
+    if args.json:
+        content = {'model': args.name, 'image_size': args.image_size, **total}
+        print(json.dumps({**content, 'stages': [dataclasses.asdict(row) for row in rows]}, indent=2))
+        return
+    print(f'{args.name}, {args.num_classes} classes, {args.image_size}x{args.image_size} pixels\n')
+    print(f'{"stage":<8}{"output":>18}{"parameters":>14}{"multiply-adds":>18}')
+    for row in rows:
+        shape = ' x '.join(map(str, row.output))
+        print(f'{row.stage:<8}{shape:>18}{row.params:>14,}{row.multiply_adds:>18,}')
+    print(f'{"total":<8}{"":>18}{total["params"]:>14,}{total["multiply_adds"]:>18,}\n')
+    print(f"by the paper's count, 2 more for each BatchNorm output: {total['published_count']:,}")
+    variant = get_variant(args.name)
+    if variant.published_params:
+        print(
+            f'published for 1000 classes at 224 px: {variant.published_params:.2f} M, '
+            f'{variant.published_flops:.2f} G, top-1 {variant.published_top1} %, '
+            f'top-5 {variant.published_top5} % (no weights were published)'
+        )
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    import jax
+
+    from epsanet_jax.training import evaluation, inputs, parallel, pretrained, report, steps
+    from epsanet_jax.training.compilation import use_persistent_cache
+    from epsanet_jax.training.config import Config, DataConfig
+
+    use_persistent_cache()
+    loaded = pretrained.load(args.checkpoint, args.step)
+    config = loaded.metadata['config'] or dataclasses.asdict(Config())
+    trained_on = DataConfig(**{**config['data'], **loaded.metadata['preprocessing']})
+    data = inputs.evaluation_data(trained_on, args.data, args.split, args.data_dir, args.on_bad)
+    source = inputs.open_source(data, data.eval_split)
+    source = inputs.with_labels_of(source, loaded.metadata['class_names'], loaded.model.num_classes)
+    batch_size = parallel.round_up_to_devices(args.batch_size)
+    mesh = parallel.make_mesh(batch_size)
+    eval_step = steps.make_eval_step(
+        loaded.model, mesh, smoothing=config['label_smoothing'], mean=data.mean, std=data.std
+    )
+    means = evaluation.evaluate(
+        eval_step,
+        jax.device_put(loaded.variables, parallel.replicated(mesh)),
+        source,
+        data,
+        mesh,
+        batch_size,
+        say=lambda text: print(text, file=sys.stderr),
+    )
+    if args.json:
+        print(json.dumps({'checkpoint': args.checkpoint, 'step': loaded.step, **means}))
+    else:
+        print(f'step {loaded.step}, {report.describe(means)}')

@@ -1,0 +1,120 @@
+"""EPSANet in PyTorch, all variants, with the reference's state-dict names: the oracle of the tests.
+
+The only module that imports torch at its top; nothing imports it but who asks for it.
+"""
+
+import math
+
+import torch
+from torch import nn
+
+from epsanet_jax.models.epsanet import STEM_WIDTH
+from epsanet_jax.models.epsanet import EPSANet as JaxEPSANet
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, bias: bool = False):
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=bias)
+
+
+class SEWeightModule(nn.Module):
+    """Squeeze-and-excitation weights: [N, C, H, W] to [N, C, 1, 1]."""
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        self.fc1 = _conv(channels, channels // reduction, 1, bias=True)
+        self.fc2 = _conv(channels // reduction, channels, 1, bias=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns one weight in (0, 1) for each image and channel."""
+        return torch.sigmoid(self.fc2(torch.relu(self.fc1(x.mean(dim=(2, 3), keepdim=True)))))
+
+
+class PSAModule(nn.Module):
+    """Pyramid Split Attention: [N, planes, H, W] to [N, planes, H/stride, W/stride]."""
+
+    def __init__(
+        self,
+        planes: int,
+        stride: int = 1,
+        kernels: tuple[int, ...] = (3, 5, 7, 9),
+        groups: tuple[int, ...] = (1, 4, 8, 16),
+        reduction: int = 16,
+        bias: bool = False,
+    ):
+        super().__init__()
+        width = planes // len(kernels)
+        self.names = [f'conv_{i + 1}' for i in range(len(kernels))]
+        for name, kernel, group in zip(self.names, kernels, groups, strict=True):
+            self.add_module(name, _conv(planes, width, kernel, stride, group, bias))
+        self.se = SEWeightModule(width, reduction)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Weighs the branches against each other; the last branch comes first."""
+        branches = [self.get_submodule(name)(x) for name in self.names]
+        attention = torch.softmax(torch.stack([self.se(b) for b in branches]), dim=0)
+        return torch.cat([b * a for b, a in zip(branches, attention, strict=True)][::-1], dim=1)
+
+
+class EPSABlock(nn.Module):
+    """A bottleneck block whose middle is a PSA module (or, in a ResNet, a 3x3 convolution)."""
+
+    def __init__(self, inputs: int, planes: int, outputs: int, stride: int, middle: nn.Module):
+        super().__init__()
+        self.conv1, self.bn1 = _conv(inputs, planes, 1), nn.BatchNorm2d(planes)
+        self.conv2, self.bn2 = middle, nn.BatchNorm2d(planes)
+        self.conv3, self.bn3 = _conv(planes, outputs, 1), nn.BatchNorm2d(outputs)
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Maps [N, C, H, W] to [N, outputs, H/stride, W/stride]."""
+        y = torch.relu(self.bn1(self.conv1(x)))
+        y = torch.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class EPSANet(nn.Module):
+    """The PyTorch twin of a JAX model: the same settings, and `state_dict` names as the reference's.
+
+    Args:
+        settings: the JAX model, from `epsanet_jax.create_model`.
+    """
+
+    def __init__(self, settings: JaxEPSANet):
+        super().__init__()
+        s = settings
+        self.conv1, self.bn1 = _conv(3, STEM_WIDTH, 7, 2), nn.BatchNorm2d(STEM_WIDTH)
+        self.stages = len(s.layers)
+        inputs = STEM_WIDTH
+        for stage, (count, planes) in enumerate(zip(s.layers, s.planes, strict=True)):
+            blocks = []
+            for i in range(count):
+                stride = 2 if stage > 0 and i == 0 else 1
+                if s.middle == 'psa':
+                    middle = PSAModule(planes, stride, s.kernels, s.groups, s.reduction, s.psa_bias)
+                else:
+                    middle = _conv(planes, planes, 3, stride)
+                blocks.append(EPSABlock(inputs, planes, planes * s.expansion, stride, middle))
+                inputs = planes * s.expansion
+            self.add_module(f'layer{stage + 1}', nn.Sequential(*blocks))
+        self.fc = nn.Linear(inputs, s.num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                k = module.kernel_size[0]
+                nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / (k * k * module.out_channels)))
+
+    def features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns the activations after the stem and each stage, [N, C, H, W] each."""
+        x = torch.relu(self.bn1(self.conv1(images)))
+        x = nn.functional.max_pool2d(x, 3, 2, padding=1)
+        outputs = {'stem': x}
+        for stage in range(1, self.stages + 1):
+            x = self.get_submodule(f'layer{stage}')(x)
+            outputs[f'layer{stage}'] = x
+        return outputs
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Maps images [N, 3, H, W] to logits [N, num_classes]."""
+        return self.fc(self.features(images)[f'layer{self.stages}'].mean(dim=(2, 3)))

@@ -1,0 +1,198 @@
+"""Where pictures come from: each source is a sequence of records with a name and a fingerprint."""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from typing import Any, Protocol, TypedDict
+
+import numpy as np
+
+from epsanet_jax.errors import InputError, one_line
+
+IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
+
+
+class Record(TypedDict):
+    """A picture, as an encoded file or an uint8 array [H, W, 3], and its class."""
+
+    image: bytes | np.ndarray
+    label: int
+
+
+class Source(Protocol):
+    """A data set with random access.
+
+    Attributes:
+        class_names: in the order of the labels.
+        fingerprint: the same for the same pictures in the same order, wherever they lie.
+    """
+
+    class_names: tuple[str, ...]
+    fingerprint: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+    def name_of(self, index: int) -> str:
+        """Returns what to call record `index` in a message: a path where there is one."""
+        ...
+
+
+class ImageFolder:
+    """A folder with a folder of pictures for each class, in torchvision's layout and order.
+
+    Classes are numbered in the order of their sorted names; the pictures of a class are all files below its
+    folder that end as pictures do, sorted. The fingerprint is of the relative paths, not of the contents.
+
+    Args:
+        root: the folder, on a local disk.
+
+    Raises:
+        InputError: there is no such folder, no class in it, or a class without pictures.
+    """
+
+    def __init__(self, root: str | os.PathLike[str]):
+        self._root = os.fspath(root)
+        if not os.path.isdir(self._root):
+            raise InputError(f'no such data directory: {self._root}')
+        with os.scandir(self._root) as entries:
+            self.class_names = tuple(sorted(e.name for e in entries if e.is_dir()))
+        if not self.class_names:
+            raise InputError(f'no class folders in {self._root}: expected one folder of pictures a class')
+        self._files: list[str] = []
+        self._labels: list[int] = []
+        for label, name in enumerate(self.class_names):
+            files = list(_pictures(self._root, name))
+            if not files:
+                raise InputError(
+                    f'empty class folder: {os.path.join(self._root, name)} holds no picture '
+                    f'({" ".join(IMAGE_EXTENSIONS)})'
+                )
+            self._files += files
+            self._labels += [label] * len(files)
+        self.fingerprint = _fingerprint(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> Record:
+        with open(self.name_of(index), 'rb') as f:
+            return {'image': f.read(), 'label': self._labels[index]}
+
+    def name_of(self, index: int) -> str:
+        """Returns the picture's path."""
+        return os.path.join(self._root, self._files[index])
+
+
+def _pictures(root: str, class_name: str) -> Iterable[str]:
+    for folder, _, names in sorted(os.walk(os.path.join(root, class_name), followlinks=True)):
+        for name in sorted(names):
+            if name.lower().endswith(IMAGE_EXTENSIONS):
+                yield os.path.relpath(os.path.join(folder, name), root)
+
+
+class Tfds:
+    """A split of a TFDS data set that lies prepared as ArrayRecord.
+
+    The data set must have one image and one class label; where TFDS names no supervised pair they must be
+    called 'image' and 'label'.
+
+    Args:
+        name: as TFDS knows it, 'digits' or 'imagenet2012:5.1.0'.
+        split: 'train', 'test', 'train[:90%]' ...
+        data_dir: where data sets lie; None: TFDS's own default.
+
+    Raises:
+        InputError: there is no such data set or split, or it is not prepared as ArrayRecord.
+    """
+
+    def __init__(self, name: str, split: str, data_dir: str | None = None):
+        import tensorflow_datasets as tfds
+
+        self._name = f'{name}[{split}]'
+        try:
+            builder: Any = tfds.builder(name, data_dir=data_dir)
+        except tfds.core.registered.DatasetNotFoundError as e:
+            raise InputError(f'no TFDS data set {name!r} is known or found in {data_dir!r}') from e
+        except Exception as e:  # for a name or version that it cannot parse TFDS raises many things
+            raise InputError(f'TFDS cannot open the data set {name!r}: {_line(e)}') from e
+        if not os.path.exists(builder.data_path):
+            raise InputError(
+                f'TFDS data set {name!r} is not prepared in {builder.data_path}: run '
+                f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
+            )
+        features = builder.info.features
+        pair = builder.info.supervised_keys or ('image', 'label')
+        kinds = (tfds.features.Image, tfds.features.ClassLabel)
+        if len(pair) != 2 or not all(
+            key in features and type(features[key]) is kind for key, kind in zip(pair, kinds, strict=True)
+        ):
+            raise InputError(f'TFDS data set {name!r} has no pair of image and class label: {list(features)}')
+        self._image, self._label = pair
+        try:
+            self._records = builder.as_data_source(
+                split=split, decoders={self._image: tfds.decode.SkipDecoding()}
+            )
+            examples = len(self._records)
+        except Exception as e:  # likewise for splits and file formats
+            raise InputError(f'TFDS data set {self._name}: {_line(e)}') from e
+        if not examples:
+            raise InputError(f'TFDS data set {self._name} is empty')
+        self.class_names = tuple(features[self._label].names)
+        self.fingerprint = _fingerprint([builder.info.full_name, split, str(examples)])
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: int) -> Record:
+        record = self._records[index]
+        return {'image': record[self._image], 'label': int(record[self._label])}
+
+    def name_of(self, index: int) -> str:
+        """Returns what to call record `index` in a message."""
+        return f'{self._name} record {index}'
+
+
+class Synthetic:
+    """Noise around a pattern of its own for each class: learnable, made on the fly, the same every time.
+
+    Args:
+        examples: number of pictures.
+        classes: number of classes.
+        size: height and width, pixels.
+        seed: another seed gives other pictures of the same classes.
+    """
+
+    def __init__(self, examples: int, classes: int, size: int, seed: int = 0):
+        self.class_names = tuple(f'class{i}' for i in range(classes))
+        self.fingerprint = _fingerprint(['synthetic', str(examples), str(classes), str(size), str(seed)])
+        self._examples, self._size, self._seed = examples, size, seed
+        coarse = np.random.default_rng(0).integers(64, 192, (classes, 4, 4, 3))
+        repeats = -(-size // 4)
+        self._patterns = coarse.repeat(repeats, axis=1).repeat(repeats, axis=2)[:, :size, :size]
+
+    def __len__(self) -> int:
+        return self._examples
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < self._examples:
+            raise IndexError(index)
+        label = index % len(self.class_names)
+        noise = np.random.default_rng((self._seed, index)).integers(-64, 64, (self._size, self._size, 3))
+        return {'image': (self._patterns[label] + noise).astype(np.uint8), 'label': label}
+
+    def name_of(self, index: int) -> str:
+        """Returns what to call record `index` in a message."""
+        return f'synthetic picture {index}'
+
+
+def _line(error: Exception) -> str:
+    return f'{type(error).__name__}: {one_line(error)}'
+
+
+def _fingerprint(parts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode('utf-8', 'surrogateescape') + b'\0')
+    return digest.hexdigest()[:16]

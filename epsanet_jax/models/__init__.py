@@ -1,0 +1,17 @@
+"""The networks and their parts, as flax.linen Modules."""
+
+from epsanet_jax.models.epsanet import EPSABlock, EPSANet
+from epsanet_jax.models.norm import BatchNorm
+from epsanet_jax.models.psa import PSAModule, SEWeightModule
+from epsanet_jax.models.zoo import create_model, get_variant, list_models
+
+__all__ = [
+    'BatchNorm',
+    'EPSABlock',
+    'EPSANet',
+    'PSAModule',
+    'SEWeightModule',
+    'create_model',
+    'get_variant',
+    'list_models',
+]

@@ -1,0 +1,95 @@
+"""Convolution and linear layers with the reference's initialisation."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from epsanet_jax.models.dtypes import Dtype
+from epsanet_jax.ops import grouped_conv
+
+
+def conv_kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
+    """Draws from N(0, sqrt(2 / (k * k * C_out))), C_out not divided by the number of groups.
+
+    Args:
+        key: random key.
+        shape: [k, k, C_in / groups, C_out].
+        dtype: of the result.
+    """
+    std = math.sqrt(2.0 / (shape[0] * shape[1] * shape[3]))
+    return jax.random.normal(key, shape, dtype) * jnp.asarray(std, dtype)
+
+
+def uniform_init(fan_in: int):
+    """PyTorch's default for biases and linear weights: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    bound = 1.0 / math.sqrt(fan_in)
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+class Conv(nn.Module):
+    """A 2-D convolution with `kernel_size // 2` zeros of padding on every side.
+
+    Attributes:
+        features: number of output channels.
+        kernel_size: odd.
+        stride: step in both directions.
+        groups: number of groups.
+        use_bias: whether to add a bias.
+        conv: algorithm, see `epsanet_jax.ops.grouped_conv`.
+        dtype: of the computation and the result.
+        param_dtype: of the parameters.
+    """
+
+    features: int
+    kernel_size: int
+    stride: int = 1
+    groups: int = 1
+    use_bias: bool = False
+    conv: str = 'auto'
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [N, H, W, C_in] to [N, ceil(H / stride), ceil(W / stride), features]."""
+        inputs, k = x.shape[-1] // self.groups, self.kernel_size
+        kernel = self.param('kernel', conv_kernel_init, (k, k, inputs, self.features), self.param_dtype)
+        y = grouped_conv(
+            x.astype(self.dtype),
+            kernel.astype(self.dtype),
+            stride=self.stride,
+            groups=self.groups,
+            algorithm=self.conv,
+        )
+        if self.use_bias:
+            bias = self.param('bias', uniform_init(inputs * k * k), (self.features,), self.param_dtype)
+            y = y + bias.astype(self.dtype)
+        return y
+
+
+class Linear(nn.Module):
+    """A linear layer with PyTorch's default initialisation.
+
+    Attributes:
+        features: number of outputs.
+        dtype: of the computation and the result.
+        param_dtype: of the parameters.
+    """
+
+    features: int
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [N, C] to [N, features]."""
+        init = uniform_init(x.shape[-1])
+        kernel = self.param('kernel', init, (x.shape[-1], self.features), self.param_dtype)
+        bias = self.param('bias', init, (self.features,), self.param_dtype)
+        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)

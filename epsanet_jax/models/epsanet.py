@@ -1,0 +1,205 @@
+"""EPSANet, and ResNet from the same parts."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from epsanet_jax.errors import InputError
+from epsanet_jax.models.conv import Conv, Linear
+from epsanet_jax.models.dtypes import Dtype, at_least_float32
+from epsanet_jax.models.norm import BatchNorm
+from epsanet_jax.models.psa import PSAModule
+
+STEM_WIDTH = 64
+MIN_SIZE = 32  # the network's total stride: below it the last stage has nothing left to halve
+MIDDLES = ('psa', 'conv3x3')
+
+
+class EPSABlock(nn.Module):
+    """A bottleneck block: 1x1 conv, PSA module, 1x1 conv, each with BatchNorm, and a shortcut.
+
+    Attributes:
+        planes: width of the bottleneck.
+        expansion: output channels are planes * expansion.
+        stride: of the PSA module (and of the shortcut).
+        downsample: whether the shortcut is a 1x1 conv with BatchNorm instead of the input itself.
+        middle: 'psa', or 'conv3x3' for ResNet's plain bottleneck.
+        kernels, groups, reduction, psa_bias: of the PSA module.
+        bn_group, bn_axis: of BatchNorm (`group`, `axis_name`).
+        conv: algorithm, see `epsanet_jax.ops.grouped_conv`.
+        dtype: of the computation and the result.
+        param_dtype: of the parameters.
+    """
+
+    planes: int
+    expansion: int = 4
+    stride: int = 1
+    downsample: bool = False
+    middle: str = 'psa'
+    kernels: tuple[int, ...] = (3, 5, 7, 9)
+    groups: tuple[int, ...] = (1, 4, 8, 16)
+    reduction: int = 16
+    psa_bias: bool = False
+    bn_group: int | None = None
+    bn_axis: str | None = None
+    conv: str = 'auto'
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    def setup(self):
+        dtypes = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
+        conv = functools.partial(Conv, conv=self.conv, **dtypes)
+        norm = functools.partial(BatchNorm, group=self.bn_group, axis_name=self.bn_axis, **dtypes)
+        width = self.planes * self.expansion
+        self.conv1, self.bn1 = conv(self.planes, 1), norm()
+        if self.middle == 'psa':
+            self.conv2 = PSAModule(
+                self.planes,
+                self.stride,
+                self.kernels,
+                self.groups,
+                self.reduction,
+                use_bias=self.psa_bias,
+                conv=self.conv,
+                **dtypes,
+            )
+        else:
+            self.conv2 = conv(self.planes, 3, stride=self.stride)
+        self.bn2 = norm()
+        self.conv3, self.bn3 = conv(width, 1), norm()
+        if self.downsample:
+            self.downsample_0, self.downsample_1 = conv(width, 1, stride=self.stride), norm()
+
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Maps [N, H, W, C] to [N, ceil(H / stride), ceil(W / stride), planes * expansion]."""
+        y = nn.relu(self.bn1(self.conv1(x), train))  # [N, H, W, P]
+        y = nn.relu(self.bn2(self.conv2(y), train))  # [N, H/s, W/s, P]
+        y = self.bn3(self.conv3(y), train)  # [N, H/s, W/s, P*e]
+        shortcut = self.downsample_1(self.downsample_0(x), train) if self.downsample else x
+        return nn.relu(y + shortcut)
+
+
+class EPSANet(nn.Module):
+    """The network; `epsanet_jax.create_model` makes the published variants.
+
+    Attributes:
+        num_classes: outputs of the classifier.
+        layers: blocks in each of the four stages.
+        planes: bottleneck width of each stage.
+        expansion: a stage's output channels are planes * expansion.
+        middle: 'psa', or 'conv3x3' for ResNet.
+        kernels, groups, reduction, psa_bias: of the PSA modules.
+        bn_group: examples in a BatchNorm group (consecutive rows of the batch); None: the whole batch.
+        bn_axis: mesh axis over which one BatchNorm group is spread; set by `training.parallel`.
+        conv: algorithm of the convolutions, see `epsanet_jax.ops.grouped_conv`.
+        remat: recompute each block's activations in the backward pass instead of storing them.
+        dtype: of the computation.
+        param_dtype: of the parameters.
+    """
+
+    num_classes: int = 1000
+    layers: tuple[int, ...] = (3, 4, 6, 3)
+    planes: tuple[int, ...] = (64, 128, 256, 512)
+    expansion: int = 4
+    middle: str = 'psa'
+    kernels: tuple[int, ...] = (3, 5, 7, 9)
+    groups: tuple[int, ...] = (1, 4, 8, 16)
+    reduction: int = 16
+    psa_bias: bool = False
+    bn_group: int | None = None
+    bn_axis: str | None = None
+    conv: str = 'auto'
+    remat: bool = False
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    def setup(self):
+        dtypes = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
+        self.conv1 = Conv(STEM_WIDTH, 7, stride=2, conv=self.conv, **dtypes)
+        self.bn1 = BatchNorm(group=self.bn_group, axis_name=self.bn_axis, **dtypes)
+        block = nn.remat(EPSABlock, static_argnums=(2,)) if self.remat else EPSABlock
+        width = STEM_WIDTH
+        for stage, (count, planes) in enumerate(zip(self.layers, self.planes, strict=True)):
+            blocks = []
+            for i in range(count):
+                stride = 2 if stage > 0 and i == 0 else 1
+                blocks.append(
+                    block(
+                        planes,
+                        self.expansion,
+                        stride,
+                        downsample=stride != 1 or width != planes * self.expansion,
+                        middle=self.middle,
+                        kernels=self.kernels,
+                        groups=self.groups,
+                        reduction=self.reduction,
+                        psa_bias=self.psa_bias,
+                        bn_group=self.bn_group,
+                        bn_axis=self.bn_axis,
+                        conv=self.conv,
+                        **dtypes,
+                    )
+                )
+                width = planes * self.expansion
+            setattr(self, f'layer{stage + 1}', blocks)
+        self.fc = Linear(self.num_classes, **dtypes)
+
+    def features(self, images: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+        """Returns the activations after the stem and each stage.
+
+        Args:
+            images: [N, H, W, 3], normalised; H and W at least 32.
+            train: whether BatchNorm normalises by the batch (and updates 'batch_stats').
+
+        Returns:
+            'stem' [N, H/4, W/4, 64], and 'layer1' .. 'layer4' [N, H/s, W/s, planes * expansion] with
+            s = 4, 8, 16, 32 (sizes rounded up).
+
+        Raises:
+            InputError: the images are of the wrong rank, type, number of channels or too small.
+        """
+        check_images(images)
+        x = images.astype(self.dtype)  # [N, H, W, 3]
+        x = nn.relu(self.bn1(self.conv1(x), train))  # [N, H/2, W/2, 64]
+        x = max_pool(x)  # [N, H/4, W/4, 64]
+        outputs = {'stem': x}
+        for stage in range(1, len(self.layers) + 1):
+            for block in getattr(self, f'layer{stage}'):
+                x = block(x, train)
+            outputs[f'layer{stage}'] = x
+        return outputs
+
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Returns logits [N, num_classes], of `dtype` or float32 if that is wider.
+
+        Args and errors are those of `features`.
+        """
+        x = self.features(images, train)[f'layer{len(self.layers)}']  # [N, H/32, W/32, C]
+        wide = at_least_float32(self.dtype)
+        x = x.mean(axis=(1, 2), dtype=wide)  # [N, C]
+        return self.fc(x).astype(wide)
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """3x3 max-pooling with stride 2 and one row of padding on every side: [N, H, W, C] to half the size."""
+    padding = ((1, 1), (1, 1))
+    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)  # pyright: ignore[reportArgumentType]
+
+
+def check_images(images: jax.Array) -> None:
+    """Raises InputError unless `images` is a floating-point array [N, H, W, 3] with H, W >= 32."""
+    shape = tuple(images.shape)
+    if len(shape) != 4:
+        raise InputError(f'images must be [N, H, W, 3], got shape {shape}')
+    if shape[3] != 3:
+        hint = ' (channels come last, unlike in PyTorch)' if shape[1] == 3 else ''
+        raise InputError(f'images must have 3 channels, got shape {shape}{hint}')
+    if min(shape[1:3]) < MIN_SIZE:
+        raise InputError(f'images must be at least {MIN_SIZE}x{MIN_SIZE} pixels, got shape {shape}')
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise InputError(
+            f'images must be normalised floating-point numbers, got {images.dtype}; '
+            'see epsanet_jax.data.augment.normalize'
+        )

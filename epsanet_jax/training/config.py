@@ -1,0 +1,217 @@
+"""The configuration of a run: its fields and their defaults, the reference's recipe.
+
+0, '' and () stand for "not set" where a field has a derived default: a command line can then set any field.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from epsanet_jax.errors import InputError
+from epsanet_jax.models import create_model
+from epsanet_jax.models.epsanet import EPSANet
+
+
+@dataclasses.dataclass(slots=True)
+class ModelConfig:
+    """The network: arguments of `create_model`; what is not set is the variant's own.
+
+    `num_classes` 0: as many as the data has. `bn_group` 0: the whole batch.
+    """
+
+    name: str = 'epsanet50_small'
+    num_classes: int = 0
+    layers: tuple[int, ...] = ()
+    planes: tuple[int, ...] = ()
+    expansion: int = 0
+    kernels: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()
+    reduction: int = 16
+    psa_bias: bool = False
+    bn_group: int = 0
+    conv: str = 'auto'
+    remat: bool = False
+    dtype: str = 'float32'
+    param_dtype: str = 'float32'
+
+
+@dataclasses.dataclass(slots=True)
+class DataConfig:
+    """The pictures.
+
+    Attributes:
+        source: 'folder' (an image folder), 'tfds' (a TFDS data set, among them 'digits') or 'synthetic'.
+        name: of the TFDS data set.
+        dir: the folder that holds the splits' folders, or TFDS's data directory ('': its default).
+        train_split: folder or TFDS split to train on.
+        eval_split: folder or TFDS split to evaluate on.
+        image_size: height and width that the network sees, pixels.
+        resize_size: shorter side before the centre crop of evaluation, pixels.
+        crop_scale: share of a picture's area that a training crop takes, smallest and largest.
+        crop_ratio: width / height of a training crop, smallest and largest.
+        flip: whether training mirrors every second picture.
+        mean: per channel, of values in 0..1.
+        std: per channel, of values in 0..1.
+        workers: processes that decode; 0: threads of this process.
+        threads: that decode, in this process or each worker; 0: as many as there are processors.
+        on_bad: 'stop' or 'skip' at a picture that cannot be decoded.
+        synthetic_examples: number of synthetic pictures to train on (and to evaluate on).
+        synthetic_classes: number of their classes.
+    """
+
+    source: str = 'folder'
+    name: str = ''
+    dir: str = ''
+    train_split: str = 'train'
+    eval_split: str = 'val'
+    image_size: int = 224
+    resize_size: int = 256
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: bool = True
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    workers: int = 0
+    threads: int = 0
+    on_bad: str = 'stop'
+    synthetic_examples: int = 1280
+    synthetic_classes: int = 10
+
+
+@dataclasses.dataclass(slots=True)
+class OptimizerConfig:
+    """SGD: learning rate, momentum, Nesterov's variant, weight decay (coupled, on all parameters)."""
+
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+
+
+@dataclasses.dataclass(slots=True)
+class ScheduleConfig:
+    """The learning rate over time, see `training.optimizer.make_schedule`."""
+
+    name: str = 'step'
+    warmup_epochs: float = 0.0
+    step_epochs: float = 30.0
+    step_factor: float = 0.1
+
+
+@dataclasses.dataclass(slots=True)
+class CheckpointConfig:
+    """When to save, besides after every evaluation and at the end, and what to keep besides the best.
+
+    Attributes:
+        every_steps: 0: never by count.
+        every_minutes: 0: never by time.
+        keep: how many of the latest checkpoints to keep.
+    """
+
+    every_steps: int = 0
+    every_minutes: float = 10.0
+    keep: int = 2
+
+
+@dataclasses.dataclass(slots=True)
+class Config:
+    """A run.
+
+    Attributes:
+        seed: of parameters, order and augmentation.
+        batch_size: of the global batch, however many devices share it.
+        epochs: length of the training; may be fractional.
+        steps: length in steps instead of epochs; 0: by epochs.
+        label_smoothing: in training and evaluation.
+        log_every_steps: how often a line of metrics is written.
+        eval_every_epochs: how often to evaluate; 0: only at the end.
+        eval_batch_size: 0: batch_size. Rounded up to divide among the devices.
+        init_from: weights to start from: a PyTorch or safetensors file, a workdir or a checkpoint. A
+            classifier of another size is replaced by a new one.
+        init_optimizer: go on from the file's momentum, epoch and learning rate too.
+    """
+
+    seed: int = 0
+    batch_size: int = 256
+    epochs: float = 120.0
+    steps: int = 0
+    label_smoothing: float = 0.1
+    log_every_steps: int = 50
+    eval_every_epochs: float = 1.0
+    eval_batch_size: int = 0
+    init_from: str = ''
+    init_optimizer: bool = False
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16, 'float64': jnp.float64}
+
+# Fields that may change when a run is continued; all others, and the data's fingerprint, identify the run.
+_FREE = (
+    'epochs',
+    'steps',
+    'log_every_steps',
+    'eval_every_epochs',
+    'eval_batch_size',
+    'checkpoint.',
+    'data.dir',
+    'data.workers',
+    'data.threads',
+    'data.on_bad',
+)
+
+
+def flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
+    """Returns {'optimizer.lr': 0.1, ...} of a configuration or of nested dicts."""
+    items = tree if isinstance(tree, dict) else dataclasses.asdict(tree)
+    flat: dict[str, Any] = {}
+    for key, value in items.items():
+        if isinstance(value, dict):
+            flat.update(flatten(value, f'{prefix}{key}.'))
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def identity(config: Config, fingerprint: str, num_classes: int) -> dict[str, Any]:
+    """Returns what must agree for a run to be continued, as {'field': value}."""
+    fields = {k: v for k, v in flatten(config).items() if not k.startswith(_FREE)}
+    return {**fields, 'model.num_classes': num_classes, 'data.fingerprint': fingerprint}
+
+
+def model_config(settings: dict[str, Any]) -> ModelConfig:
+    """Returns the model's configuration from JSON, which knows no tuples.
+
+    Raises:
+        InputError: it has fields that this version does not know.
+    """
+    unknown = set(settings) - {field.name for field in dataclasses.fields(ModelConfig)}
+    if unknown:
+        raise InputError(f'the model has unknown settings: {", ".join(sorted(unknown))}')
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    return ModelConfig(**values)
+
+
+def build_model(config: ModelConfig, num_classes: int) -> EPSANet:
+    """Makes the network for data with `num_classes` classes."""
+    return create_model(
+        config.name,
+        num_classes=config.num_classes or num_classes,
+        layers=config.layers or None,
+        planes=config.planes or None,
+        expansion=config.expansion or None,
+        kernels=config.kernels or None,
+        groups=config.groups or None,
+        reduction=config.reduction,
+        psa_bias=config.psa_bias,
+        bn_group=config.bn_group or None,
+        conv=config.conv,
+        remat=config.remat,
+        dtype=DTYPES[config.dtype],
+        param_dtype=DTYPES[config.param_dtype],
+    )

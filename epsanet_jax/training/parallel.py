@@ -1,0 +1,108 @@
+"""Data parallelism: the mesh, and which rows of a global batch lie where. Nothing else names a mesh axis.
+
+The devices form a matrix, processes in order. A BatchNorm group (`bn_group` consecutive rows of the global
+batch) lies within one device, or is spread over one row of the matrix:
+
+    axis 'group':  one or several whole BatchNorm groups each
+    axis 'member': the devices that share one BatchNorm group; a single one where groups fit into a device
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax import lax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from epsanet_jax.errors import InputError
+from epsanet_jax.models.epsanet import EPSANet
+
+Device = Any  # jax.Device, which type checkers take for a variable
+_GROUP, _MEMBER = 'group', 'member'
+_AXES = (_GROUP, _MEMBER)
+_ROWS = PartitionSpec(_AXES)
+
+
+def make_mesh(batch_size: int, bn_group: int | None = None, devices: Sequence[Device] | None = None) -> Mesh:
+    """Arranges devices for a global batch and its BatchNorm groups.
+
+    Args:
+        batch_size: of the global batch.
+        bn_group: examples in a BatchNorm group; None: the whole batch.
+        devices: None: all of them.
+
+    Raises:
+        InputError: the batch does not divide among devices or groups, or groups would straddle devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    count, group = len(devices), bn_group or batch_size
+    if batch_size % count:
+        raise InputError(
+            f'batch_size {batch_size} does not divide among {count} devices; the next that does is '
+            f'{-(-batch_size // count) * count}'
+        )
+    if batch_size % group:
+        raise InputError(f'batch_size {batch_size} does not divide into BatchNorm groups of {group}')
+    rows = batch_size // count
+    if rows % group and group % rows:
+        raise InputError(
+            f'BatchNorm groups of {group} straddle devices with {rows} rows each (batch_size {batch_size} on '
+            f'{count} devices): one must divide the other'
+        )
+    members = max(1, group // rows)
+    matrix = np.asarray(devices).reshape(count // members, members)
+    return Mesh(matrix, _AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def bind(model: EPSANet, mesh: Mesh) -> EPSANet:
+    """Returns the model as one device runs it: BatchNorm reduces over the devices that share a group."""
+    return model.clone(bn_axis=_MEMBER if mesh.shape[_MEMBER] > 1 else None)
+
+
+def shard_step(step: Callable[..., Any], mesh: Mesh, replicated_args: int) -> Callable[..., Any]:
+    """Turns a function of one device's rows into one of global arrays.
+
+    Args:
+        step: `step(*replicated, batch)`; its results must be the same on every device.
+        mesh: from `make_mesh`.
+        replicated_args: number of arguments before the batch.
+    """
+    # check_vma=False: gradients of replicated parameters come out local, and `mean` and `total` are the only
+    # reductions there are besides BatchNorm's.
+    specs = (PartitionSpec(),) * replicated_args
+    return jax.shard_map(
+        step, mesh=mesh, in_specs=(*specs, _ROWS), out_specs=PartitionSpec(), check_vma=False
+    )
+
+
+def mean(tree: Any) -> Any:
+    """Averages over all devices, within a sharded step."""
+    return lax.pmean(tree, _AXES)
+
+
+def total(tree: Any) -> Any:
+    """Sums over all devices, within a sharded step."""
+    return lax.psum(tree, _AXES)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The placement of parameters: a copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_rows(mesh: Mesh) -> NamedSharding:
+    """The placement of a batch: contiguous rows on every device."""
+    return NamedSharding(mesh, _ROWS)
+
+
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Makes global arrays of this process's rows of a batch."""
+    sharding = by_rows(mesh)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def round_up_to_devices(batch_size: int, devices: Iterable[Device] | None = None) -> int:
+    """Returns the smallest batch of at least `batch_size` that divides among the devices."""
+    count = len(jax.devices() if devices is None else list(devices))
+    return -(-batch_size // count) * count

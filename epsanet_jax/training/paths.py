@@ -1,0 +1,23 @@
+"""Paths on local disks and in buckets."""
+
+from etils import epath
+
+from epsanet_jax.errors import InputError, one_line
+
+
+def resolve(path: str) -> epath.Path:
+    """Returns an absolute path; a URI such as gs://bucket/run stays as it is.
+
+    Raises:
+        InputError: the URI is of an unknown kind.
+    """
+    try:
+        resolved = epath.Path(path)
+        return resolved if is_remote(path) else resolved.expanduser().absolute()
+    except (KeyError, ImportError, ValueError) as e:
+        raise InputError(f'cannot use the path {path}: {one_line(e)}') from e
+
+
+def is_remote(path: object) -> bool:
+    """Whether a path is a URI."""
+    return '://' in str(path)

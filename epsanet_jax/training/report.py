@@ -1,0 +1,140 @@
+"""What a run tells: metrics.jsonl, and lines or a progress bar on the console."""
+
+import datetime
+import json
+import sys
+from typing import Any
+
+import jax
+from etils import epath
+from tqdm import tqdm
+
+from epsanet_jax.training.paths import is_remote
+
+METRICS_FILE = 'metrics.jsonl'
+
+
+def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
+    """Returns the lines of a workdir's metrics.jsonl; a line cut off by a crash is left out."""
+    path = workdir / METRICS_FILE
+    lines = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            content = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(content, dict) and 'step' in content and 'split' in content:
+            lines.append(content)
+    return lines
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file under a temporary name and renames it."""
+    temporary = path.parent / f'{path.name}.tmp'
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+class Report:
+    """Writes metrics and tells of progress; only process 0 does.
+
+    metrics.jsonl is appended to on a local disk. An object store knows no append: there the whole file is
+    written at every evaluation and at the end.
+
+    Args:
+        workdir: of the run.
+        step: at which the run starts or continues; lines of later steps, of which no checkpoint was left,
+            are removed, since those steps are about to be made again.
+        total: steps of the whole run.
+    """
+
+    def __init__(self, workdir: epath.Path, step: int, total: int):
+        self._path, self._total = workdir / METRICS_FILE, total
+        self._active = jax.process_index() == 0
+        self._local = not is_remote(workdir)
+        self.lines = [line for line in read_metrics(workdir) if line['step'] <= step]
+        hide = not (self._active and sys.stderr.isatty())
+        self._bar = tqdm(total=total, initial=step, unit='step', dynamic_ncols=True, disable=hide)
+        self.flush()
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        if self._active:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def advance(self) -> None:
+        """Moves the progress bar on by a step."""
+        self._bar.update()
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether an evaluation at this step is recorded."""
+        return any(line['split'] == 'eval' and line['step'] == step for line in self.lines)
+
+    def train(
+        self,
+        step: int,
+        means: dict[str, float],
+        lr: float,
+        images_per_s: float | None = None,
+        data_wait: float | None = None,
+        eta_s: float | None = None,
+    ) -> None:
+        """Records the means since the last line, the current learning rate and, where known, the speed.
+
+        Args:
+            step: updates made.
+            means: 'loss', 'top1', 'top5' (fractions).
+            lr: of the last update.
+            images_per_s: of all devices together.
+            data_wait: share of the time that the devices waited for pictures.
+            eta_s: seconds to the end.
+        """
+        values = {k: means[k] for k in ('loss', 'top1', 'top5')}
+        speed = {'images_per_s': _rounded(images_per_s, 2), 'data_wait': _rounded(data_wait, 4)}
+        self._write({'split': 'train', 'step': step, **values, 'lr': lr, **speed})
+        text = (
+            f'step {step}/{self._total} | loss {means["loss"]:.4f} | top-1 {means["top1"]:.1%} | lr {lr:.4g}'
+        )
+        if images_per_s is not None:
+            text += f' | {images_per_s:.1f} images/s | data wait {data_wait:.1%} | ETA {_duration(eta_s)}'
+        self.say(text)
+
+    def evaluation(self, step: int, means: dict[str, float], seconds: float) -> None:
+        """Records an evaluation: 'loss', 'top1', 'top5', 'examples' and, where there are any, 'skipped'."""
+        self._write({'split': 'eval', 'step': step, **means})
+        self.flush()
+        self.say(f'step {step}/{self._total} | {describe(means)} in {seconds:.1f} s')
+
+    def flush(self) -> None:
+        """Writes metrics.jsonl whole."""
+        if self._active:
+            write_whole(self._path, ''.join(json.dumps(line) + '\n' for line in self.lines))
+
+    def close(self) -> None:
+        """Ends the progress bar and writes metrics.jsonl whole."""
+        self._bar.close()
+        self.flush()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.lines.append(line)
+        if self._active and self._local:
+            with self._path.open('a') as f:
+                f.write(json.dumps(line) + '\n')
+
+
+def describe(means: dict[str, float]) -> str:
+    """Returns an evaluation in words."""
+    skipped = f', {means["skipped"]} skipped' if means.get('skipped') else ''
+    return (
+        f'evaluation: loss {means["loss"]:.4f} | top-1 {means["top1"]:.2%} | top-5 {means["top5"]:.2%} '
+        f'of {means["examples"]} pictures{skipped}'
+    )
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def _duration(seconds: float | None) -> str:
+    return '?' if seconds is None else str(datetime.timedelta(seconds=round(seconds)))

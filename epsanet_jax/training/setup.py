@@ -1,0 +1,217 @@
+"""What is checked and built before a run compiles or writes anything."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from etils import epath
+from jax.sharding import Mesh
+
+from epsanet_jax.data.sources import Source
+from epsanet_jax.errors import InputError
+from epsanet_jax.models.epsanet import EPSANet
+from epsanet_jax.training import inputs, parallel, pretrained
+from epsanet_jax.training.checkpoint import FOLDER
+from epsanet_jax.training.config import Config, build_model, flatten, identity
+from epsanet_jax.training.metadata import make_metadata
+from epsanet_jax.training.optimizer import make_optimizer, make_schedule
+from epsanet_jax.training.paths import resolve
+from epsanet_jax.training.pretrained import Initial, Start, Weights
+from epsanet_jax.training.report import write_whole
+from epsanet_jax.training.validation import validate
+
+CONFIG_FILE = 'config.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything about a run that is fixed before its first step.
+
+    Attributes:
+        config: as given.
+        workdir: its folder.
+        train_source: pictures to train on.
+        eval_source: pictures to evaluate on.
+        model: the network.
+        mesh: the devices.
+        schedule: learning rate by step.
+        optimizer: with that schedule.
+        metadata: of its checkpoints; holds what identifies the run.
+        initial: weights to start from; None: from scratch, or from a checkpoint of the run itself.
+        start: epoch and learning rate of another training that goes on here.
+        steps_per_epoch: need not be whole.
+        total_steps: length.
+        eval_every: steps between evaluations.
+        eval_batch_size: divides among the devices.
+    """
+
+    config: Config
+    workdir: epath.Path
+    train_source: Source
+    eval_source: Source
+    model: EPSANet
+    mesh: Mesh
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+    metadata: dict[str, Any]
+    initial: Initial | None
+    start: Start | None
+    steps_per_epoch: float
+    total_steps: int
+    eval_every: int
+    eval_batch_size: int
+
+    def learning_rate(self, step: int) -> float:
+        """Returns the learning rate of the update after `step` updates."""
+        return np.asarray(self.schedule(step)).item()
+
+    def metadata_at(self, step: int) -> dict[str, Any]:
+        """Returns the metadata of a checkpoint after `step` updates."""
+        rate = self.learning_rate(max(0, step - 1))
+        return {**self.metadata, 'epoch': step / self.steps_per_epoch, 'lr': rate}
+
+    def write_config(self) -> None:
+        """Makes the workdir and writes config.json into it, unless it stands there already."""
+        if jax.process_index() != 0:
+            return
+        start = None if self.start is None else dataclasses.asdict(self.start)
+        content = {
+            'identity': self.metadata['identity'],
+            'config': self.metadata['config'],
+            'start': start,
+        }
+        text, path = json.dumps(content, indent=2) + '\n', self.workdir / CONFIG_FILE
+        try:
+            if not path.exists() or path.read_text() != text:
+                self.workdir.mkdir(parents=True, exist_ok=True)
+                write_whole(path, text)
+        except OSError as e:
+            raise InputError(f'cannot write to --workdir={self.workdir}: {e}') from e
+
+
+def prepare(config: Config, workdir: str) -> Run:
+    """Checks a configuration against the data, the devices and the workdir.
+
+    Raises:
+        InputError: something will not do; nothing has been compiled or written.
+    """
+    validate(config)
+    folder = resolve(workdir)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f'--workdir={workdir} is a file, not a folder')
+    train_source, eval_source = inputs.open_splits(config.data)
+    classes = len(train_source.class_names)
+    if config.model.num_classes and config.model.num_classes < classes:
+        raise InputError(
+            f'the data has {classes} classes, more than config.model.num_classes={config.model.num_classes}'
+        )
+    model = build_model(config.model, classes)
+    mesh = parallel.make_mesh(config.batch_size, model.bn_group)
+    _check_last_stage(config, model)
+    fields = identity(config, train_source.fingerprint, model.num_classes)
+    _check_identity(folder, fields)
+
+    steps_per_epoch = len(train_source) / config.batch_size
+    total = config.steps or max(1, round(config.epochs * steps_per_epoch))
+    weights, start = _read_weights(config, folder)
+    start_step = None if start is None else round(start.epoch * steps_per_epoch)
+    if start_step is not None and start_step >= total:
+        raise InputError(f'{config.init_from} has {start_step} steps behind it, and the run ends at {total}')
+    initial = None
+    if weights is not None:
+        key, momentum = jax.random.key(config.seed), config.optimizer.momentum > 0
+        initial = pretrained.make_initial(weights, model, key, start_step, momentum)
+    peak = _peak(config, total, steps_per_epoch, start, start_step)
+    every = max(1, round(config.eval_every_epochs * steps_per_epoch)) if config.eval_every_epochs else total
+    schedule = make_schedule(config.schedule, peak, total, steps_per_epoch)
+    return Run(
+        config=config,
+        workdir=folder,
+        train_source=train_source,
+        eval_source=eval_source,
+        model=model,
+        mesh=mesh,
+        schedule=schedule,
+        optimizer=make_optimizer(config.optimizer, schedule),
+        metadata=make_metadata(
+            dataclasses.replace(config.model, num_classes=model.num_classes),
+            train_source.class_names,
+            config.data,
+            config,
+            fields,
+        ),
+        initial=initial,
+        start=start,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total,
+        eval_every=every,
+        eval_batch_size=parallel.round_up_to_devices(config.eval_batch_size or config.batch_size),
+    )
+
+
+def _read_weights(config: Config, workdir: epath.Path) -> tuple[Weights | None, Start | None]:
+    """Returns the weights to start from and, for `init_optimizer`, epoch and learning rate.
+
+    A run that has a checkpoint of its own does not need the file again.
+    """
+    if not config.init_from:
+        return None, None
+    if _has_checkpoint(workdir):
+        start = json.loads((workdir / CONFIG_FILE).read_text()).get('start')
+        return None, None if start is None else Start(**start)
+    weights = pretrained.read(config.init_from)
+    if not config.init_optimizer:
+        return weights, None
+    return weights, pretrained.read_start(weights.content, config.init_from, config.optimizer)
+
+
+def _has_checkpoint(workdir: epath.Path) -> bool:
+    folder = workdir / FOLDER
+    return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
+
+
+def _peak(
+    config: Config, total: int, steps_per_epoch: float, start: Start | None, start_step: int | None
+) -> float:
+    """Returns the schedule's peak: the configured one, or what gives a continued training its last rate."""
+    if start is None or start_step is None:
+        return config.optimizer.lr
+    factor = make_schedule(config.schedule, 1.0, total, steps_per_epoch)(max(0, start_step - 1))
+    return start.last_lr / np.asarray(factor).item()
+
+
+def _check_last_stage(config: Config, model: EPSANet) -> None:
+    """Raises InputError if the last stage leaves BatchNorm a single value to take the variance of."""
+    group, side = model.bn_group or config.batch_size, config.data.image_size
+    stride = 2 ** (len(model.layers) + 1)
+    if group * math.ceil(side / stride) ** 2 < 2:
+        raise InputError(
+            f'BatchNorm over {group} picture of {side} px has one value a channel in the last stage: '
+            'raise config.model.bn_group, config.batch_size or config.data.image_size'
+        )
+
+
+def _check_identity(workdir: epath.Path, fields: dict[str, Any]) -> None:
+    """Raises InputError if the workdir holds another run."""
+    path = workdir / CONFIG_FILE
+    if not path.exists():
+        if _has_checkpoint(workdir):
+            raise InputError(f'{workdir} holds checkpoints but no {CONFIG_FILE}; choose another --workdir')
+        return
+    if not _has_checkpoint(workdir):
+        return  # a run that was given up before its first checkpoint left nothing to protect
+    try:
+        # A field that an older version did not have was at what is now its default.
+        old = {**flatten(Config()), **json.loads(path.read_text())['identity']}
+        known = sorted(fields)
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise InputError(f'{path} is not the {CONFIG_FILE} of a run; choose another --workdir') from e
+    differing = [f'{k}: {old.get(k)!r} -> {fields.get(k)!r}' for k in known if old.get(k) != fields.get(k)]
+    if differing:
+        raise InputError(
+            f'{workdir} holds another run; choose another --workdir or undo {"; ".join(differing)}'
+        )

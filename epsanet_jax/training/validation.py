@@ -1,0 +1,130 @@
+"""Checks of a configuration that need neither data nor devices."""
+
+import dataclasses
+import math
+import typing
+from typing import Any
+
+import jax
+
+from epsanet_jax.errors import InputError
+from epsanet_jax.models import get_variant
+from epsanet_jax.models.epsanet import MIN_SIZE
+from epsanet_jax.training.config import DTYPES, Config, DataConfig, build_model, flatten
+
+
+def validate(config: Config) -> None:
+    """Raises InputError, with the field and its value, if a run with this configuration cannot be."""
+    if not isinstance(config, Config):
+        raise InputError(f'get_config() must return an epsanet_jax Config, got {type(config).__name__}')
+    validate_types(config)
+    get_variant(config.model.name)
+    for field, choices in {
+        'data.source': ('folder', 'tfds', 'synthetic'),
+        'data.on_bad': ('stop', 'skip'),
+        'schedule.name': ('constant', 'step', 'cosine'),
+        'model.dtype': tuple(DTYPES),
+        'model.param_dtype': tuple(DTYPES),
+    }.items():
+        value = flatten(config)[field]
+        if value not in choices:
+            raise InputError(f'config.{field} must be one of {", ".join(choices)}, got {value!r}')
+    for field in ('dtype', 'param_dtype'):
+        if getattr(config.model, field) == 'float64' and not jax.config.jax_enable_x64:
+            raise InputError(f'config.model.{field}=float64 needs the environment variable JAX_ENABLE_X64=1')
+    if config.init_optimizer and not config.init_from:
+        raise InputError('config.init_optimizer needs config.init_from=FILE')
+    _validate_numbers(config)
+    _validate_data(config.data)
+    build_model(config.model, config.model.num_classes or 1)
+
+
+def validate_types(section: Any, prefix: str = 'config') -> None:
+    """Checks what a recipe or config_flags put into the fields against their declared types."""
+    for name, hint in typing.get_type_hints(type(section)).items():
+        value, field = getattr(section, name), f'{prefix}.{name}'
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, typing.cast(type, hint)):
+                raise InputError(f'{field} must be a section of settings, got {value!r}')
+            validate_types(value, field)
+        elif typing.get_origin(hint) is tuple:
+            element = typing.get_args(hint)[0]
+            listed = isinstance(value, tuple | list)
+            if not listed or not all(_is(v, element) and math.isfinite(v) for v in value):
+                raise InputError(f'{field} must hold numbers of type {element.__name__}, got {value!r}')
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f'{field} must be finite, got {value}')
+        elif not _is(value, hint):
+            raise InputError(f'{field} must be of type {hint.__name__}, got {value!r}')
+
+
+def _is(value: Any, kind: type) -> bool:
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
+def _validate_numbers(config: Config) -> None:
+    at_least = {
+        'seed': 0,
+        'batch_size': 1,
+        'steps': 0,
+        'log_every_steps': 1,
+        'eval_every_epochs': 0,
+        'eval_batch_size': 0,
+        'model.num_classes': 0,
+        'model.bn_group': 0,
+        'data.workers': 0,
+        'data.threads': 0,
+        'data.image_size': MIN_SIZE,
+        'data.resize_size': config.data.image_size,
+        'data.synthetic_examples': 1,
+        'data.synthetic_classes': 1,
+        'optimizer.lr': 0,
+        'optimizer.momentum': 0,
+        'optimizer.weight_decay': 0,
+        'schedule.warmup_epochs': 0,
+        'checkpoint.every_steps': 0,
+        'checkpoint.every_minutes': 0,
+        'checkpoint.keep': 1,
+    }
+    above = {'schedule.step_epochs': 0, 'schedule.step_factor': 0}
+    if not config.steps:
+        above['epochs'] = 0
+    flat = flatten(config)
+    for field, bound in at_least.items():
+        if not flat[field] >= bound:
+            raise InputError(f'config.{field} must be at least {bound}, got {flat[field]}')
+    for field, bound in above.items():
+        if not flat[field] > bound:
+            raise InputError(f'config.{field} must be above {bound}, got {flat[field]}')
+    if config.seed >= 2**32:
+        raise InputError(f'config.seed must be below 2**32, got {config.seed}')
+    for field in ('label_smoothing', 'optimizer.momentum'):
+        if not 0 <= flat[field] < 1:
+            raise InputError(f'config.{field} must be in [0, 1), got {flat[field]}')
+    if config.optimizer.nesterov and not config.optimizer.momentum:
+        raise InputError('config.optimizer.nesterov needs config.optimizer.momentum above 0')
+
+
+def _validate_data(data: DataConfig) -> None:
+    if data.source == 'folder' and not data.dir:
+        raise InputError(
+            'config.data.dir must name a folder with the splits, got nothing: --config.data.dir=DIR'
+        )
+    if data.source == 'tfds' and not data.name:
+        raise InputError("config.data.name must name a TFDS data set, as 'digits', got nothing")
+    for field in ('crop_scale', 'crop_ratio'):
+        value = getattr(data, field)
+        if len(value) != 2 or not 0 < value[0] <= value[1] or (field == 'crop_scale' and value[1] > 1):
+            raise InputError(
+                f'config.data.{field} must be a smallest and a largest number above 0'
+                f'{", at most 1" if field == "crop_scale" else ""}, got {value}'
+            )
+    for field in ('mean', 'std'):
+        if len(getattr(data, field)) != 3:
+            raise InputError(
+                f'config.data.{field} must have one number a channel, got {getattr(data, field)}'
+            )
+    if min(data.std) <= 0:
+        raise InputError(f'config.data.std must be above 0, got {data.std}')

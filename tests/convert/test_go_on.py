@@ -1,0 +1,248 @@
+"""A training begun in PyTorch goes on in JAX with the same updates, and the other way round."""
+
+import numpy as np
+import pytest
+import small
+import torch
+
+from epsanet_jax import InputError
+from epsanet_jax.cli import main
+from epsanet_jax.convert import read_checkpoint, to_torch, torch_model
+from epsanet_jax.convert.momentum import momentum_from_torch, momentum_to_torch
+from epsanet_jax.training import inputs, loop
+from epsanet_jax.training.checkpoint import load
+from epsanet_jax.training.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
+
+MODEL = {k: v for k, v in small.SETTINGS.items() if k != 'num_classes'}
+EXAMPLES, BATCH = 64, 16  # 4 steps an epoch
+NET = small.model(num_classes=4)
+
+
+def recipe(**changes):
+    config = Config(
+        batch_size=BATCH,
+        epochs=3,
+        log_every_steps=1,
+        eval_every_epochs=0.0,
+        model=ModelConfig(**MODEL),
+        data=DataConfig(
+            source='synthetic',
+            image_size=32,
+            resize_size=32,
+            synthetic_examples=EXAMPLES,
+            synthetic_classes=4,
+        ),
+        optimizer=OptimizerConfig(lr=0.01, momentum=0.9, weight_decay=1e-3),
+        schedule=ScheduleConfig(name='step', step_epochs=2),
+        checkpoint=CheckpointConfig(every_minutes=0, keep=9),
+    )
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def batches(config, first, last):
+    """The very batches that the trainer sees, for PyTorch."""
+    source = inputs.open_source(config.data, 'train')
+    for _, batch in zip(range(first, last), inputs.train_batches(config, source, first), strict=False):
+        images = (batch['image'] / 255.0 - np.array(config.data.mean)) / np.array(config.data.std)
+        labels = torch.from_numpy(batch['label']).long()
+        yield torch.from_numpy(images.astype(np.float32)).permute(0, 3, 1, 2), labels
+
+
+def torch_steps(twin, sgd, config, first, last):
+    criterion = torch.nn.CrossEntropyLoss(label_smoothing=config.label_smoothing)
+    twin.train()
+    for step, (images, labels) in enumerate(batches(config, first, last), start=first):
+        for group in sgd.param_groups:
+            group['lr'] = config.optimizer.lr * 0.1 ** (step // 8)
+        sgd.zero_grad()
+        criterion(twin(images), labels).backward()
+        sgd.step()
+
+
+def make_sgd(twin, lr=0.01):
+    return torch.optim.SGD(twin.parameters(), lr=lr, momentum=0.9, weight_decay=1e-3)
+
+
+@pytest.fixture(scope='module')
+def half_trained(tmp_path_factory):
+    """One epoch of three in PyTorch, saved as the reference does, and where PyTorch gets from there."""
+    path = tmp_path_factory.mktemp('torch') / 'checkpoint.pth.tar'
+    torch.manual_seed(0)
+    twin = torch_model.EPSANet(NET)
+    sgd = make_sgd(twin)
+    torch_steps(twin, sgd, recipe(), 0, 4)
+    state_dict = {f'module.{k}': v for k, v in twin.state_dict().items()}
+    saved = {'epoch': 1, 'arch': 'epsanet50', 'state_dict': state_dict, 'best_prec1': 0.0}
+    torch.save({**saved, 'optimizer': sgd.state_dict()}, path)
+    torch_steps(twin, sgd, recipe(), 4, 6)
+    return path, {k: v.numpy().copy() for k, v in twin.state_dict().items()}
+
+
+def assert_close(ours, expected):
+    for name, value in expected.items():
+        if not name.endswith('num_batches_tracked'):
+            error = np.abs(ours[name] - value).max() / np.abs(value).max()
+            assert error < 2e-4, (name, error)  # float32, two steps on 8 devices
+
+
+def test_a_run_half_trained_in_pytorch_goes_on_in_jax(half_trained, tmp_path, capsys):
+    path, expected = half_trained
+    config = recipe(steps=6, init_from=str(path), init_optimizer=True)
+    loop.train(config, str(tmp_path))
+    assert 'continues at step 4 with its momentum' in capsys.readouterr().out
+    loaded = load(str(tmp_path))
+    assert loaded.step == 6
+    assert_close(to_torch(loaded.variables, loaded.model), expected)
+
+    without = recipe(steps=6, init_from=str(path))
+    loop.train(without, str(tmp_path / 'without'))
+    other = to_torch(load(str(tmp_path / 'without')).variables, NET)
+    assert np.abs(other['fc.weight'] - expected['fc.weight']).max() > 1e-3
+
+
+def test_the_file_is_not_needed_once_there_is_a_checkpoint(half_trained, tmp_path):
+    path = tmp_path / 'moved.pth.tar'
+    path.write_bytes(half_trained[0].read_bytes())
+    loop.train(recipe(steps=5, init_from=str(path), init_optimizer=True), str(tmp_path / 'run'))
+    path.unlink()
+    loop.train(recipe(steps=6, init_from=str(path), init_optimizer=True), str(tmp_path / 'run'))
+    assert_close(to_torch(load(str(tmp_path / 'run')).variables, NET), half_trained[1])
+
+
+def test_the_learning_rate_carries_over(half_trained, tmp_path):
+    """The file was trained at 0.01 in its first epoch: the schedule goes on from there, whatever its peak."""
+    config = recipe(steps=9, init_from=str(half_trained[0]), init_optimizer=True)
+    config.optimizer.lr = 5.0
+    loop.train(config, str(tmp_path))
+    rates = [line['lr'] for line in _lines(tmp_path) if line['split'] == 'train']
+    assert rates == pytest.approx([0.01] * 4 + [0.001])
+
+
+def _lines(workdir):
+    import json
+
+    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+
+
+def test_and_the_way_back(tmp_path):
+    """Two steps in JAX, converted, two in PyTorch: the same as four in JAX."""
+    config = recipe(steps=8)
+    config.checkpoint.every_steps = 4
+    loop.train(config, str(tmp_path / 'run'))
+    path = tmp_path / 'back.pth.tar'
+    assert main(['convert', str(tmp_path / 'run'), str(path), '--step', '4']) == 0
+    saved = torch.load(path, weights_only=True)
+    assert saved['epoch'] == 1
+    twin = torch_model.EPSANet(NET)
+    twin.load_state_dict(saved['state_dict'], strict=True)
+    sgd = make_sgd(twin, lr=0.5)
+    sgd.load_state_dict(saved['optimizer'])
+    assert sgd.param_groups[0]['lr'] == pytest.approx(0.01)
+    torch_steps(twin, sgd, config, 4, 6)
+    config.steps = 6
+    loop.train(config, str(tmp_path / 'six'))
+    expected = to_torch(load(str(tmp_path / 'six')).variables, NET)
+    assert_close({k: v.numpy() for k, v in twin.state_dict().items()}, expected)
+
+
+def test_momentum_there_and_back_in_the_order_of_pytorch(half_trained):
+    read = read_checkpoint(half_trained[0])
+    momentum = momentum_from_torch(read.optimizer, read.state_dict, NET)
+    group = {'lr': 0.1, 'momentum': 0.9, 'weight_decay': 0.0, 'nesterov': False}
+    back = momentum_to_torch(momentum, NET, group)
+    for number, entry in read.optimizer['state'].items():
+        np.testing.assert_array_equal(back['state'][number]['momentum_buffer'], entry['momentum_buffer'])
+    twin = torch_model.EPSANet(NET)
+    names = [name for name, _ in twin.named_parameters()]
+    where = names.index('layer2.0.conv2.conv_3.weight')
+    ours = momentum['layer2_0']['conv2']['conv_3']['kernel']
+    expected = read.optimizer['state'][where]['momentum_buffer'].permute(2, 3, 1, 0)
+    np.testing.assert_array_equal(ours, expected)
+
+
+def test_optimizers_that_do_not_fit(half_trained, tmp_path):
+    path = str(half_trained[0])
+    for changes, part in (
+        ({'optimizer': OptimizerConfig(momentum=0.8, weight_decay=1e-3)}, 'optimizer.momentum=0.9'),
+        ({'optimizer': OptimizerConfig()}, 'config.optimizer.weight_decay=0.001'),
+        ({'epochs': 1.0}, 'has 4 steps behind it, and the run ends at 4'),
+        ({'model': ModelConfig(**{**MODEL, 'layers': (1, 1, 1, 1)})}, 'unexpected layer1.1.conv1.weight'),
+        ({'init_from': ''}, 'needs config.init_from'),
+    ):
+        config = recipe(**{'init_from': path, 'init_optimizer': True, **changes})
+        with pytest.raises(InputError, match=part):
+            loop.train(config, str(tmp_path / 'run'))
+        assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('damage', 'part'),
+    [
+        (lambda o: o.update(param_groups=3), 'not that of SGD'),
+        (lambda o: o.update(param_groups=[3]), 'not that of SGD'),
+        (lambda o: o.update(param_groups=o['param_groups'] * 2), '2 groups'),
+        (lambda o: o.update(state=[1]), 'not that of SGD'),
+        (lambda o: o.update(state={0: {'exp_avg': 1}}), 'keeps exp_avg'),
+        (lambda o: o['param_groups'][0].update(dampening=0.5), 'dampening 0.5'),
+        (lambda o: o['param_groups'][0].update(maximize=True), 'maximize True'),
+        (lambda o: o['param_groups'][0].update(lr=float('inf')), 'learning rate'),
+        (lambda o: o['param_groups'][0].update(lr='x'), 'not that of SGD'),
+        (lambda o: o['param_groups'][0].update(params=[0]), 'expected one of all'),
+        (lambda o: o['state'][0].update(momentum_buffer='x'), 'in the buffer of conv1.weight'),
+        (lambda o: o['state'][0].update(momentum_buffer=torch.zeros(3)), 'a buffer of shape'),
+    ],
+)
+def test_optimizer_states_that_are_not_those_of_sgd(half_trained, tmp_path, damage, part):
+    content = torch.load(half_trained[0], weights_only=True)
+    damage(content['optimizer'])
+    torch.save(content, tmp_path / 'x.pth.tar')
+    with pytest.raises(InputError, match=part):
+        loop.train(recipe(init_from=str(tmp_path / 'x.pth.tar'), init_optimizer=True), str(tmp_path / 'run'))
+    assert not (tmp_path / 'run').exists()
+
+
+def test_epochs_need_not_be_whole_steps(tmp_path, capsys):
+    """100 examples in batches of 16: an epoch is 6.25 steps; a run goes on from where it was."""
+    config = recipe(epochs=2)
+    config.data.synthetic_examples = 100
+    loop.train(config, str(tmp_path / 'two'))
+    assert main(['convert', str(tmp_path / 'two'), str(tmp_path / 'x.pth.tar')]) == 0
+    assert torch.load(tmp_path / 'x.pth.tar', weights_only=True)['epoch'] == 2
+    on = recipe(epochs=3, init_from=str(tmp_path / 'two'), init_optimizer=True)
+    on.data.synthetic_examples = 100
+    capsys.readouterr()
+    loop.train(on, str(tmp_path / 'on'))
+    assert 'continues at step 12 with its momentum' in capsys.readouterr().out
+
+
+def test_a_run_converted_to_a_checkpoint_is_read_again(tmp_path):
+    loop.train(recipe(steps=1), str(tmp_path / 'run'))
+    for src, dst in (('run', 'x.safetensors'), ('x.safetensors', 'orbax'), ('orbax', 'y.pth')):
+        assert main(['convert', str(tmp_path / src), str(tmp_path / dst)]) == 0
+    back = torch.load(tmp_path / 'y.pth', weights_only=True)
+    expected = to_torch(load(str(tmp_path / 'run')).variables, NET)
+    np.testing.assert_array_equal(back['conv1.weight'], expected['conv1.weight'])
+    config = recipe(steps=1, init_from=str(tmp_path / 'orbax'))
+    assert loop.train(config, str(tmp_path / 'on')).step == 1
+
+
+def test_weights_of_a_run_start_another_with_a_new_classifier(tmp_path, capsys):
+    loop.train(recipe(steps=1), str(tmp_path / 'first'))
+    config = recipe(steps=1, init_from=str(tmp_path / 'first'))
+    config.data.synthetic_classes = 3
+    config.optimizer.lr = 0.0
+    config.optimizer.weight_decay = 0.0
+    loop.train(config, str(tmp_path / 'second'))
+    assert 'classifier of 4 classes replaced by a new one of 3' in capsys.readouterr().out
+    first, second = (load(str(tmp_path / name)).variables['params'] for name in ('first', 'second'))
+    np.testing.assert_array_equal(first['conv1']['kernel'], second['conv1']['kernel'])
+    assert second['fc']['kernel'].shape == (64, 3)

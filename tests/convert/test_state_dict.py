@@ -1,0 +1,223 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from epsanet_jax import InputError, create_model, list_models
+from epsanet_jax.convert import from_torch, to_torch, torch_model
+from epsanet_jax.convert.infer import infer_settings, model_from_settings
+from epsanet_jax.convert.state_dict import name_table, torch_order
+
+NET = small.model()
+VARIABLES = small.random_variables(NET, dtype=np.float32)
+STATE_DICT = to_torch(VARIABLES, NET)
+
+
+@pytest.mark.parametrize(
+    ('name', 'psa_bias'), [*((name, False) for name in list_models()), ('epsanet50_small', True)]
+)
+def test_names_shapes_and_order_are_the_reference_state_dict(name, psa_bias):
+    net = create_model(name, psa_bias=psa_bias)
+    with torch.device('meta'):
+        twin = torch_model.EPSANet(net)
+    expected = {k: tuple(v.shape) for k, v in twin.state_dict().items()}
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
+    empty = jax.tree.map(lambda a: np.empty(a.shape, bool), dict(shapes))
+    assert [(k, v.shape) for k, v in to_torch(empty, net).items()] == list(expected.items())
+    table = name_table(net)
+    parameters = [name for name in torch_order(table) if table[name][0][0] == 'params']
+    assert parameters == [name for name, _ in twin.named_parameters()]
+
+
+def test_there_and_back_again_bit_for_bit():
+    chex.assert_trees_all_equal(from_torch(STATE_DICT, NET), VARIABLES)
+    again = to_torch(from_torch(STATE_DICT, NET), NET)
+    assert again.keys() == STATE_DICT.keys()
+    for name, array in STATE_DICT.items():
+        np.testing.assert_array_equal(again[name], array)
+        assert again[name].dtype == array.dtype
+
+
+def test_it_loads_strictly_and_the_counters_are_zeros():
+    twin = torch_model.EPSANet(NET)
+    twin.load_state_dict({k: torch.from_numpy(v) for k, v in STATE_DICT.items()}, strict=True)
+    assert twin.bn1.num_batches_tracked == 0
+
+
+def test_variables_do_not_share_memory_with_the_tensors():
+    tensors = {k: torch.from_numpy(v.copy()) for k, v in STATE_DICT.items()}
+    variables = from_torch(tensors, NET)
+    for tensor in tensors.values():
+        tensor.fill_(0)
+    chex.assert_trees_all_equal(variables, VARIABLES)
+
+
+@pytest.mark.parametrize('prefix', ['module.', '_orig_mod.', 'module._orig_mod.'])
+def test_prefixes_of_wrappers_are_taken_off(prefix):
+    wrapped = {prefix + name: torch.from_numpy(value) for name, value in STATE_DICT.items()}
+    chex.assert_trees_all_equal(from_torch(wrapped, NET), VARIABLES)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16, torch.float64])
+def test_tensors_of_other_types(dtype):
+    tensors = {k: torch.from_numpy(v) for k, v in STATE_DICT.items()}
+    tensors = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors.items()}
+    variables = from_torch(tensors, NET)
+    chex.assert_trees_all_equal_dtypes(variables, VARIABLES)
+    expected = tensors['layer1.0.conv2.conv_3.weight'].float().permute(2, 3, 1, 0)
+    np.testing.assert_array_equal(variables['params']['layer1_0']['conv2']['conv_3']['kernel'], expected)
+
+
+def test_a_parameter_that_wants_a_gradient_is_read():
+    twin = torch_model.EPSANet(NET)
+    assert from_torch(dict(twin.named_parameters()) | dict(twin.named_buffers()), NET)
+
+
+def test_one_error_lists_every_name_that_does_not_fit():
+    broken = dict(STATE_DICT)
+    del broken['bn1.weight'], broken['layer3.0.conv2.conv_2.weight']
+    broken['fc.weight'] = broken['fc.weight'][:3]
+    broken['layer9.weight'] = np.zeros(3)
+    broken['bn1.bias'] = broken['bn1.bias'] * np.nan
+    broken['layer1.0.bn1.running_var'] = -broken['layer1.0.bn1.running_var']
+    broken['layer1.0.conv1.weight'] = broken['layer1.0.conv1.weight'].astype(np.int32)
+    broken['foo.num_batches_tracked'] = np.zeros(())
+    with pytest.raises(InputError) as e:
+        from_torch(broken, NET)
+    for problem in (
+        '8 places',
+        'missing bn1.weight',
+        'missing layer3.0.conv2.conv_2.weight',
+        'unexpected layer9.weight',
+        'unexpected foo.num_batches_tracked',
+        'shape (3, 64) instead of (7, 64) of fc.weight',
+        'values that are not finite as float32 in bn1.bias',
+        'negative values in layer1.0.bn1.running_var',
+        'values of type int32 in layer1.0.conv1.weight',
+    ):
+        assert problem in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ('given', 'asked', 'hint'),
+    [
+        (('epsanet50_large', {}), 'epsanet50_small', "create_model('epsanet50_large', num_classes=1000"),
+        (('epsanet101_small', {}), 'epsanet50_small', "create_model('epsanet101_small'"),
+        (('epsanet50_small', {}), 'epsanet101_large', "create_model('epsanet50_small'"),
+        (('epsanet50_small', {'psa_bias': True}), 'epsanet50_small', 'psa_bias=True'),
+        (('epsanet50_small', {'num_classes': 10}), 'epsanet50_small', 'num_classes=10'),
+        (('resnet50', {}), 'epsanet50_small', "create_model('resnet50'"),
+    ],
+)
+def test_the_variant_that_would_fit_is_named(given, asked, hint):
+    with torch.device('meta'):
+        state_dict = torch_model.EPSANet(create_model(given[0], **given[1])).state_dict()
+    shapes_only = {k: np.broadcast_to(np.float32(1), v.shape) for k, v in state_dict.items()}
+    with pytest.raises(InputError) as e:
+        from_torch(shapes_only, create_model(asked))
+    assert hint in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ('name', 'changes'),
+    [
+        *[(name, {}) for name in list_models()],
+        ('epsanet50_small', small.SETTINGS),
+        ('epsanet101_large', {'psa_bias': True, 'num_classes': 3, 'reduction': 8}),
+        (
+            'epsanet50_small',
+            {'kernels': (3, 5), 'groups': (1, 2), 'planes': (16, 32, 64, 64), 'reduction': 4},
+        ),
+        ('resnet50', {'layers': (1, 1), 'planes': (8, 16), 'expansion': 2}),
+    ],
+)
+def test_a_network_is_found_from_its_shapes(name, changes):
+    net = create_model(name, **changes)
+    with torch.device('meta'):
+        found = infer_settings(torch_model.EPSANet(net).state_dict())
+    assert model_from_settings(found) == net
+    if not changes:
+        assert found['name'] == name
+
+
+@pytest.mark.parametrize('nothing', [{}, {'a': np.zeros(3)}, {'fc.weight': np.zeros((3, 4))}])
+def test_other_state_dicts_are_no_epsanet(nothing):
+    with pytest.raises(InputError, match='not the state dict of an EPSANet'):
+        infer_settings(nothing)
+
+
+def test_a_new_head_takes_the_place_of_one_of_another_size():
+    net = small.model(num_classes=3)
+    with pytest.raises(InputError, match=r'shape \(7, 64\) instead of \(3, 64\) of fc.weight.*num_classes=7'):
+        from_torch(STATE_DICT, net)
+    variables = from_torch(STATE_DICT, net, new_head=jax.random.key(1))
+    assert variables['params']['fc']['kernel'].shape == (64, 3)
+    kernels = [v['params']['conv1']['kernel'] for v in (variables, VARIABLES)]
+    np.testing.assert_array_equal(*kernels)
+    headless = {k: v for k, v in STATE_DICT.items() if not k.startswith('fc.')}
+    chex.assert_trees_all_equal(from_torch(headless, net, new_head=jax.random.key(1)), variables)
+
+
+def test_variables_of_another_model_are_refused():
+    with pytest.raises(InputError, match='fc/kernel'):
+        to_torch(small.random_variables(small.model(num_classes=3)), NET)
+
+
+def test_the_table_names_every_leaf_once():
+    table = name_table(small.model(psa_bias=True))
+    assert len({path for path, _ in table.values()}) == len(table)
+
+
+NAMES = sorted(k for k in STATE_DICT if not k.endswith('tracked'))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(['drop', 'rename', 'transpose', 'extra', 'nan', 'cut', 'swap', 'type']),
+            st.sampled_from(NAMES),
+            st.sampled_from(NAMES),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_a_damaged_state_dict_is_an_error_or_changes_nothing(damages):
+    """Never another exception, and never variables that are not those given."""
+    broken = dict(STATE_DICT)
+    for kind, name, other in damages:
+        if name not in broken or other not in broken:
+            continue
+        value = broken[name]
+        if kind == 'drop':
+            del broken[name]
+        elif kind == 'rename':
+            broken[name + 'x'] = broken.pop(name)
+        elif kind == 'transpose':
+            broken[name] = value.T
+        elif kind == 'extra':
+            broken['layer1.7.conv1.weight'] = value
+        elif kind == 'nan':
+            broken[name] = np.where(
+                np.arange(value.size).reshape(value.shape) == value.size // 2, np.nan, value
+            )
+        elif kind == 'cut':
+            broken[name] = value[:-1]
+        elif kind == 'swap':
+            broken[name], broken[other] = broken[other], broken[name]
+        elif kind == 'type':
+            broken[name] = value.astype(bool) if name < other else np.array([b'x'] * 3)
+    try:
+        variables = from_torch(broken, NET)
+    except InputError as e:
+        assert '\n' not in str(e)  # noqa: PT017
+        return
+    back = to_torch(variables, NET)
+    for name in NAMES:
+        np.testing.assert_array_equal(back[name], broken[name])

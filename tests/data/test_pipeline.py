@@ -1,0 +1,163 @@
+import itertools
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from epsanet_jax import InputError
+from epsanet_jax.data.pipeline import Reading, Rows, bad_image_message, eval_batches, train_batches
+from epsanet_jax.data.sources import ImageFolder, Synthetic
+from epsanet_jax.data.transforms import BadImageError, CentreCrop, RandomCrop
+
+SOURCE = Synthetic(20, 4, 32)
+CROP = RandomCrop(32)
+SIX_ROWS = Rows(6)
+
+
+def take(n, rows=SIX_ROWS, start=0, source=SOURCE, **reading):
+    batches = train_batches(source, CROP, rows, seed=5, start_step=start, reading=Reading(**reading))
+    taken = list(itertools.islice(batches, n))
+    batches.close()
+    return taken
+
+
+def joined(parts):
+    """Global batches from those of several processes."""
+    return [{k: np.concatenate([p[k] for p in step]) for k in step[0]} for step in zip(*parts, strict=True)]
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.keys() == y.keys()
+        for k in x:
+            np.testing.assert_array_equal(x[k], y[k], err_msg=k)
+
+
+def test_a_batch_is_uint8_pictures_and_labels():
+    (batch,) = take(1)
+    assert batch['image'].shape == (6, 32, 32, 3)
+    assert (batch['image'].dtype, batch['label'].dtype) == (np.uint8, np.int32)
+
+
+def test_the_same_at_any_step_as_from_the_start():
+    assert_same(take(7)[4:], take(3, start=4))
+
+
+@pytest.mark.parametrize('processes', [2, 3])
+def test_every_process_has_its_contiguous_rows(processes):
+    parts = [take(3, Rows(6, i, processes), start=2) for i in range(processes)]
+    assert_same(joined(parts), take(3, start=2))
+
+
+@pytest.mark.parametrize('reading', [{'threads': 1}, {'threads': 5}, {'workers': 2}])
+def test_the_same_for_any_number_of_threads_and_workers(reading):
+    assert_same(take(4, start=1, **reading), take(4, start=1))
+
+
+def test_every_epoch_holds_every_example_once_in_another_order():
+    class Numbered:
+        class_names, fingerprint = ('x',) * 20, ''
+
+        def __len__(self):
+            return 20
+
+        def __getitem__(self, index):
+            return {'image': np.zeros((32, 32, 3), np.uint8), 'label': index}
+
+        def name_of(self, index):
+            return str(index)
+
+    labels = np.concatenate([b['label'] for b in take(10, source=Numbered())])
+    epochs = labels.reshape(3, 20)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(20))
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_augmentation_is_drawn_anew_in_every_epoch():
+    epochs = np.concatenate([b['image'] for b in take(20)]).reshape(6, 20, -1)
+    labels = np.concatenate([b['label'] for b in take(20)]).reshape(6, 20)
+    assert len({picture.tobytes() for picture in epochs.reshape(120, -1)}) == 120
+    assert (np.sort(labels, 1) == np.repeat(np.arange(4), 5)).all()
+
+
+@pytest.mark.parametrize(('batch_size', 'processes'), [(6, 1), (7, 1), (20, 1), (64, 1), (8, 4), (6, 3)])
+def test_evaluation_counts_every_example_once(batch_size, processes):
+    parts = [
+        list(eval_batches(SOURCE, CentreCrop(32, 32), Rows(batch_size, i, processes)))
+        for i in range(processes)
+    ]
+    batches = joined(parts)
+    assert {len(b['image']) for b in batches} == {batch_size}
+    mask = np.concatenate([b['mask'] for b in batches])
+    pictures = np.concatenate([b['image'] for b in batches])[mask]
+    expected = np.stack([SOURCE[i]['image'] for i in range(20)])
+    np.testing.assert_array_equal(pictures, expected)
+    np.testing.assert_array_equal(np.concatenate([b['label'] for b in batches])[mask], np.arange(20) % 4)
+
+
+def test_batches_of_one():
+    (batch,) = take(1, Rows(1))
+    assert batch['image'].shape == (1, 32, 32, 3)
+
+
+def test_a_label_out_of_range_is_an_error():
+    class Unlabelled(Synthetic):
+        def __getitem__(self, index):
+            return {**super().__getitem__(index), 'label': -1}
+
+    with pytest.raises(InputError, match='has the label -1, there are 4 classes'):
+        take(1, source=Unlabelled(20, 4, 32))
+
+
+def test_a_file_that_cannot_be_read_is_a_bad_picture(tmp_path):
+    (tmp_path / 'a').mkdir()
+    Image.new('RGB', (40, 40)).save(tmp_path / 'a' / '0.png')
+    (tmp_path / 'a' / '1.png').symlink_to(tmp_path / 'gone.png')
+    with pytest.raises(BadImageError, match=r'a/1.png: cannot read the image'):
+        take(2, source=ImageFolder(tmp_path))
+    (batch,) = take(1, source=ImageFolder(tmp_path), on_bad='skip')
+    assert set(batch['bad_index']) == {-1, 1}
+
+
+def test_a_batch_that_does_not_divide_among_processes_is_refused():
+    with pytest.raises(InputError, match='batch of 6 does not divide among 4 processes'):
+        take(1, Rows(6, 0, 4))
+
+
+@pytest.fixture
+def folder_with_a_bad_picture(tmp_path):
+    for i in range(6):
+        (tmp_path / 'abc'[i % 3]).mkdir(exist_ok=True)
+        Image.new('RGB', (40, 40), (10 * i, 0, 0)).save(tmp_path / 'abc'[i % 3] / f'{i}.png')
+    (tmp_path / 'b' / '4.png').write_bytes(b'no picture')
+    return ImageFolder(tmp_path)
+
+
+@pytest.mark.parametrize('reading', [{}, {'workers': 1}])
+def test_a_bad_picture_stops_training_and_evaluation_by_name(folder_with_a_bad_picture, reading):
+    with pytest.raises(BadImageError, match=r'b/4.png: cannot decode the image'):
+        take(2, source=folder_with_a_bad_picture, **reading)
+    with pytest.raises(BadImageError, match=r'b/4.png: cannot decode the image'):
+        list(eval_batches(folder_with_a_bad_picture, CentreCrop(32, 32), Rows(4), Reading(**reading)))
+
+
+def test_a_bad_picture_is_replaced_by_the_next_or_not_counted(folder_with_a_bad_picture):
+    source = folder_with_a_bad_picture
+    (batch,) = take(1, source=source, on_bad='skip')
+    bad = batch['bad_index'] >= 0
+    assert batch['bad_index'][bad].tolist() == [3]
+    assert source.name_of(3).endswith('b/4.png')
+    assert batch['label'][bad] == source[4]['label'] == 2
+    (batch,) = eval_batches(source, CentreCrop(32, 32), Rows(8), Reading(on_bad='skip'))
+    assert batch['mask'].tolist() == [True, True, True, False, True, True, False, False]
+    assert batch['bad_index'].max() == 3
+    assert 'b/4.png: cannot decode' in bad_image_message(source, 3)
+
+
+def test_nothing_but_bad_pictures_ends_with_an_error(tmp_path):
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a' / 'x.png').write_bytes(b'')
+    with pytest.raises(BadImageError, match='100 pictures in a row cannot be decoded'):
+        take(1, source=ImageFolder(tmp_path), on_bad='skip')

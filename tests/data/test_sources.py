@@ -1,0 +1,110 @@
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from epsanet_jax import InputError
+from epsanet_jax.data.sources import ImageFolder, Synthetic, Tfds
+from epsanet_jax.data.transforms import decode
+
+
+def write(path, color=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', (4, 3), (color, 0, 0)).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for i, name in enumerate(['b/2.png', 'b/10.PNG', 'a/x.jpeg', 'B/nested/deeper/y.bmp', 'b/nested/z.png']):
+        write(tmp_path / name, i)
+    (tmp_path / 'b' / 'notes.txt').write_text('no picture')
+    (tmp_path / 'stray.png').write_bytes(b'')
+    return tmp_path
+
+
+def test_an_image_folder_is_in_torchvision_s_order(folder):
+    source = ImageFolder(folder)
+    assert source.class_names == ('B', 'a', 'b')
+    names = [source.name_of(i).removeprefix(f'{folder}/') for i in range(len(source))]
+    assert names == ['B/nested/deeper/y.bmp', 'a/x.jpeg', 'b/10.PNG', 'b/2.png', 'b/nested/z.png']
+    assert [source[i]['label'] for i in range(5)] == [0, 1, 2, 2, 2]
+    assert decode(source[3]['image']).getpixel((0, 0)) == (0, 0, 0)
+    assert source[3]['image'] == (folder / 'b/2.png').read_bytes()
+
+
+def test_the_fingerprint_is_of_the_names_wherever_they_lie(folder, tmp_path_factory):
+    before = ImageFolder(folder).fingerprint
+    elsewhere = tmp_path_factory.mktemp('elsewhere') / 'moved'
+    folder.rename(elsewhere)
+    assert ImageFolder(elsewhere).fingerprint == before
+    write(elsewhere / 'a/new.png')
+    assert ImageFolder(elsewhere).fingerprint != before
+
+
+def test_a_folder_that_will_not_do_is_named(folder, tmp_path):
+    with pytest.raises(InputError, match=r'no such data directory: .*missing'):
+        ImageFolder(tmp_path / 'missing')
+    (tmp_path / 'a' / 'x.jpeg').unlink()
+    with pytest.raises(InputError, match=r'empty class folder: .*/a holds no picture'):
+        ImageFolder(folder)
+    with pytest.raises(InputError, match='no class folders'):
+        ImageFolder(folder / 'a')
+
+
+def test_the_digits_are_an_ordinary_tfds_data_set(digits_dir):
+    train, test = (Tfds('digits', split, digits_dir) for split in ('train', 'test'))
+    assert (len(train), len(test)) == (1437, 360)
+    assert test.class_names == tuple('0123456789')
+    assert train.fingerprint != test.fingerprint
+    picture = decode(test[0]['image'])
+    assert picture.size == (32, 32)
+    labels = np.bincount([test[i]['label'] for i in range(360)], minlength=10)
+    assert labels.min() >= 25
+    pickle.loads(pickle.dumps(test))[5]  # worker processes get it this way
+
+
+def test_no_picture_of_the_digits_is_in_both_splits(digits_dir):
+    pictures = {
+        split: [r['image'] for r in _all(Tfds('digits', split, digits_dir))] for split in ('train', 'test')
+    }
+    assert not set(pictures['train']) & set(pictures['test'])
+
+
+def _all(source):
+    return (source[i] for i in range(len(source)))
+
+
+def test_preparing_the_digits_again_does_nothing(digits_dir, capsys):
+    from epsanet_jax.data import digits
+
+    digits.prepare(digits_dir)
+    assert capsys.readouterr().out == ''
+
+
+@pytest.mark.parametrize(
+    ('name', 'split', 'message'),
+    [
+        ('digitz', 'test', "no TFDS data set 'digitz'"),
+        ('digits', 'val', r'digits\[val\]'),
+        ('mnist', 'test', "'mnist' is not prepared in"),
+        ('digits:9.9.9', 'test', "cannot open the data set 'digits:9.9.9'"),
+        ('my data', 'test', "cannot open the data set 'my data'"),
+        ('digits', 'train[5:2]', r'digits\[train\[5:2\]\]'),
+    ],
+)
+def test_a_data_set_that_cannot_be_had_is_named(digits_dir, name, split, message):
+    with pytest.raises(InputError, match=message):
+        Tfds(name, split, digits_dir)
+
+
+def test_synthetic_pictures_are_the_same_every_time():
+    a, b = Synthetic(6, 3, 32), Synthetic(6, 3, 32)
+    assert (a.fingerprint, len(a)) == (b.fingerprint, 6)
+    np.testing.assert_array_equal(a[4]['image'], b[4]['image'])
+    assert a[4]['label'] == 1
+    assert a[4]['image'].shape == (32, 32, 3)
+    assert not np.array_equal(a[4]['image'], a[1]['image'])
+    assert not np.array_equal(a[4]['image'], Synthetic(6, 3, 32, seed=1)[4]['image'])
+    with pytest.raises(IndexError):
+        a[6]

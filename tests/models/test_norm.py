@@ -1,0 +1,93 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from epsanet_jax import InputError
+from epsanet_jax.models import BatchNorm
+
+pytestmark = pytest.mark.usefixtures('strict')
+F64 = {'dtype': jnp.float64, 'param_dtype': jnp.float64}
+
+
+def train(norm, variables, x):
+    return norm.apply(variables, x, train=True, mutable=['batch_stats'])
+
+
+def test_groups_are_normalised_on_their_own_and_averaged_into_the_running_statistics(rng):
+    x = rng.standard_normal((6, 2, 2, 3)) * np.arange(1, 7)[:, None, None, None]
+    variables = BatchNorm(**F64).init(jax.random.key(0), x)
+    y, new = train(BatchNorm(group=2, **F64), variables, x)
+    parts = [train(BatchNorm(**F64), variables, x[i : i + 2]) for i in (0, 2, 4)]
+    np.testing.assert_allclose(y, np.concatenate([p[0] for p in parts]), rtol=1e-12)
+    for stat in ('mean', 'var'):
+        expected = np.mean([p[1]['batch_stats'][stat] for p in parts], axis=0)
+        np.testing.assert_allclose(new['batch_stats'][stat], expected, rtol=1e-12)
+    assert not np.allclose(y, train(BatchNorm(**F64), variables, x)[0])
+
+
+def test_a_group_spread_over_devices_equals_one_device(rng):
+    x = rng.standard_normal((8, 3, 3, 4)) * np.arange(1, 9)[:, None, None, None]
+    weights = rng.standard_normal(x.shape)
+    variables = BatchNorm(**F64).init(jax.random.key(0), x)
+    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ('a', 'b'), axis_types=(AxisType.Auto,) * 2)
+
+    def loss(norm, variables, x, weights):
+        y, new = train(norm, variables, x)
+        return (y * weights).sum(), new
+
+    def spread(variables, x, weights):
+        norm = BatchNorm(group=2, axis_name='b', **F64)
+        (_, new), gradient = jax.value_and_grad(loss, 2, has_aux=True)(norm, variables, x, weights)
+        return gradient, jax.lax.pmean(new, ('a', 'b'))
+
+    rows = PartitionSpec(('a', 'b'))
+    spread = jax.shard_map(
+        spread,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), rows, rows),
+        out_specs=(rows, PartitionSpec()),
+        check_vma=False,
+    )
+    gradient, new = jax.jit(spread)(variables, x, weights)
+    (_, expected_new), expected = jax.value_and_grad(loss, 2, has_aux=True)(
+        BatchNorm(group=2, **F64), variables, x, weights
+    )
+    np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-12)
+    for stat in ('mean', 'var'):
+        np.testing.assert_allclose(new['batch_stats'][stat], expected_new['batch_stats'][stat], rtol=1e-12)
+
+
+def test_statistics_are_float32_though_activations_are_bfloat16(rng):
+    x = jnp.asarray(rng.standard_normal((64, 8, 8, 2)) + 10, jnp.bfloat16)
+    norm = BatchNorm(dtype=jnp.bfloat16)
+    variables = norm.init(jax.random.key(0), x)
+    y, new = train(norm, variables, x)
+    assert y.dtype == jnp.bfloat16
+    expected = np.asarray(x, np.float64).mean((0, 1, 2)) * 0.1
+    np.testing.assert_allclose(new['batch_stats']['mean'], expected, rtol=1e-5)
+    assert new['batch_stats']['mean'].dtype == jnp.float32
+
+
+def test_a_large_mean_does_not_cancel_the_variance_once_the_running_mean_knows_it(rng):
+    x = (rng.standard_normal((64, 4, 4, 2)) * 0.01 + 100).astype(np.float32)
+    norm = BatchNorm()
+    variables = norm.init(jax.random.key(0), x)
+    variables['batch_stats']['mean'] = jnp.full(2, 100, jnp.float32)
+    y, _ = train(norm, variables, x)
+    mean, var = np.mean(x, (0, 1, 2), np.float64), np.var(x, (0, 1, 2), np.float64)
+    expected = (x - mean) / np.sqrt(var + 1e-5)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-2)
+
+
+def test_a_batch_that_does_not_divide_is_refused(rng):
+    x = rng.standard_normal((6, 2, 2, 3))
+    with pytest.raises(InputError, match='6 examples does not divide into groups of 4'):
+        train(BatchNorm(group=4, **F64), BatchNorm(**F64).init(jax.random.key(0), x), x)
+
+
+def test_a_single_value_has_no_variance(rng):
+    x = rng.standard_normal((2, 1, 1, 3))
+    with pytest.raises(InputError, match='more than one value a channel'):
+        train(BatchNorm(group=1, **F64), BatchNorm(**F64).init(jax.random.key(0), x), x)

@@ -1,0 +1,106 @@
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from epsanet_jax import InputError, create_model, list_models
+from epsanet_jax.analysis.summary import summarize
+from epsanet_jax.models import get_variant
+
+GOLDEN = pathlib.Path(__file__).parent / 'golden'
+EPSANETS = ['epsanet50_small', 'epsanet50_large', 'epsanet101_small', 'epsanet101_large']
+PARAMS = {
+    'epsanet50_small': 22_561_715,
+    'epsanet50_large': 27_899_518,
+    'epsanet101_small': 38_900_279,
+    'epsanet101_large': 49_592_198,
+    'resnet50': 25_557_032,
+    'resnet101': 44_549_160,
+}
+
+
+def tree(name):
+    """A line for each leaf: its path and shape."""
+    net = create_model(name)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
+    leaves = jax.tree_util.tree_leaves_with_path(dict(shapes))
+    return ''.join(f'{"/".join(k.key for k in path)} {leaf.shape}\n' for path, leaf in leaves)
+
+
+def test_the_models_there_are():
+    assert list_models() == list(PARAMS)
+
+
+@pytest.mark.parametrize('name', list(PARAMS))
+def test_exact_parameter_counts(name):
+    assert sum(row.params for row in summarize(create_model(name))) == PARAMS[name]
+
+
+@pytest.mark.parametrize('name', EPSANETS)
+def test_published_figures_are_met_to_the_last_digit(name):
+    rows, variant = summarize(create_model(name)), get_variant(name)
+    assert round(sum(row.params for row in rows) / 1e6, 2) == variant.published_params
+    assert round(sum(row.published_count for row in rows) / 1e9, 2) == variant.published_flops
+
+
+@pytest.mark.parametrize('name', list(PARAMS))
+def test_golden_parameter_trees(name):
+    assert tree(name) == (GOLDEN / f'{name}.txt').read_text()
+
+
+def test_the_pyramid_3_5_7_9_does_not_give_the_published_large():
+    rows = summarize(create_model('epsanet50_large', kernels=(3, 5, 7, 9)))
+    assert sum(row.params for row in rows) == 30_100_094
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'groups': (1, 4, 8, 24)}, '24 groups do not divide'),
+        ({'groups': (1, 4, 8)}, 'one number a branch'),
+        ({'kernels': (3, 5, 7, 8)}, 'kernels must be odd'),
+        ({'planes': (64, 128, 256)}, 'one number a stage'),
+        ({'planes': (66, 128, 256, 512)}, 'divide by the 4 branches, got 66'),
+        ({'planes': (32, 64, 128, 256), 'groups': (1, 1, 1, 1)}, 'reduction 16'),
+        ({'layers': (1, 0, 1, 1)}, r'layers must hold numbers of at least 1, got \(1, 0, 1, 1\)'),
+        ({'num_classes': 0}, 'num_classes must be at least 1, got 0'),
+        ({'expansion': -1}, 'expansion must be at least 1, got -1'),
+        ({'bn_group': 0}, 'bn_group'),
+        ({'dtype': jnp.int32}, 'dtype must be a floating-point type'),
+        ({'conv': 'fast'}, "unknown convolution algorithm 'fast'"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(InputError, match=message):
+        create_model('epsanet50_small', **changes)
+
+
+def test_a_resnet_takes_no_settings_of_a_pyramid():
+    with pytest.raises(InputError, match='resnet50 has no pyramid'):
+        create_model('resnet50', kernels=(3, 3, 3, 3))
+
+
+def test_an_unknown_model_is_told_the_nearest():
+    with pytest.raises(InputError, match=r"'epsanet50small'.*did you mean 'epsanet50_small'"):
+        create_model('epsanet50small')
+
+
+def test_overrides_reach_the_network():
+    net = create_model(
+        'epsanet101_large',
+        num_classes=3,
+        layers=(1, 1),
+        planes=(8, 16),
+        expansion=3,
+        kernels=(1, 3),
+        groups=(2, 4),
+        reduction=2,
+        psa_bias=True,
+    )
+    shapes = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3), jnp.float32))['params']
+    assert shapes['layer2_0']['conv2']['conv_2']['kernel'].shape == (3, 3, 4, 8)
+    assert shapes['layer2_0']['conv2']['conv_1']['bias'].shape == (8,)
+    assert shapes['layer2_0']['conv2']['se']['fc1']['kernel'].shape == (1, 1, 8, 4)
+    assert shapes['fc']['kernel'].shape == (48, 3)
+    assert 'layer3_0' not in shapes

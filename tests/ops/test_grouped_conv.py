@@ -1,0 +1,180 @@
+import functools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from epsanet_jax import InputError
+from epsanet_jax.ops import ALGORITHMS, grouped_conv
+from epsanet_jax.ops.grouped_conv import choose, merged_groups
+
+OTHERS = ('auto', 'merged', 'dense')
+
+
+def inputs(rng, size, channels, kernel, groups, outputs, dtype=np.float64):
+    x = rng.standard_normal((2, *size, channels)).astype(dtype)
+    k = rng.standard_normal((kernel, kernel, channels // groups, outputs)).astype(dtype)
+    return x, k
+
+
+def value_and_gradients(algorithm, x, k, cotangent, stride, groups):
+    conv = functools.partial(grouped_conv, stride=stride, groups=groups, algorithm=algorithm)
+    y, pull = jax.vjp(conv, x, k)
+    return y, pull(cotangent(y))
+
+
+CASES = [
+    # size, stride, kernel, groups, channels, outputs
+    ((8, 8), 1, 3, 1, 4, 4),
+    ((9, 7), 2, 3, 4, 8, 8),
+    ((8, 8), 2, 5, 4, 8, 4),
+    ((7, 7), 1, 7, 8, 16, 8),
+    ((6, 9), 2, 7, 2, 4, 2),
+    ((5, 5), 1, 9, 16, 64, 16),
+    ((4, 4), 2, 9, 16, 16, 16),
+    ((3, 2), 1, 9, 4, 8, 8),
+    ((1, 1), 2, 9, 32, 32, 32),
+    ((7, 7), 2, 5, 32, 128, 32),
+    ((4, 4), 1, 5, 8, 192, 8),
+]
+
+
+@pytest.mark.parametrize(('size', 'stride', 'kernel', 'groups', 'channels', 'outputs'), CASES)
+def test_every_algorithm_equals_stock_in_value_and_gradients(
+    rng, size, stride, kernel, groups, channels, outputs
+):
+    x, k = inputs(rng, size, channels, kernel, groups, outputs)
+    weights = rng.standard_normal((2, -(-size[0] // stride), -(-size[1] // stride), outputs))
+    expected = value_and_gradients('stock', x, k, lambda y: weights, stride, groups)
+    assert expected[0].shape == weights.shape
+    for algorithm in OTHERS:
+        actual = jax.jit(
+            functools.partial(
+                value_and_gradients, algorithm, cotangent=lambda y: weights, stride=stride, groups=groups
+            )
+        )(x, k)
+        chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('kernel', [3, 5, 7, 9])
+@pytest.mark.parametrize('groups', [1, 4, 16])
+def test_equals_pytorch(rng, stride, kernel, groups):
+    import torch
+
+    x, k = inputs(rng, (9, 6), 16, kernel, groups, 32)
+    expected = torch.nn.functional.conv2d(
+        torch.from_numpy(x).permute(0, 3, 1, 2),
+        torch.from_numpy(k).permute(3, 2, 0, 1),
+        stride=stride,
+        padding=kernel // 2,
+        groups=groups,
+    ).permute(0, 2, 3, 1)
+    for algorithm in ('stock', *OTHERS):
+        actual = grouped_conv(x, k, stride=stride, groups=groups, algorithm=algorithm)
+        np.testing.assert_allclose(actual, expected.numpy(), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize('algorithm', ['auto', *ALGORITHMS])
+def test_every_mode_of_differentiation(rng, algorithm):
+    x, k = inputs(rng, (5, 5), 8, 3, 4, 8)
+
+    def loss(k, x, algorithm=algorithm):
+        return (grouped_conv(x, k, groups=4, algorithm=algorithm) ** 3).sum()
+
+    stock = functools.partial(loss, algorithm='stock')
+    forward = jax.jacfwd(loss)(k, x)
+    chex.assert_trees_all_close(forward, jax.grad(stock)(k, x), rtol=1e-10, atol=1e-8)
+    hvp = jax.jvp(lambda k: jax.grad(loss)(k, x), (k,), (k,))[1]
+    expected = jax.jvp(lambda k: jax.grad(stock)(k, x), (k,), (k,))[1]
+    chex.assert_trees_all_close(hvp, expected, rtol=1e-10, atol=1e-8)
+    per_example = jax.vmap(jax.grad(loss), (None, 0))(k, x[:, None])
+    chex.assert_trees_all_close(per_example.sum(0), jax.grad(stock)(k, x), rtol=1e-10, atol=1e-8)
+    ensemble = jax.vmap(loss, (0, None))(np.stack([k, 2 * k]), x)
+    chex.assert_trees_all_close(ensemble[1], stock(2 * k, x), rtol=1e-10)
+
+
+def lowered(platform, algorithm='auto', channels=64):
+    x = jax.ShapeDtypeStruct((2, 8, 8, channels), jnp.float32)
+    k = jax.ShapeDtypeStruct((9, 9, channels // 16, 16), jnp.float32)
+
+    def loss(k, x):
+        return grouped_conv(x, k, groups=16, algorithm=algorithm).sum()
+
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(k, x)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def grouped(text):
+    return set(re.findall(r'(?:feature|batch)_group_count = (\d+)', text)) != {'1'}
+
+
+def test_the_cpu_never_gets_the_stock_lowering():
+    assert grouped(lowered('cpu', 'stock'))
+    assert not grouped(lowered('cpu'))
+
+
+def test_the_platform_compiled_for_decides_not_the_one_compiled_on():
+    assert jax.default_backend() == 'cpu'
+    assert not grouped(lowered('tpu', channels=64))
+    assert grouped(lowered('tpu', channels=256))
+    assert grouped(lowered('cuda'))
+    assert lowered('cuda').count('stablehlo.convolution') == 2
+
+
+def test_the_choice_is_made_when_compiling_not_when_running(rng):
+    x, k = inputs(rng, (8, 8), 64, 9, 16, 16)
+    gradient = jax.jit(jax.grad(lambda k, x: grouped_conv(x, k, groups=16).sum(), (0, 1)))
+    assert 'conditional' not in gradient.lower(k, x).compile().as_text()
+
+
+@pytest.mark.parametrize(
+    ('channels', 'groups', 'merged'), [(4, 16, 1), (8, 16, 2), (16, 8, 2), (64, 8, 8), (48, 4, 2), (2, 4, 1)]
+)
+def test_groups_merge_until_they_have_64_channels(channels, groups, merged):
+    assert merged_groups(channels, groups) == merged
+
+
+def test_a_choice_is_made_for_each_direction():
+    assert choose('cpu', (9, 9, 4, 16), 16) == ('merged', 'merged', 'merged')
+    assert choose('cpu', (3, 3, 64, 16), 1) == ('stock', 'stock', 'stock')
+
+
+@pytest.mark.parametrize('algorithm', OTHERS)
+def test_an_infinite_weight_stays_in_its_group(rng, algorithm):
+    x, k = inputs(rng, (5, 5), 8, 3, 4, 4)
+    k[..., 0] = np.inf
+    y = grouped_conv(x, k, groups=4, algorithm=algorithm)
+    assert np.isfinite(y[..., 1:]).all()
+
+
+@pytest.mark.parametrize('algorithm', OTHERS)
+def test_bfloat16_within_its_own_error(rng, algorithm):
+    x, k = (jnp.asarray(a, jnp.bfloat16) for a in inputs(rng, (7, 7), 16, 5, 4, 8))
+    expected = grouped_conv(x.astype(jnp.float32), k.astype(jnp.float32), groups=4, algorithm='stock')
+    actual = grouped_conv(x, k, groups=4, algorithm=algorithm)
+    assert actual.dtype == jnp.bfloat16
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(actual.astype(jnp.float32) / scale, expected / scale, rtol=0, atol=2**-8)
+
+
+@pytest.mark.parametrize(
+    ('x_shape', 'k_shape', 'groups', 'message'),
+    [
+        ((2, 8, 8), (3, 3, 4, 4), 1, r'got shapes \(2, 8, 8\)'),
+        ((2, 8, 8, 8), (3, 3, 4, 4), 3, '3 groups do not fit 8 input channels'),
+        ((2, 8, 8, 8), (3, 3, 4, 5), 2, '5 outputs'),
+        ((2, 8, 8, 8), (4, 4, 8, 4), 1, 'odd size, got 4x4'),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(x_shape, k_shape, groups, message):
+    with pytest.raises(InputError, match=message):
+        grouped_conv(jnp.zeros(x_shape), jnp.zeros(k_shape), groups=groups)
+
+
+def test_an_unknown_algorithm_is_told_the_nearest():
+    with pytest.raises(InputError, match=r"'mergd'.*did you mean 'merged'"):
+        grouped_conv(jnp.zeros((1, 8, 8, 8)), jnp.zeros((3, 3, 8, 8)), algorithm='mergd')

@@ -1,0 +1,159 @@
+"""The command `epsanet`."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from command import run
+from PIL import Image
+
+from epsanet_jax import list_models
+from epsanet_jax.training import loop
+from epsanet_jax.training.config import CheckpointConfig, Config, DataConfig, ModelConfig
+
+
+@pytest.fixture(scope='module')
+def digits_run(tmp_path_factory, digits_dir):
+    """A short run on the digits."""
+    workdir = tmp_path_factory.mktemp('digits') / 'run'
+    model = ModelConfig(layers=(1, 1), planes=(8, 16), expansion=2, groups=(1, 2, 2, 2), reduction=2)
+    data = DataConfig(
+        source='tfds',
+        name='digits',
+        dir=digits_dir,
+        eval_split='test',
+        image_size=32,
+        resize_size=32,
+        flip=False,
+    )
+    checkpoint = CheckpointConfig(every_minutes=0, every_steps=10)
+    config = Config(
+        batch_size=32, steps=30, eval_every_epochs=0.0, model=model, data=data, checkpoint=checkpoint
+    )
+    return workdir, loop.train(config, str(workdir))
+
+
+@pytest.mark.parametrize('name', list_models())
+def test_summary(capsys, name):
+    status, out, err = run(capsys, 'summary', name)
+    assert (status, err) == (0, '')
+    assert name in out
+    assert 'layer4' in out
+    status, out, _ = run(capsys, 'summary', name, '--json')
+    content = json.loads(out)
+    assert sum(stage['params'] for stage in content['stages']) == content['params']
+    if name == 'epsanet50_small':
+        assert content['params'] == 22_561_715
+        assert round(content['published_count'] / 1e9, 3) == 3.620
+
+
+def test_summary_of_another_size(capsys):
+    _, out, _ = run(capsys, 'summary', 'resnet50', '--num-classes', 10, '--image-size', 64, '--json')
+    content = json.loads(out)
+    assert content['params'] == 25_557_032 - 2049 * 990
+    assert content['stages'][-2]['output'] == [2, 2, 2048]
+
+
+def test_evaluate_gives_what_training_gave(capsys, digits_run):
+    workdir, result = digits_run
+    expected = {k: result.last[k] for k in ('loss', 'top1', 'top5', 'examples')}
+    for arguments in ((), ('--data', 'digits'), ('--data', 'digits', '--split', 'test', '--batch-size', 7)):
+        status, out, err = run(capsys, 'evaluate', workdir, '--json', *arguments)
+        assert (status, err) == (0, '')
+        content = json.loads(out)
+        assert content.pop('step') == 30
+        content.pop('checkpoint')
+        assert content == pytest.approx(expected, rel=1e-5)
+    status, out, _ = run(capsys, 'evaluate', workdir, '--step', 20, '--split', 'train')
+    assert out.startswith('step 20, ')
+    assert 'of 1437 pictures' in out
+
+
+def test_evaluate_on_a_folder_matches_classes_by_name(capsys, digits_run, digits_dir, tmp_path):
+    """Two of the ten digits as a folder: their labels there, 0 and 1, are not those of the model."""
+    from epsanet_jax.data.sources import Tfds
+
+    source = Tfds('digits', 'test', digits_dir)
+    chosen = {7: 'val/7', 3: 'val/3'}
+    for i in range(len(source)):
+        record = source[i]
+        if record['label'] in chosen:
+            path = tmp_path / chosen[record['label']] / f'{i}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(record['image'])
+    status, out, _ = run(capsys, 'evaluate', digits_run[0], '--data', tmp_path, '--json')
+    assert status == 0
+    content = json.loads(out)
+    assert content['examples'] > 60
+    assert content['top5'] > 0.5
+    status, _, err = run(capsys, 'evaluate', digits_run[0], '--data', tmp_path, '--split', 'train')
+    assert (status, 'no such data directory' in err) == (2, True)
+    Image.new('RGB', (40, 40)).save(tmp_path / 'val/3/black.png')
+    (tmp_path / 'val/7/broken.png').write_bytes(b'')
+    status, _, err = run(capsys, 'evaluate', digits_run[0], '--data', tmp_path)
+    assert (status, 'broken.png' in err, err.count('\n')) == (2, True, 1)
+    skipping = ('--on-bad', 'skip', '--json')
+    status, out, err = run(capsys, 'evaluate', digits_run[0], '--data', tmp_path, *skipping)
+    assert status == 0
+    assert json.loads(out)['examples'] == content['examples'] + 1
+    assert json.loads(out)['skipped'] == 1
+    assert 'broken.png' in err
+    (tmp_path / 'val/cat').mkdir()
+    Image.new('RGB', (40, 40)).save(tmp_path / 'val/cat/x.png')
+    status, _, err = run(capsys, 'evaluate', digits_run[0], '--data', tmp_path)
+    assert (status, 'classes that the model does not know: cat' in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'part'),
+    [
+        ((), 'COMMAND'),
+        (('sumary', 'x'), 'sumary'),
+        (('summary',), 'NAME'),
+        (('summary', 'epsanet50_smal'), "did you mean 'epsanet50_small'"),
+        (('summary', 'resnet50', '--image-size', '8'), 'at least 32, got 8'),
+        (('summary', 'resnet50', '--num-classes', 'ten'), "got 'ten'"),
+        (('evaluate', '/no/such/run'), 'no such checkpoint: /no/such/run'),
+        (('evaluate', __file__), 'is no checkpoint'),
+        (('evaluate', 'tests'), 'no checkpoint in'),
+    ],
+)
+def test_bad_usage_and_input_give_one_line_and_status_2(capsys, arguments, part):
+    status, out, err = run(capsys, *arguments)
+    assert (status, out) == (2, '')
+    assert err.startswith('error: ')
+    assert err.count('\n') == 1
+    assert part in err
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'part'),
+    [
+        (('--data', '/no/such/data'), 'no such data directory: /no/such/data'),
+        (('--data', 'no_such_set'), "no TFDS data set 'no_such_set'"),
+        (('--step', '11'), 'no checkpoint of step 11'),
+        (('--step', 'newest'), "got 'newest'"),
+        (('--split', 'val'), 'val'),
+    ],
+)
+def test_evaluate_says_what_it_cannot_find(capsys, digits_run, arguments, part):
+    status, _, err = run(capsys, 'evaluate', digits_run[0], *arguments)
+    assert (status, err.count('\n')) == (2, 1)
+    assert part in err
+
+
+def test_help_has_an_example_and_a_pipe_closed_early_is_no_error(capsys):
+    for command in ('summary', 'evaluate'):
+        status, out, _ = run(capsys, command, '--help')
+        assert status == 0
+        assert 'example: epsanet' in out
+    process = subprocess.run(
+        f'{sys.executable} -m epsanet_jax summary resnet50 | head -n 1; exit ${{PIPESTATUS[0]}}',
+        shell=True,
+        executable='/bin/bash',
+        capture_output=True,
+        text=True,
+    )
+    assert (process.returncode, process.stderr) == (0, '')
+    assert process.stdout.startswith('resnet50')

@@ -1,0 +1,148 @@
+"""The command line of train.py, started as users start it."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+ROOT = pathlib.Path(__file__).parents[2]
+IMPORTS = 'from epsanet_jax.training.config import Config, DataConfig, ModelConfig\n'
+TINY = """
+def get_config(size: str = '32'):
+    model = ModelConfig(layers=(1,), planes=(8,), expansion=2, groups=(1, 1, 2, 2), reduction=2)
+    data = DataConfig(source='synthetic', image_size=int(size), resize_size=int(size), synthetic_examples=64)
+    return Config(batch_size=32, steps=2, log_every_steps=1, model=model, data=data)
+"""
+
+
+@pytest.fixture(scope='module')
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp('recipe') / 'tiny.py'
+    path.write_text(IMPORTS + TINY)
+    return path
+
+
+def train(*arguments, cwd=ROOT):
+    environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+    return subprocess.run(
+        [sys.executable, str(ROOT / 'train.py'), *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env=environment,
+        timeout=300,
+    )
+
+
+def assert_one_clear_line(process, *parts, status=2):
+    assert process.returncode == status, process.stderr
+    assert process.stderr.startswith('error: ')
+    assert process.stderr.count('\n') == 1
+    for part in parts:
+        assert part in process.stderr
+
+
+def test_a_run_from_start_to_finish_and_again(recipe, tmp_path):
+    arguments = (f'--config={recipe}', f'--workdir={tmp_path / "run"}', '--config.optimizer.lr=0.01')
+    first = train(*arguments)
+    assert first.returncode == 0, first.stderr
+    for part in ('step 2/2 | loss', 'lr 0.01', 'of 64 pictures', 'workdir: ', 'epsanet evaluate'):
+        assert part in first.stdout
+    before = (tmp_path / 'run' / 'metrics.jsonl').read_text()
+    again = train(*arguments)
+    assert again.returncode == 0
+    assert 'finished at step 2' in again.stdout
+    assert 'step 2/2 | loss' not in again.stdout
+    assert (tmp_path / 'run' / 'metrics.jsonl').read_text() == before
+    other = train(*arguments[:2], '--config.optimizer.lr=0.02')
+    assert_one_clear_line(other, 'holds another run', 'optimizer.lr: 0.01 -> 0.02')
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'parts'),
+    [
+        (['--config.optimizer.lrr=1'], ['unknown field config.optimizer.lrr', "did you mean 'optimizer.lr'"]),
+        (['--config.optimiser.lr=1'], ['unknown field config.optimiser.lr', "'optimizer.lr'"]),
+        (['--config.optimizer.lr=fast'], ['config.optimizer.lr=fast']),
+        (['--config.batch_size=1.5'], ['config.batch_size=1.5']),
+        (['--config.data.flip=perhaps'], ['config.data.flip=perhaps']),
+        (['--config.optimizer=3'], ['config.optimizer']),
+        (['--config.model.planes=(8,x)'], ['config.model.planes', 'x']),
+        (['--config.model.planes=8.5,'], ['config.model.planes', '8.5']),
+        (['--config.batch_size'], ['config.batch_size']),
+        (['--confg.batch_size=3'], ['confg']),
+        (['--config.batch_size=-3'], ['config.batch_size must be at least 1, got -3']),
+        (['batch_size=3'], ["unexpected argument 'batch_size=3'"]),
+        (['--config.data.source=folder', '--config.data.dir=/no/such/place'], ['/no/such/place/train']),
+        (['--config.model.num_classes=3'], ['10 classes', 'num_classes=3']),
+    ],
+)
+def test_a_wrong_option_gives_one_line_and_status_2(recipe, tmp_path, arguments, parts):
+    workdir = tmp_path / 'run'
+    process = train(f'--config={recipe}', f'--workdir={workdir}', *arguments)
+    assert_one_clear_line(process, *parts)
+    assert not workdir.exists()
+
+
+def test_a_wrong_config_file_gives_one_line_and_status_2(recipe, tmp_path):
+    workdir = f'--workdir={tmp_path / "run"}'
+    (tmp_path / 'syntax.py').write_text('def get_config(:')
+    (tmp_path / 'empty.py').write_text('')
+    (tmp_path / 'dict.py').write_text('def get_config():\n    return {}')
+    assert_one_clear_line(train('--config=no/such.py', workdir), 'no/such.py')
+    assert_one_clear_line(train('--config=no/such.py', workdir, '--config.seed=1'), 'no/such.py')
+    assert_one_clear_line(train(f'--config={tmp_path}/syntax.py', workdir), 'syntax.py')
+    assert_one_clear_line(train(f'--config={tmp_path}/empty.py', workdir), 'get_config')
+    assert_one_clear_line(train(f'--config={tmp_path}/dict.py', workdir), 'must return')
+    assert_one_clear_line(train(workdir), 'no --config=FILE')
+    assert_one_clear_line(train(f'--config={recipe}'), 'no --workdir=DIR')
+    assert_one_clear_line(train('--config=configs/imagenet.py:epsanet51', workdir), "'epsanet51'")
+
+
+def test_a_folder_with_an_empty_class_or_a_bad_picture(recipe, tmp_path):
+    for split in ('train', 'val'):
+        for name in 'ab':
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(8):
+                Image.new('RGB', (40, 40)).save(tmp_path / split / name / f'{i}.png')
+    (tmp_path / 'val/c').mkdir()
+    folder = [f'--config={recipe}', f'--workdir={tmp_path}/run', '--config.data.source=folder']
+    folder.append(f'--config.data.dir={tmp_path}')
+    assert_one_clear_line(train(*folder), 'empty class folder', 'val/c')
+    (tmp_path / 'val/c').rmdir()
+    (tmp_path / 'train/a/5.png').write_bytes(b'')
+    assert_one_clear_line(train(*folder), 'train/a/5.png', 'on_bad=skip')
+    skipping = train(*folder, '--config.data.on_bad=skip')
+    assert skipping.returncode == 0, skipping.stderr
+    assert 'train/a/5.png' in skipping.stdout
+
+
+def test_the_loss_that_is_not_finite_ends_with_status_1(recipe, tmp_path):
+    process = train(
+        f'--config={recipe}',
+        f'--workdir={tmp_path}/run',
+        '--config.optimizer.lr=1e30',
+        '--config.schedule.name=constant',
+        '--config.steps=9',
+    )
+    assert_one_clear_line(process, 'the loss is', 'at step', status=1)
+
+
+@pytest.mark.parametrize('name', ['digits', 'image_folder', 'imagenet'])
+def test_every_recipe_is_valid_and_its_header_says_how(name):
+    import importlib.util
+
+    from epsanet_jax.training.validation import validate
+
+    path = ROOT / 'configs' / f'{name}.py'
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.data.dir = config.data.dir or 'pictures'
+    validate(config)
+    for part in (f'configs/{name}.py', 'Hardware:', 'Expected result:'):
+        assert part in module.__doc__

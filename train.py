@@ -1,0 +1,19 @@
+"""Trains an EPSANet: python train.py --config=configs/digits.py --workdir=DIR [--config.FIELD=VALUE ...]."""
+
+import shlex
+
+from epsanet_jax.training import flags, loop
+from epsanet_jax.training.compilation import use_persistent_cache
+from epsanet_jax.training.config import Config
+
+
+def main(config: Config, workdir: str) -> None:
+    """Trains or continues the run in `workdir` and tells how it ended."""
+    use_persistent_cache()
+    print(loop.train(config, workdir))
+    print(f'evaluate it: epsanet evaluate {shlex.quote(workdir)}')
+    print(f'train it on: the same command with --config.{"steps" if config.steps else "epochs"} raised')
+
+
+if __name__ == '__main__':
+    flags.run(main)
