@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from epsanet_jax.errors import InputError
 from epsanet_jax.models.conv import Conv, Linear
@@ -75,7 +76,8 @@ class EPSABlock(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Maps [N, H, W, C] to [N, ceil(H / stride), ceil(W / stride), planes * expansion]."""
         y = nn.relu(self.bn1(self.conv1(x), train))  # [N, H, W, P]
-        y = nn.relu(self.bn2(self.conv2(y), train))  # [N, H/s, W/s, P]
+        y = self.conv2.weighted(y) if self.middle == 'psa' else self.conv2(y)
+        y = nn.relu(self.bn2(y, train))  # [N, H/s, W/s, P]
         y = self.bn3(self.conv3(y), train)  # [N, H/s, W/s, P*e]
         shortcut = self.downsample_1(self.downsample_0(x), train) if self.downsample else x
         return nn.relu(y + shortcut)
@@ -183,9 +185,27 @@ class EPSANet(nn.Module):
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """3x3 max-pooling with stride 2 and one row of padding on every side: [N, H, W, C] to half the size."""
-    padding = ((1, 1), (1, 1))
-    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)  # pyright: ignore[reportArgumentType]
+    """3x3 max-pooling with stride 2 and one row of padding on every side: [N, H, W, C] to half the size.
+
+    Where several places of a window share the maximum, the gradient goes to the first of them, as in PyTorch;
+    NaN wins over everything.
+    """
+    n, h, w, c = x.shape
+    rows, columns = -(-h // 2), -(-w // 2)
+    low = jnp.asarray(-jnp.inf, x.dtype)
+    x = lax.pad(x, low, ((0, 0, 0), (1, 2 * rows - h, 0), (1, 2 * columns - w, 0), (0, 0, 0)))
+    # Nine slices: the gradient of XLA's own window is several times slower on the CPU.
+    largest = None
+    for i in range(3):
+        for j in range(3):
+            end = (n, i + 2 * rows - 1, j + 2 * columns - 1, c)
+            place = lax.slice(x, (0, i, j, 0), end, (1, 2, 2, 1))
+            if largest is None:
+                largest = place
+            else:
+                largest = jnp.where((place > largest) | jnp.isnan(place), place, largest)
+    assert largest is not None
+    return largest
 
 
 def check_images(images: jax.Array) -> None:

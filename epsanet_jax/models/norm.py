@@ -1,5 +1,7 @@
 """Batch normalisation over groups of examples."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,34 @@ from jax import lax
 
 from epsanet_jax.errors import InputError
 from epsanet_jax.models.dtypes import Dtype, at_least_float32
+
+
+class Weighted(NamedTuple):
+    """An activation [N, H, W, C] that is not computed yet: parts side by side, times weights.
+
+    Attributes:
+        parts: arrays [N, H, W, C_i] whose channels add up to C.
+        means: of each image's channels, before the weights, [N, C], at least float32.
+        weights: one for each image and channel, [N, C], at least float32.
+    """
+
+    parts: tuple[jax.Array, ...]
+    means: jax.Array
+    weights: jax.Array
+
+    def value(self) -> jax.Array:
+        """Returns the activation, of the dtype of the parts."""
+        return self.affine(self.weights, jnp.zeros_like(self.weights)).astype(self.parts[0].dtype)
+
+    def affine(self, factor: jax.Array, offset: jax.Array) -> jax.Array:
+        """Returns parts * factor + offset for factors and offsets [N, C], in their dtype: [N, H, W, C]."""
+        scaled, start = [], 0
+        for part in self.parts:
+            channels = slice(start, start + part.shape[-1])
+            f, o = (a[:, None, None, channels] for a in (factor, offset))  # [N, 1, 1, C_i]
+            scaled.append(part.astype(factor.dtype) * f + o)
+            start += part.shape[-1]
+        return jnp.concatenate(scaled, axis=-1)
 
 
 class BatchNorm(nn.Module):
@@ -37,37 +67,49 @@ class BatchNorm(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array | Weighted, train: bool = False) -> jax.Array:
         """Normalises [N, H, W, C] per channel; with `train`, by the batch and with new running statistics.
+
+        What is `Weighted` is normalised without being computed: the weights go into scale and bias, and the
+        statistics come from those of each image. That saves several passes over memory.
 
         Raises:
             InputError: the batch does not divide into groups, or a group holds one value a channel, whose
                 variance is not defined.
         """
-        channels = x.shape[-1]
+        parts = x.parts if isinstance(x, Weighted) else (x,)
+        rows, height, width, _ = parts[0].shape
+        channels = sum(part.shape[-1] for part in parts)
         stats_dtype = at_least_float32(self.param_dtype)
         scale = self.param('scale', nn.initializers.ones, (channels,), self.param_dtype)
         bias = self.param('bias', nn.initializers.zeros, (channels,), self.param_dtype)
         running_mean = self.variable('batch_stats', 'mean', jnp.zeros, (channels,), stats_dtype)
         running_var = self.variable('batch_stats', 'var', jnp.ones, (channels,), stats_dtype)
 
-        wide = at_least_float32(x.dtype, stats_dtype)
-        if not train:
-            mean = running_mean.value.astype(wide)
-            var = running_var.value.astype(wide)
-            return self._normalise(x.astype(wide), mean, var, scale, bias).astype(self.dtype)
+        wide = at_least_float32(parts[0].dtype, stats_dtype)
+        # Near to the mean: E[x^2] - E[x]^2 takes one pass over memory, but would cancel where the mean is large.
+        shift = lax.stop_gradient(running_mean.value.astype(wide))  # [C]
+        if train:
+            groups = self._groups(rows)
+            mean, var, n = self._statistics(x, shift, (groups, rows // groups, height, width))  # [G, C] each
+            if not self.is_initializing():
+                new_mean = (mean + shift).mean(axis=0).astype(stats_dtype)
+                new_var = (var * (n / (n - 1))).mean(axis=0).astype(stats_dtype)
+                m = self.momentum
+                running_mean.value = m * running_mean.value + (1 - m) * new_mean
+                running_var.value = m * running_var.value + (1 - m) * new_var
+        else:
+            mean, var = jnp.zeros((1, channels), wide), running_var.value.astype(wide)[None]
 
-        groups = self._groups(x.shape[0])
-        xg = x.astype(wide).reshape(groups, x.shape[0] // groups, *x.shape[1:])  # [G, n, H, W, C]
-        mean, var, n = self._statistics(xg, running_mean.value.astype(wide))  # [G, C], [G, C]
-        if not self.is_initializing():
-            new_mean = mean.mean(axis=0).astype(stats_dtype)
-            new_var = (var * (n / (n - 1))).mean(axis=0).astype(stats_dtype)
-            m = self.momentum
-            running_mean.value = m * running_mean.value + (1 - m) * new_mean
-            running_var.value = m * running_var.value + (1 - m) * new_var
-        mean, var = (s[:, None, None, None, :] for s in (mean, var))  # [G, 1, 1, 1, C]
-        return self._normalise(xg, mean, var, scale, bias).reshape(x.shape).astype(self.dtype)
+        # One multiplication and one addition an element: the backward pass then has two sums to take, not three.
+        factor = lax.rsqrt(var + self.epsilon) * scale.astype(wide)  # [G, C]
+        offset = bias.astype(wide) - mean * factor
+        if isinstance(x, Weighted):
+            factor, offset = (_each(a, rows) for a in (factor, offset - shift * factor))  # [N, C]
+            return x.affine(x.weights.astype(wide) * factor, offset).astype(self.dtype)
+        grouped = x.astype(wide).reshape(factor.shape[0], -1, *x.shape[1:]) - shift  # [G, n, H, W, C]
+        factor, offset = (a[:, None, None, None, :] for a in (factor, offset))  # [G, 1, 1, 1, C]
+        return (grouped * factor + offset).reshape(x.shape).astype(self.dtype)
 
     def _groups(self, rows: int) -> int:
         """Returns the number of groups among `rows` rows."""
@@ -83,28 +125,52 @@ class BatchNorm(nn.Module):
             )
         return rows * spanning // group
 
-    def _statistics(self, xg: jax.Array, shift: jax.Array) -> tuple[jax.Array, jax.Array, int]:
-        """Returns mean and biased variance [G, C] of [G, n, H, W, C], and the number of values in each.
+    def _statistics(
+        self, x: jax.Array | Weighted, shift: jax.Array, shape: tuple[int, ...]
+    ) -> tuple[jax.Array, jax.Array, int]:
+        """Returns mean - shift and biased variance, [G, C], and the number of values in each.
 
-        E[x^2] - E[x]^2 takes one pass over memory, which the compiler fuses with what produced x, but cancels
-        where the mean is large; the running mean as `shift` [C] keeps that from happening.
+        Args:
+            x: the activation.
+            shift: [C], near to its mean.
+            shape: groups, images in a group, height, width.
         """
-        axes = (1, 2, 3)
-        n = xg.shape[1] * xg.shape[2] * xg.shape[3]
-        shift = lax.stop_gradient(shift)
-        shifted = xg - shift
-        mean = shifted.mean(axis=axes)
-        square = jnp.square(shifted).mean(axis=axes)
+        groups, images, height, width = shape
+        n = images * height * width
+        if isinstance(x, Weighted):
+            first, square = (a.reshape(groups, images, -1).mean(axis=1) for a in _moments(x, shift))
+        else:
+            grouped = x.astype(shift.dtype).reshape(*shape, -1)
+            first = grouped.mean(axis=(1, 2, 3)) - shift
+            square = jnp.square(grouped - shift).mean(axis=(1, 2, 3))
         if self.axis_name is not None:
             n *= lax.axis_size(self.axis_name)
-            mean, square = lax.pmean((mean, square), self.axis_name)
+            first, square = lax.pmean((first, square), self.axis_name)
         if n == 1 and not self.is_initializing():
             raise InputError(
                 'BatchNorm: training needs more than one value a channel in a group, '
-                f'got 1 from a group of shape {xg.shape[1:]}; use larger groups (bn_group) or images'
+                f'got 1 from a group of shape {(*shape[1:], first.shape[-1])}; '
+                'use larger groups (bn_group) or images'
             )
-        return mean + shift, jnp.maximum(square - jnp.square(mean), 0), n
+        return first, jnp.maximum(square - jnp.square(first), 0), n
 
-    def _normalise(self, x, mean, var, scale, bias):
-        factor = lax.rsqrt(var + self.epsilon) * scale.astype(x.dtype)
-        return (x - mean) * factor + bias.astype(x.dtype)
+
+def _moments(x: Weighted, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns each image's means of (x - shift) and (x - shift)^2, [N, C], in one pass over the parts."""
+    near = shift * len(x.parts)  # to the parts' means: the weights of a softmax are 1 / len(parts) on average
+    means, weights = x.means.astype(shift.dtype), x.weights.astype(shift.dtype)
+    squares, start = [], 0
+    for part in x.parts:
+        shifted = part.astype(shift.dtype) - near[start : start + part.shape[-1]]
+        squares.append(jnp.square(shifted).mean(axis=(1, 2)))
+        start += part.shape[-1]
+    var = jnp.maximum(jnp.concatenate(squares, axis=-1) - jnp.square(means - near), 0)  # [N, C]
+    first = weights * means - shift
+    return first, jnp.square(weights) * var + jnp.square(first)
+
+
+def _each(per_group: jax.Array, rows: int) -> jax.Array:
+    """Repeats [G, C] for the rows of each group: [N, C]."""
+    groups, channels = per_group.shape
+    shape = (groups, rows // groups, channels)
+    return jnp.broadcast_to(per_group[:, None], shape).reshape(rows, channels)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from epsanet_jax.errors import InputError
 from epsanet_jax.models.conv import Conv
 from epsanet_jax.models.dtypes import Dtype, at_least_float32
+from epsanet_jax.models.norm import Weighted
 
 
 class SEWeightModule(nn.Module):
@@ -94,12 +95,15 @@ class PSAModule(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [N, H, W, C] to [N, ceil(H / stride), ceil(W / stride), planes]."""
+        return self.weighted(x).value()
+
+    def weighted(self, x: jax.Array) -> Weighted:
+        """Returns the branches and their attention, for a BatchNorm that need not see their product."""
         branches = [getattr(self, f'conv_{i + 1}')(x) for i in range(len(self.kernels))]
         wide = at_least_float32(self.dtype)
         means = jnp.stack([b.mean(axis=(1, 2), dtype=wide) for b in branches], axis=1)  # [N, S, C]
         weights = self.se.excite(means[:, :, None, :])[:, :, 0, :]  # [N, S, C]
         attention = nn.softmax(weights, axis=1)  # [N, S, C]
         self.sow('intermediates', 'attention', attention)
-        attention = attention.astype(self.dtype)[:, :, None, None, :]  # [N, S, 1, 1, C]
-        weighted = [b * attention[:, i] for i, b in enumerate(branches)]
-        return jnp.concatenate(weighted[::-1], axis=-1)
+        means, attention = (a[:, ::-1].reshape(a.shape[0], -1) for a in (means, attention))
+        return Weighted(tuple(branches[::-1]), means, attention)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from epsanet_jax.errors import InputError, suggest
 from epsanet_jax.models.dtypes import Dtype
 from epsanet_jax.models.epsanet import MIDDLES, EPSANet
-from epsanet_jax.ops.grouped_conv import check_algorithm
+from epsanet_jax.ops.algorithms import check_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +180,7 @@ def create_model(
 
 def check_settings(model: EPSANet) -> None:
     """Raises InputError if a network cannot be built with these settings."""
-    check_algorithm(model.conv)
+    check_name(model.conv)
     if model.middle not in MIDDLES:
         raise InputError(f'middle must be one of {MIDDLES}, got {model.middle!r}')
     for field in ('dtype', 'param_dtype'):

@@ -9,9 +9,9 @@ import pytest
 
 from epsanet_jax import InputError
 from epsanet_jax.ops import ALGORITHMS, grouped_conv
-from epsanet_jax.ops.grouped_conv import choose, merged_groups
+from epsanet_jax.ops.algorithms import Algorithm, by_name, convolve
 
-OTHERS = ('auto', 'merged', 'dense')
+OTHERS = ('auto', *(name for name in ALGORITHMS if name != 'stock'))
 
 
 def inputs(rng, size, channels, kernel, groups, outputs, dtype=np.float64):
@@ -39,6 +39,9 @@ CASES = [
     ((1, 1), 2, 9, 32, 32, 32),
     ((7, 7), 2, 5, 32, 128, 32),
     ((4, 4), 1, 5, 8, 192, 8),
+    ((9, 12), 2, 7, 1, 3, 8),
+    ((7, 8), 2, 1, 1, 8, 6),
+    ((5, 6), 1, 1, 2, 8, 6),
 ]
 
 
@@ -57,6 +60,27 @@ def test_every_algorithm_equals_stock_in_value_and_gradients(
             )
         )(x, k)
         chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize('name', ['tiled', 'folded', 'merged'])
+@pytest.mark.parametrize('split', [False, True])
+@pytest.mark.parametrize('merge', [1, 2, 4])
+@pytest.mark.parametrize(
+    ('tile', 'size', 'stride', 'kernel'),
+    [((1, 2), 6, 1, 3), ((4, 4), 7, 1, 9), ((2, 8), 9, 2, 7), ((3, 2), 5, 2, 5), ((2, 2), 1, 2, 3)],
+)
+def test_every_merge_and_tile_equals_stock(rng, name, split, merge, tile, size, stride, kernel):
+    x, k = inputs(rng, (size, size + 1), 8, kernel, 4, 8)
+    plain = functools.partial(convolve, stride=stride, groups=4, algorithm=Algorithm('stock'))
+    other = functools.partial(
+        convolve, stride=stride, groups=4, algorithm=Algorithm(name, merge, tile, split)
+    )
+    weights = rng.standard_normal(jax.eval_shape(plain, x, k).shape)
+
+    def all_of(conv):
+        return jax.value_and_grad(lambda x, k: (conv(x, k) * weights).sum(), (0, 1))(x, k), conv(x, k)
+
+    chex.assert_trees_all_close(jax.jit(all_of, static_argnums=0)(other), all_of(plain), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize('stride', [1, 2])
@@ -98,7 +122,7 @@ def test_every_mode_of_differentiation(rng, algorithm):
 
 
 def lowered(platform, algorithm='auto', channels=64):
-    x = jax.ShapeDtypeStruct((2, 8, 8, channels), jnp.float32)
+    x = jax.ShapeDtypeStruct((8, 56, 56, channels), jnp.float32)
     k = jax.ShapeDtypeStruct((9, 9, channels // 16, 16), jnp.float32)
 
     def loss(k, x):
@@ -106,6 +130,10 @@ def lowered(platform, algorithm='auto', channels=64):
 
     traced = jax.jit(jax.grad(loss, (0, 1))).trace(k, x)
     return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def convolutions(text):
+    return re.findall(r'stablehlo.convolution.*', text)
 
 
 def grouped(text):
@@ -119,10 +147,19 @@ def test_the_cpu_never_gets_the_stock_lowering():
 
 def test_the_platform_compiled_for_decides_not_the_one_compiled_on():
     assert jax.default_backend() == 'cpu'
-    assert not grouped(lowered('tpu', channels=64))
-    assert grouped(lowered('tpu', channels=256))
-    assert grouped(lowered('cuda'))
-    assert lowered('cuda').count('stablehlo.convolution') == 2
+    cpu, tpu, cuda = (convolutions(lowered(platform)) for platform in ('cpu', 'tpu', 'cuda'))
+    assert cpu != tpu != cuda != cpu
+    assert cuda == convolutions(lowered('cuda', 'stock'))
+    assert len(cuda) == 2
+
+
+def test_an_export_to_several_platforms_takes_the_portable_algorithm(rng):
+    x, k = (a.astype(np.float32) for a in inputs(rng, (8, 8), 16, 3, 4, 16))
+    exported = jax.export.export(
+        jax.jit(lambda x, k: grouped_conv(x, k, groups=4)), platforms=['cpu', 'tpu', 'cuda']
+    )(x, k)
+    expected = grouped_conv(x, k, groups=4, algorithm='stock')
+    np.testing.assert_allclose(exported.call(x, k), expected, rtol=0, atol=1e-5)
 
 
 def test_the_choice_is_made_when_compiling_not_when_running(rng):
@@ -132,15 +169,10 @@ def test_the_choice_is_made_when_compiling_not_when_running(rng):
 
 
 @pytest.mark.parametrize(
-    ('channels', 'groups', 'merged'), [(4, 16, 1), (8, 16, 2), (16, 8, 2), (64, 8, 8), (48, 4, 2), (2, 4, 1)]
+    ('channels', 'groups', 'merge'), [(4, 16, 16), (8, 16, 8), (16, 8, 4), (64, 8, 1), (48, 4, 2), (2, 4, 4)]
 )
-def test_groups_merge_until_they_have_64_channels(channels, groups, merged):
-    assert merged_groups(channels, groups) == merged
-
-
-def test_a_choice_is_made_for_each_direction():
-    assert choose('cpu', (9, 9, 4, 16), 16) == ('merged', 'merged', 'merged')
-    assert choose('cpu', (3, 3, 64, 16), 1) == ('stock', 'stock', 'stock')
+def test_groups_merge_until_they_have_64_channels(channels, groups, merge):
+    assert by_name('merged', (3, 3, channels, groups), groups) == Algorithm('merged', merge, split=True)
 
 
 @pytest.mark.parametrize('algorithm', OTHERS)

@@ -1,0 +1,199 @@
+"""Which algorithm is the fastest for each convolution of the networks, in each direction?
+
+    python benchmarks/grouped_conv.py --batch 8 --dtype float32 --out benchmarks/results/grouped_conv_cpu.jsonl
+    python benchmarks/grouped_conv.py --topology v5e:2x4 --batch 128 --dtype bfloat16 --out ...   # needs libtpu, no TPU
+
+Times every algorithm on this machine's device or, with --topology, asks the TPU compiler for its cost (batch
+is then that of one chip). With --write the fastest ones replace those of the same convolution in the table
+that conv='auto' reads, epsanet_jax/ops/choices.json.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import common
+import tpu_compiler
+
+if '--topology' in ' '.join(sys.argv):
+    tpu_compiler.prepare_environment()
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from epsanet_jax.models import create_model
+from epsanet_jax.models.conv import Conv
+from epsanet_jax.ops import choice
+from epsanet_jax.ops.algorithms import Algorithm, convolve, divisors
+from epsanet_jax.ops.choice import DIRECTIONS, Problem
+
+TILES = ((1, 2), (2, 2), (1, 4), (2, 4), (4, 4), (2, 8))
+TABLE = Path(choice.__file__).with_name(choice.TABLE)
+
+
+def main() -> None:
+    """Measures, prints, and writes the table if asked."""
+    args = _parse()
+    target = tpu_compiler.devices(args.topology)[0] if args.topology else None
+    device = {'platform': 'tpu', 'device': args.topology} if args.topology else common.describe_device()
+    wanted = [p for m in args.models for p in problems(m, args.batch, args.dtype, args.image_size)]
+    wanted = [p for p in dict.fromkeys(wanted) if not args.kernels or p.kernel in args.kernels]
+    start = time.perf_counter()
+    for i, problem in enumerate(wanted):
+        spent = time.perf_counter() - start
+        left = f', {spent / i * (len(wanted) - i) / 60:.0f} min left' if i else ''
+        common.say(f'{i + 1} of {len(wanted)}{left}: {problem}')
+        best = {}
+        for direction in DIRECTIONS:
+            costs = measure(problem, direction, device['platform'], target, args.limit)
+            for algorithm, cost in costs.items():
+                record = {
+                    **problem._asdict(),
+                    'direction': direction,
+                    'algorithm': algorithm._asdict(),
+                    **cost,
+                }
+                common.emit({'benchmark': 'grouped_conv', **device, **record}, args.out)
+            best[direction] = min(costs, key=lambda a: next(iter(costs[a].values())))
+        if args.write:
+            write(device['platform'], problem, best)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('--models', nargs='+', default=['epsanet50_small', 'epsanet50_large'])
+    parser.add_argument('--batch', type=int, default=8)
+    parser.add_argument('--dtype', default='float32')
+    parser.add_argument('--image-size', type=int, default=224)
+    parser.add_argument('--kernels', type=int, nargs='*', help='only these kernel sizes')
+    parser.add_argument('--topology', help="such as v5e:2x4: the TPU compiler's cost instead of time")
+    parser.add_argument(
+        '--limit', type=float, default=6, help='leave out what multiplies the products by more'
+    )
+    parser.add_argument(
+        '--write', action='store_true', help='write the fastest into the table of the package'
+    )
+    parser.add_argument('--out', type=Path, help='append the lines to this file')
+    return parser.parse_args()
+
+
+def problems(name: str, batch: int, dtype: str, image_size: int) -> list[Problem]:
+    """Returns the different convolutions of a network, without the tiny ones on 1x1 images."""
+    found = {}
+
+    def note(call, args, kwargs, context):
+        module = context.module
+        if isinstance(module, Conv) and context.method_name == '__call__' and args[0].shape[2] > 1:
+            n, size, _, channels = args[0].shape
+            shape = (module.kernel_size, module.stride, module.groups, channels, module.features)
+            found[Problem(*shape, size, n, dtype)] = True
+        return call(*args, **kwargs)
+
+    model = create_model(name, dtype=jnp.dtype(dtype))
+    images = jax.ShapeDtypeStruct((batch, image_size, image_size, 3), dtype)
+    with nn.intercept_methods(note):
+        jax.eval_shape(model.init, jax.random.key(0), images)
+    return list(found)
+
+
+def candidates(problem: Problem, platform: str, limit: float) -> Iterator[Algorithm]:
+    """Yields the algorithms worth a try: those that multiply the products by at most `limit`."""
+    yield Algorithm('stock')
+    if problem.kernel == 1:
+        yield Algorithm('matmul')
+        return
+    split = platform == 'cpu'  # XLA has no fast path for groups there
+    for merge in divisors(problem.groups):
+        if problem.groups > 1 and (merge <= 2 * limit or merge == problem.groups):
+            yield Algorithm('merged', merge, split=split and merge < problem.groups)
+        if problem.groups == 1 and problem.channels > 3:
+            continue  # nothing to win: one convolution is wide enough
+        for tile in TILES:
+            window = math.prod((t - 1) * problem.stride + problem.kernel for t in tile)
+            if merge * window / problem.kernel**2 <= limit and tile[1] <= problem.size // problem.stride:
+                yield Algorithm('tiled', merge, tile, split)
+                if platform == 'cpu':
+                    yield Algorithm('folded', merge, tile, split)
+
+
+def measure(problem: Problem, direction: str, platform: str, target: Any, limit: float) -> dict:
+    """Returns the cost of each algorithm that compiles: {'ms': ..} or {'cycles': ..} with 'bytes'."""
+    costs: dict[Algorithm, dict[str, float]] = {}
+    for algorithm in candidates(problem, platform, limit):
+        if platform == 'cpu' and algorithm.name == 'stock' and problem.groups > 1 and direction != 'forward':
+            continue  # seconds each
+        function, shapes = direction_of(problem, algorithm, direction)
+        try:
+            if target is not None:
+                costs[algorithm] = tpu_cost(function, shapes, target)
+            else:
+                arrays = [
+                    jax.random.normal(jax.random.key(i), s.shape, s.dtype) for i, s in enumerate(shapes)
+                ]
+                compiled = jax.jit(function).lower(*arrays).compile()
+                took = common.seconds(lambda c=compiled, a=arrays: c(*a), jax.block_until_ready)
+                costs[algorithm] = {'ms': round(1e3 * took, 3)}
+        except jax.errors.JaxRuntimeError as e:
+            common.say(f'left out: {algorithm}: {" ".join(str(e).split())[:200]}')
+    return costs
+
+
+def direction_of(problem: Problem, algorithm: Algorithm, direction: str):
+    """Returns the function of one direction, and the shapes of its two arguments."""
+    p = problem
+    x = jax.ShapeDtypeStruct((p.batch, p.size, p.size, p.channels), p.dtype)
+    kernel = jax.ShapeDtypeStruct((p.kernel, p.kernel, p.channels // p.groups, p.features), p.dtype)
+
+    def forward(x, kernel):
+        return convolve(x, kernel, p.stride, p.groups, algorithm)
+
+    y = jax.eval_shape(forward, x, kernel)
+    if direction == 'forward':
+        return forward, (x, kernel)
+    if direction == 'input_gradient':
+        return lambda kernel, dy: jax.linear_transpose(lambda x: forward(x, kernel), x)(dy)[0], (kernel, y)
+    return lambda x, dy: jax.linear_transpose(lambda k: forward(x, k), kernel)(dy)[0], (x, y)
+
+
+def tpu_cost(function, shapes, device) -> dict[str, float]:
+    """Returns the TPU compiler's cost of a function on one chip."""
+    place = jax.sharding.SingleDeviceSharding(device)
+    args = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place) for s in shapes]
+    start = time.perf_counter()
+    compiled = jax.jit(function).trace(*args).lower(lowering_platforms=('tpu',)).compile()
+    found = tpu_compiler.analyze(compiled.as_text())
+    return {
+        'cycles': found['cycles'],
+        'bytes': compiled.cost_analysis()['bytes accessed'],
+        'compile_s': round(time.perf_counter() - start, 1),
+    }
+
+
+def write(platform: str, problem: Problem, best: dict[str, Algorithm]) -> None:
+    """Replaces this convolution's row of the table."""
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    rows = {tuple(row[f] for f in Problem._fields): row for row in table.get(platform, [])}
+    rows[tuple(problem)] = {**problem._asdict(), **{d: shorten(best[d]) for d in DIRECTIONS}}
+    table[platform] = [rows[key] for key in sorted(rows)]
+    lines = (
+        f' {json.dumps(name)}: [\n' + ',\n'.join('  ' + json.dumps(row) for row in rows) + '\n ]'
+        for name, rows in sorted(table.items())
+    )
+    TABLE.write_text('{\n' + ',\n'.join(lines) + '\n}\n')
+
+
+def shorten(algorithm: Algorithm) -> dict[str, Any]:
+    """Returns an algorithm's fields that are not the default."""
+    default = Algorithm('')
+    fields = algorithm._asdict().items()
+    return {k: v for k, v in fields if v != getattr(default, k)}
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,152 @@
+"""What the TPU compiler expects of a training step, without a TPU.
+
+    pip install libtpu
+    python benchmarks/tpu_cost.py --models epsanet50_small resnet50 --topology v5e:2x4 --batch-per-chip 128
+    python benchmarks/tpu_cost.py --models epsanet50_small resnet50 --blocks          # one block of each stage
+
+Compiles the step for all chips of the topology as one program and prints the sum of the compiler's own
+estimates for one chip: cycles and bytes per image, temporary memory, time to compile. Bodies of loops count
+as often as they run. Collectives carry no estimate and custom calls say what their author says: both are
+listed apart. The compiler puts the batch into the 128 lanes: compare at 128 images a chip.
+--blocks compiles a block of each stage on its own instead, forward and backward, in seconds; --by-op N then
+lists the N dearest operations.
+"""
+
+import argparse
+import re
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import common
+import tpu_compiler
+
+tpu_compiler.prepare_environment()
+
+import jax
+import jax.numpy as jnp
+
+from epsanet_jax.models import create_model
+from epsanet_jax.models.epsanet import EPSABlock, EPSANet
+from epsanet_jax.training import parallel, steps
+from epsanet_jax.training.config import OptimizerConfig
+from epsanet_jax.training.optimizer import make_optimizer
+from epsanet_jax.training.state import create_state
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def main() -> None:
+    """Compiles and prints."""
+    args = _parse()
+    devices = tpu_compiler.devices(args.topology)
+    for name in args.models:
+        model = create_model(name, dtype=jnp.dtype(args.dtype), conv=args.conv)
+        where = {'benchmark': 'tpu_cost', 'model': name, 'conv': args.conv, 'topology': args.topology}
+        where |= {'chips': len(devices), 'batch_per_chip': args.batch_per_chip, 'dtype': args.dtype}
+        where |= {'image_size': args.image_size, **_versions()}
+        if args.blocks:
+            for stage in range(len(model.layers)):
+                record = block_cost(model, stage, devices[0], args)
+                common.emit({**where, 'block_of_stage': stage + 1, **record}, args.out)
+        else:
+            common.say(f'{name}: compiling for {len(devices)} chips')
+            common.emit({**where, **step_cost(model, devices, args)}, args.out)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('--models', nargs='+', default=['epsanet50_small', 'resnet50'])
+    parser.add_argument('--conv', default='auto', help="the convolutions' algorithm")
+    parser.add_argument('--topology', default='v5e:2x4', help='v4:2x2x1, v5p:2x2x1, v6e:2x4, ...')
+    parser.add_argument('--batch-per-chip', type=int, default=128)
+    parser.add_argument('--dtype', default='bfloat16')
+    parser.add_argument('--image-size', type=int, default=224)
+    parser.add_argument('--blocks', action='store_true', help='one block of each stage instead of the step')
+    parser.add_argument('--by-op', type=int, default=0, metavar='N', help='list the dearest operations')
+    parser.add_argument('--out', type=Path, help='append the lines to this file')
+    return parser.parse_args()
+
+
+def _versions() -> dict[str, str]:
+    import importlib.metadata
+
+    versions = {'jax': jax.__version__}
+    try:
+        versions['libtpu'] = importlib.metadata.version('libtpu')
+    except importlib.metadata.PackageNotFoundError:
+        common.say('libtpu has no metadata here: its version is not noted')
+    return versions
+
+
+def step_cost(model: EPSANet, devices: list[Any], args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the cost of the training step over all devices, BatchNorm over the whole batch."""
+    batch = args.batch_per_chip * len(devices)
+    mesh = parallel.make_mesh(batch, None, devices)
+    optimizer = make_optimizer(OptimizerConfig(), lambda step: 0.1)
+    step: Any = steps.make_train_step(model, optimizer, mesh, smoothing=0.1, mean=MEAN, std=STD)
+    state = jax.eval_shape(lambda key: create_state(model, optimizer, key, 64), jax.random.key(0))
+    images = jax.ShapeDtypeStruct((batch, args.image_size, args.image_size, 3), jnp.uint8)
+    rows = {'image': images, 'label': jax.ShapeDtypeStruct((batch,), jnp.int32)}
+    return _compile(step, (state, rows), args)
+
+
+def block_cost(model: EPSANet, stage: int, device: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the cost of one residual block of a stage, forward and backward, on one chip."""
+    planes, size = model.planes[stage], args.image_size // 4 // 2**stage
+    fields = {f: getattr(model, f) for f in ('expansion', 'middle', 'kernels', 'groups', 'conv', 'dtype')}
+    block = EPSABlock(planes, **fields)
+    shape = (args.batch_per_chip, size, size, planes * model.expansion)
+    x = jax.ShapeDtypeStruct(shape, model.dtype)
+    variables = jax.eval_shape(block.init, jax.random.key(0), x)
+
+    def forward_and_backward(variables, x, dy):
+        def forward(params, x):
+            both = {'params': params, 'batch_stats': variables['batch_stats']}
+            return block.apply(both, x, True, mutable=['batch_stats'])
+
+        y, pull, stats = jax.vjp(forward, variables['params'], x, has_aux=True)
+        return y, pull(dy), stats
+
+    place = jax.sharding.SingleDeviceSharding(device)
+    step = jax.jit(forward_and_backward, in_shardings=place, out_shardings=place)
+    return _compile(step, (variables, x, x), args)
+
+
+def _compile(step: Any, arguments: tuple[Any, ...], args: argparse.Namespace) -> dict[str, Any]:
+    start = time.perf_counter()
+    compiled = step.trace(*arguments).lower(lowering_platforms=('tpu',)).compile()
+    compile_s = round(time.perf_counter() - start, 1)
+    text = compiled.as_text()
+    if args.by_op:
+        _list_dearest(text, args.by_op)
+    found = tpu_compiler.analyze(text)
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    return {
+        'cycles_per_image': round(found.pop('cycles') / args.batch_per_chip),
+        'bytes_per_image': round(cost['bytes accessed'] / args.batch_per_chip),
+        'flops_per_image': round(cost['flops'] / args.batch_per_chip),
+        'temp_bytes': memory.temp_size_in_bytes,
+        'compile_s': compile_s,
+        **found,
+    }
+
+
+def _list_dearest(text: str, count: int) -> None:
+    """Prints the operations with the largest estimates, in thousand cycles."""
+    dearest: Counter[str] = Counter()
+    for line in text.splitlines():
+        cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
+        if cycles:
+            name = re.search(r'op_name="([^"]*)"', line)
+            shape = re.search(r'= \(?(\S+?\])', line)
+            label = re.sub(r'jit\(\w+\)/|jvp\((\w*)\)/', '', name.group(1) if name else '?')[-90:]
+            dearest[f'{shape.group(1) if shape else "":28} {label}'] += int(cycles.group(1))
+    for label, cycles in dearest.most_common(count):
+        print(f'{cycles / 1e3:10.0f}  {label}', file=sys.stderr)
+
+
+if __name__ == '__main__':
+    main()

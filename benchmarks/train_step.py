@@ -1,0 +1,203 @@
+"""How fast are training step and inference, ours against PyTorch's best?
+
+    python benchmarks/train_step.py --model epsanet50_small --batch 8 --dtype float32
+    python benchmarks/train_step.py --model epsanet50_small --batch 256 --dtype bfloat16 --compile   # a GPU
+
+The sides take turns in one process, on uint8 images that lie on the device, and each prints a line with the
+median. PyTorch runs NCHW and channels_last, eager and with --compile compiled; autocast if dtype is
+bfloat16. A train step is forward, backward and the update by SGD with momentum. 'ratio' is our images per
+second divided by those of the best PyTorch.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import common
+
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # leave PyTorch its part of the GPU
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from epsanet_jax.models import create_model
+from epsanet_jax.training import parallel, steps
+from epsanet_jax.training.compilation import use_persistent_cache
+from epsanet_jax.training.config import OptimizerConfig
+from epsanet_jax.training.optimizer import make_optimizer
+from epsanet_jax.training.state import create_state
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SMOOTHING = 0.1
+LR = 1e-3
+Step = Callable[[], Any]  # runs once and returns when the result is there
+
+
+def main() -> None:
+    """Measures every side in turn and prints a line for each."""
+    args = _parse()
+    use_persistent_cache()
+    device = common.describe_device()
+    for mode in args.modes:
+        sides: dict[str, Step] = {}
+        facts: dict[str, dict[str, Any]] = {'ours': {}}
+        sides['ours'] = ours(args, mode, facts['ours'])
+        if args.torch:
+            for name, make in torch_sides(args, mode):
+                common.say(f'{mode}: preparing {name}')
+                facts[name] = {}
+                sides[name] = make(facts[name])
+        times = in_turn(sides, args.rounds)
+        best = min((t for side, t in times.items() if side != 'ours'), default=None)
+        for side, took in times.items():
+            record = {'benchmark': 'train_step', **device, 'model': args.model, 'side': side, 'mode': mode}
+            record |= {'batch': args.batch, 'dtype': args.dtype, 'image_size': args.image_size}
+            record |= {'images_per_s': round(args.batch / took, 2), 'ms': round(1e3 * took, 2)}
+            record |= {'ratio': round(best / took, 3) if best else None, **facts[side]}
+            moved = facts[side].get('bytes')
+            if args.bandwidth and moved:
+                record['share_of_bytes_floor'] = round(moved / (args.bandwidth * 1e12) / took, 3)
+            common.emit(record, args.out)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('--model', default='epsanet50_small')
+    parser.add_argument('--conv', default='auto', help="our convolutions' algorithm")
+    parser.add_argument('--batch', type=int, default=8)
+    parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
+    parser.add_argument('--image-size', type=int, default=224)
+    parser.add_argument('--modes', nargs='+', choices=('forward', 'train'), default=['forward', 'train'])
+    parser.add_argument('--rounds', type=int, default=7, help='turns that each side takes')
+    parser.add_argument('--compile', action='store_true', help='torch.compile too')
+    parser.add_argument('--no-torch', dest='torch', action='store_false', help='ours alone')
+    parser.add_argument('--bandwidth', type=float, metavar='TB/S', help="of the device's memory, for the floor")
+    parser.add_argument('--out', type=Path, help='append the lines to this file')
+    return parser.parse_args()
+
+
+def in_turn(sides: dict[str, Step], rounds: int) -> dict[str, float]:
+    """Returns the median seconds of each side; they take turns, so that all see the same machine."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for run in sides.values():
+        run()
+        run()
+    for i in range(rounds):
+        for name, run in sides.items():
+            time.sleep(0.5)  # until the other side's threads have stopped spinning
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
+        common.say(f'round {i + 1} of {rounds}: ' + ', '.join(f'{n} {t[-1]:.3f} s' for n, t in times.items()))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def make_batch(args: argparse.Namespace) -> dict[str, np.ndarray]:
+    """Returns random images and labels."""
+    rng = np.random.default_rng(0)
+    shape = (args.batch, args.image_size, args.image_size, 3)
+    images = rng.integers(0, 256, shape, np.uint8)
+    return {'image': images, 'label': rng.integers(0, 1000, args.batch).astype(np.int32)}
+
+
+def ours(args: argparse.Namespace, mode: str, facts: dict[str, Any]) -> Step:
+    """Compiles our step; `facts` is told its compile time and memory."""
+    model = create_model(args.model, dtype=jnp.dtype(args.dtype), conv=args.conv)
+    mesh = parallel.make_mesh(args.batch)
+    optimizer = make_optimizer(OptimizerConfig(), lambda step: LR)
+    copies = parallel.replicated(mesh)
+    init = jax.jit(lambda key: create_state(model, optimizer, key, 64), out_shardings=copies)
+    state = init(jax.random.key(0))
+    batch = make_batch(args)
+    if mode == 'forward':
+        batch['mask'] = np.ones(args.batch, bool)
+        step: Any = steps.make_eval_step(model, mesh, smoothing=SMOOTHING, mean=MEAN, std=STD)
+        held: Any = state.variables
+    else:
+        step = steps.make_train_step(model, optimizer, mesh, smoothing=SMOOTHING, mean=MEAN, std=STD)
+        held = state
+    on_device = parallel.to_devices(batch, mesh)
+    common.say(f'{mode}: compiling ours')
+    start = time.perf_counter()
+    compiled = step.lower(held, on_device).compile()
+    facts['compile_s'] = round(time.perf_counter() - start, 1)
+    facts['conv'] = args.conv
+    memory = compiled.memory_analysis()
+    facts['peak_bytes'] = memory.temp_size_in_bytes + memory.argument_size_in_bytes
+    facts['bytes'] = compiled.cost_analysis()['bytes accessed']
+
+    def run() -> None:
+        nonlocal held
+        if mode == 'forward':
+            jax.block_until_ready(compiled(held, on_device))
+        else:
+            held, sums = compiled(held, on_device)
+            jax.block_until_ready((held, sums))
+
+    return run
+
+
+def torch_sides(args: argparse.Namespace, mode: str):
+    """Yields the PyTorch sides: names, and functions that prepare a step."""
+    for layout in ('nchw', 'channels-last'):
+        yield f'torch-{layout}', lambda facts, layout=layout: torch_step(args, mode, layout, False, facts)
+        if args.compile:
+            name = f'torch-{layout}-compiled'
+            yield name, lambda facts, layout=layout: torch_step(args, mode, layout, True, facts)
+
+
+def torch_step(
+    args: argparse.Namespace, mode: str, layout: str, compiled: bool, facts: dict[str, Any]
+) -> Step:
+    """Prepares the same step in PyTorch; `facts` is told version and memory."""
+    import torch
+
+    from epsanet_jax.convert import torch_model
+
+    on_gpu = jax.devices()[0].platform == 'gpu'
+    device = torch.device('cuda' if on_gpu else 'cpu')
+    memory_format = torch.channels_last if layout == 'channels-last' else torch.contiguous_format
+    net: Any = torch_model.EPSANet(create_model(args.model)).to(device, memory_format=memory_format)
+    net.train(mode == 'train')
+    optimizer = torch.optim.SGD(net.parameters(), lr=LR, momentum=0.9, weight_decay=1e-4)
+    batch = make_batch(args)
+    images = torch.from_numpy(batch['image']).to(device).permute(0, 3, 1, 2)
+    images = images.contiguous(memory_format=memory_format)
+    labels = torch.from_numpy(batch['label']).long().to(device)
+    mean = torch.tensor(MEAN, device=device).view(1, 3, 1, 1) * 255
+    std = torch.tensor(STD, device=device).view(1, 3, 1, 1) * 255
+    half = args.dtype == 'bfloat16'
+    facts['torch'] = torch.__version__
+    if compiled:
+        net = torch.compile(net)
+
+    def forward():
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            return net((images - mean) / std)
+
+    def run() -> None:
+        if mode == 'forward':
+            with torch.no_grad():
+                forward()
+        else:
+            optimizer.zero_grad(set_to_none=True)
+            loss = torch.nn.functional.cross_entropy(forward().float(), labels, label_smoothing=SMOOTHING)
+            loss.backward()
+            optimizer.step()
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        facts['peak_bytes'] = torch.cuda.max_memory_allocated()
+    return run
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,73 @@
+import pytest
+
+from epsanet_jax.ops import choice
+from epsanet_jax.ops.algorithms import NAMES, Algorithm
+from epsanet_jax.ops.choice import Choice, Problem, choose
+
+STOCK = Choice(*(Algorithm('stock'),) * 3)
+SMALL = Problem(9, 1, 16, 64, 16, 56, 8, 'float32')
+LARGE = Problem(9, 1, 16, 512, 128, 7, 8, 'float32')
+POINT = Problem(1, 2, 1, 64, 256, 56, 8, 'float32')
+TILED = Choice(Algorithm('tiled', 2, (2, 4)), Algorithm('folded', 1, (4, 4)), Algorithm('merged', 16))
+MATMUL = Choice(*(Algorithm('matmul'),) * 3)
+
+
+@pytest.fixture
+def table(monkeypatch):
+    rows = [(SMALL, TILED), (LARGE, STOCK), (POINT, MATMUL)]
+    monkeypatch.setattr(choice, '_table', lambda: {'cpu': rows})
+    choose.cache_clear()
+    yield
+    choose.cache_clear()
+
+
+@pytest.mark.usefixtures('table')
+def test_each_direction_has_its_own_algorithm():
+    assert choose('cpu', SMALL) == TILED
+    assert choose('cpu', LARGE) == STOCK
+
+
+@pytest.mark.usefixtures('table')
+def test_a_platform_that_was_not_measured_takes_stock():
+    assert choose('cuda', SMALL) == STOCK
+
+
+@pytest.mark.usefixtures('table')
+@pytest.mark.parametrize(
+    ('changes', 'expected'),
+    [
+        ({'batch': 32}, TILED),
+        ({'size': 48}, TILED),
+        ({'dtype': 'float64'}, TILED),
+        ({'kernel': 7, 'groups': 8}, TILED),
+        ({'channels': 512, 'features': 128, 'size': 14}, STOCK),
+    ],
+)
+def test_the_nearest_measured_convolution_decides(changes, expected):
+    chosen = choose('cpu', SMALL._replace(**changes))
+    assert [a.name for a in chosen] == [a.name for a in expected]
+
+
+@pytest.mark.usefixtures('table')
+def test_an_algorithm_is_fitted_to_the_groups_there_are():
+    chosen = choose('cpu', SMALL._replace(groups=6, channels=24, features=6))
+    assert [a.merge for a in chosen] == [2, 1, 6]
+    chosen = choose('cpu', SMALL._replace(groups=3, channels=12, features=3))
+    assert [a.merge for a in chosen] == [1, 1, 3]
+
+
+@pytest.mark.usefixtures('table')
+def test_a_matrix_product_is_for_1x1_kernels_alone():
+    assert choose('cpu', POINT._replace(size=7)) == MATMUL
+    assert 'matmul' not in {a.name for a in choose('cpu', POINT._replace(kernel=3, stride=1))}
+    assert choose('cpu', POINT._replace(groups=4)) != MATMUL
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+def test_the_table_in_the_package_is_one_of_algorithms_that_exist(platform):
+    rows = choice._table()[platform]
+    assert len({problem for problem, _ in rows}) == len(rows) > 10
+    for problem, chosen in rows:
+        for algorithm in chosen:
+            assert algorithm.name in NAMES
+            assert problem.groups % algorithm.merge == 0
