@@ -1,7 +1,7 @@
-"""Which algorithm is the fastest for each convolution of the networks, in each direction?
+"""Which algorithm is the fastest for each convolution of the networks, in each direction.
 
-    python benchmarks/grouped_conv.py --batch 8 --dtype float32 --out benchmarks/results/grouped_conv_cpu.jsonl
-    python benchmarks/grouped_conv.py --topology v5e:2x4 --batch 128 --dtype bfloat16 --out ...   # needs libtpu, no TPU
+    python benchmarks/grouped_conv.py --batch 8 --dtype float32 --write --out results.jsonl
+    python benchmarks/grouped_conv.py --batch 128 --dtype bfloat16 --topology v5e:2x4   # needs libtpu
 
 Times every algorithm on this machine's device or, with --topology, asks the TPU compiler for its cost (batch
 is then that of one chip). With --write the fastest ones replace those of the same convolution in the table

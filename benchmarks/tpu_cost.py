@@ -1,8 +1,8 @@
 """What the TPU compiler expects of a training step, without a TPU.
 
     pip install libtpu
-    python benchmarks/tpu_cost.py --models epsanet50_small resnet50 --topology v5e:2x4 --batch-per-chip 128
-    python benchmarks/tpu_cost.py --models epsanet50_small resnet50 --blocks          # one block of each stage
+    python benchmarks/tpu_cost.py --models epsanet50_small resnet50 --topology v5e:2x4
+    python benchmarks/tpu_cost.py --models epsanet50_small resnet50 --blocks     # one block of each stage
 
 Compiles the step for all chips of the topology as one program and prints the sum of the compiler's own
 estimates for one chip: cycles and bytes per image, temporary memory, time to compile. Bodies of loops count

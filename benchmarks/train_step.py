@@ -1,4 +1,4 @@
-"""How fast are training step and inference, ours against PyTorch's best?
+"""The speed of training step and inference, ours against PyTorch's best.
 
     python benchmarks/train_step.py --model epsanet50_small --batch 8 --dtype float32
     python benchmarks/train_step.py --model epsanet50_small --batch 256 --dtype bfloat16 --compile   # a GPU
@@ -76,7 +76,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=7, help='turns that each side takes')
     parser.add_argument('--compile', action='store_true', help='torch.compile too')
     parser.add_argument('--no-torch', dest='torch', action='store_false', help='ours alone')
-    parser.add_argument('--bandwidth', type=float, metavar='TB/S', help="of the device's memory, for the floor")
+    parser.add_argument(
+        '--bandwidth', type=float, metavar='TB/S', help="of the device's memory, for the floor"
+    )
     parser.add_argument('--out', type=Path, help='append the lines to this file')
     return parser.parse_args()
 

@@ -87,7 +87,7 @@ class BatchNorm(nn.Module):
         running_var = self.variable('batch_stats', 'var', jnp.ones, (channels,), stats_dtype)
 
         wide = at_least_float32(parts[0].dtype, stats_dtype)
-        # Near to the mean: E[x^2] - E[x]^2 takes one pass over memory, but would cancel where the mean is large.
+        # Near to the mean: E[x^2] - E[x]^2 takes one pass over memory, but cancels where the mean is large.
         shift = lax.stop_gradient(running_mean.value.astype(wide))  # [C]
         if train:
             groups = self._groups(rows)
@@ -101,7 +101,7 @@ class BatchNorm(nn.Module):
         else:
             mean, var = jnp.zeros((1, channels), wide), running_var.value.astype(wide)[None]
 
-        # One multiplication and one addition an element: the backward pass then has two sums to take, not three.
+        # One multiplication and one addition an element: the backward pass then takes two sums, not three.
         factor = lax.rsqrt(var + self.epsilon) * scale.astype(wide)  # [G, C]
         offset = bias.astype(wide) - mean * factor
         if isinstance(x, Weighted):

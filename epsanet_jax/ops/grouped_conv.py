@@ -41,7 +41,8 @@ def grouped_conv(
     return algorithms.convolve(x, kernel, stride, groups, algorithms.by_name(algorithm, kernel.shape, groups))
 
 
-# Compiled as a function of its own, so that equal layers are traced and lowered once.
+# A jit, so that equal layers are traced once; inlined, because XLA:CPU brings the convolutions of gradients
+# into the form that it has a fast path for only where they are part of the main computation.
 @functools.partial(jax.jit, static_argnums=(2, 3, 4), inline=True)
 def _for_platform(x: jax.Array, kernel: jax.Array, stride: int, groups: int, direction: str) -> jax.Array:
     """Computes the convolution by the algorithm chosen for `direction` on the platform compiled for."""

@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +7,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec
 
 from epsanet_jax import InputError
 from epsanet_jax.models import BatchNorm
+from epsanet_jax.models.norm import Weighted
 
 pytestmark = pytest.mark.usefixtures('strict')
 F64 = {'dtype': jnp.float64, 'param_dtype': jnp.float64}
@@ -91,3 +93,41 @@ def test_a_single_value_has_no_variance(rng):
     x = rng.standard_normal((2, 1, 1, 3))
     with pytest.raises(InputError, match='more than one value a channel'):
         train(BatchNorm(group=1, **F64), BatchNorm(**F64).init(jax.random.key(0), x), x)
+
+
+@pytest.mark.parametrize('group', [None, 2])
+@pytest.mark.parametrize('mean', [0, 1000])
+def test_a_weighted_activation_is_normalised_as_if_it_were_computed(rng, group, mean):
+    parts = tuple(rng.standard_normal((4, 3, 5, c)) * (c + 1) + mean for c in (2, 1, 3))
+    weights = rng.uniform(0.1, 0.6, (4, 6))
+    cotangent = rng.standard_normal((4, 3, 5, 6))
+    norm = BatchNorm(group=group, **F64)
+    variables = norm.init(jax.random.key(0), np.zeros((4, 3, 5, 6)))
+    variables['params'] = {'scale': rng.uniform(0.5, 2, 6), 'bias': rng.standard_normal(6)}
+    variables['batch_stats']['mean'] = jnp.full(6, mean / 3, jnp.float64)
+
+    def fused(params, parts, weights, training=True):
+        means = jnp.concatenate([p.mean(axis=(1, 2)) for p in parts], axis=-1)
+        return apply(params, Weighted(parts, means, weights), training)
+
+    def plain(params, parts, weights, training=True):
+        return apply(params, jnp.concatenate(parts, axis=-1) * weights[:, None, None], training)
+
+    def apply(params, x, training):
+        y, new = norm.apply({**variables, 'params': params}, x, train=training, mutable=['batch_stats'])
+        return (y * cotangent).sum(), (y, new)
+
+    for training in (True, False):
+        for function in (fused, plain):
+            differentiated = jax.value_and_grad(function, (0, 1, 2), has_aux=True)
+            result = differentiated(variables['params'], parts, weights, training)
+            if function is fused:
+                actual = result
+        chex.assert_trees_all_close(actual, result, rtol=1e-8, atol=1e-8)
+
+
+def test_the_value_of_a_weighted_activation(rng):
+    parts = tuple(rng.standard_normal((2, 3, 3, 2)).astype(np.float32) for _ in range(2))
+    weights = rng.uniform(size=(2, 4)).astype(np.float32)
+    expected = np.concatenate(parts, -1) * weights[:, None, None]
+    np.testing.assert_allclose(Weighted(parts, weights, weights).value(), expected, rtol=1e-6)

@@ -80,6 +80,22 @@ def test_4_padding_of_the_max_pool_too(rng, size):
     np.testing.assert_array_equal(max_pool(x), expected.permute(0, 2, 3, 1))
 
 
+def test_the_max_pool_s_gradient_goes_to_the_first_of_equals_as_pytorch_s(rng):
+    x = rng.integers(0, 3, (2, 9, 12, 3)).astype(np.float64)
+    weights = rng.standard_normal((2, 5, 6, 3))
+    twin = torch.from_numpy(x).permute(0, 3, 1, 2).requires_grad_()
+    pooled = torch.nn.functional.max_pool2d(twin, 3, 2, padding=1)
+    (pooled * torch.from_numpy(weights).permute(0, 3, 1, 2)).sum().backward()
+    gradient = jax.jit(jax.grad(lambda x: (max_pool(x) * weights).sum()))(x)
+    np.testing.assert_allclose(gradient, twin.grad.permute(0, 2, 3, 1), rtol=1e-12)
+
+
+def test_the_max_pool_shows_nan_wherever_it_is_in_the_window(rng):
+    x = rng.standard_normal((1, 4, 4, 1))
+    x[0, 1, 1] = np.nan
+    np.testing.assert_array_equal(np.isnan(max_pool(x))[0, :, :, 0], [[True, True], [True, True]])
+
+
 @pytest.mark.parametrize(('kernel', 'groups'), [(3, 1), (9, 16), (1, 1)])
 def test_5_kernels_start_at_sqrt_2_over_k_k_out_not_divided_by_groups(kernel, groups):
     conv = Conv(64, kernel, groups=groups, param_dtype=jnp.float64)

@@ -80,7 +80,9 @@ def test_every_merge_and_tile_equals_stock(rng, name, split, merge, tile, size, 
     def all_of(conv):
         return jax.value_and_grad(lambda x, k: (conv(x, k) * weights).sum(), (0, 1))(x, k), conv(x, k)
 
-    chex.assert_trees_all_close(jax.jit(all_of, static_argnums=0)(other), all_of(plain), rtol=1e-10, atol=1e-10)
+    chex.assert_trees_all_close(
+        jax.jit(all_of, static_argnums=0)(other), all_of(plain), rtol=1e-10, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize('stride', [1, 2])
