@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import platform
 import statistics
 import sys
@@ -12,13 +13,19 @@ from typing import Any
 
 import jax
 
+SETTINGS = ('GLIBC_TUNABLES', 'LD_PRELOAD', 'MALLOC_', 'OMP_', 'XLA_FLAGS')
+
 
 def describe_device() -> dict[str, Any]:
-    """Returns what the numbers depend on: device and versions."""
+    """Returns what the numbers depend on: device, versions, settings of the environment."""
     device = jax.devices()[0]
-    kind = platform.machine() if device.platform == 'cpu' else device.device_kind
+    count, kind = len(jax.devices()), device.device_kind
+    if device.platform == 'cpu':
+        count, kind = os.cpu_count() or 1, platform.machine() + ' cores'
     versions = {name: importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'flax')}
-    return {'platform': device.platform, 'device': f'{kind} x {len(jax.devices())}', **versions}
+    settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith(SETTINGS)}
+    about = {'platform': device.platform, 'device': f'{count} x {kind}', **versions}
+    return {**about, 'settings': settings} if settings else about
 
 
 def emit(record: dict[str, Any], out: Path | None) -> None:

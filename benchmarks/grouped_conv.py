@@ -1,6 +1,7 @@
 """Which algorithm is the fastest for each convolution of the networks, in each direction.
 
     python benchmarks/grouped_conv.py --batch 8 --dtype float32 --write --out results.jsonl
+    python benchmarks/grouped_conv.py --batch 128 --dtype bfloat16 --write --kernels 9          # a GPU
     python benchmarks/grouped_conv.py --batch 128 --dtype bfloat16 --topology v5e:2x4   # needs libtpu
 
 Times every algorithm on this machine's device or, with --topology, asks the TPU compiler for its cost (batch
@@ -62,7 +63,7 @@ def main() -> None:
                 common.emit({'benchmark': 'grouped_conv', **device, **record}, args.out)
             best[direction] = min(costs, key=lambda a: next(iter(costs[a].values())))
         if args.write:
-            write(device['platform'], problem, best)
+            write(device['platform'] if args.topology else table_key(jax.devices()[0]), problem, best)
 
 
 def _parse() -> argparse.Namespace:
@@ -118,7 +119,7 @@ def candidates(problem: Problem, platform: str, limit: float) -> Iterator[Algori
             window = math.prod((t - 1) * problem.stride + problem.kernel for t in tile)
             if merge * window / problem.kernel**2 <= limit and tile[1] <= problem.size // problem.stride:
                 yield Algorithm('tiled', merge, tile, split)
-                if platform == 'cpu':
+                if platform != 'tpu':  # which pads what is folded at a higher price than all else
                     yield Algorithm('folded', merge, tile, split)
 
 
@@ -173,6 +174,13 @@ def tpu_cost(function, shapes, device) -> dict[str, float]:
         'bytes': compiled.cost_analysis()['bytes accessed'],
         'compile_s': round(time.perf_counter() - start, 1),
     }
+
+
+def table_key(device: jax.Device) -> str:
+    """Returns the name under which the table and `lax.platform_dependent` know a device's platform."""
+    if device.platform != 'gpu':
+        return device.platform
+    return 'rocm' if 'rocm' in device.client.platform_version.lower() else 'cuda'
 
 
 def write(platform: str, problem: Problem, best: dict[str, Algorithm]) -> None:

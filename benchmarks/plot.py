@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def _tpu(axis, lines) -> None:
-    bars = {f'{x["model"]}, {x["conv"]}': x for x in lines if 'block_of_stage' not in x}
+    bars = {f'{x["model"]}, {x["conv"]}': x for x in lines if 'block' not in x}
     bars = dict(sorted(bars.items(), key=lambda item: item[1]['cycles_per_image']))
     names = [name.replace('resnet50, auto', 'resnet50') for name in bars]
     cost = [x['cycles_per_image'] / 1e6 for x in bars.values()]

@@ -2,14 +2,14 @@
 
     pip install libtpu
     python benchmarks/tpu_cost.py --models epsanet50_small resnet50 --topology v5e:2x4
-    python benchmarks/tpu_cost.py --models epsanet50_small resnet50 --blocks     # one block of each stage
+    python benchmarks/tpu_cost.py --models epsanet50_small resnet50 --blocks     # block by block
 
 Compiles the step for all chips of the topology as one program and prints the sum of the compiler's own
 estimates for one chip: cycles and bytes per image, temporary memory, time to compile. Bodies of loops count
 as often as they run. Collectives carry no estimate and custom calls say what their author says: both are
 listed apart. The compiler puts the batch into the 128 lanes: compare at 128 images a chip.
---blocks compiles a block of each stage on its own instead, forward and backward, in seconds; --by-op N then
-lists the N dearest operations.
+--blocks compiles the blocks that differ on their own instead, forward and backward, in seconds; --by-op N
+then lists the N dearest operations.
 """
 
 import argparse
@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from epsanet_jax.models import create_model
-from epsanet_jax.models.epsanet import EPSABlock, EPSANet
+from epsanet_jax.models.epsanet import STEM_WIDTH, EPSABlock, EPSANet
 from epsanet_jax.training import parallel, steps
 from epsanet_jax.training.config import OptimizerConfig
 from epsanet_jax.training.optimizer import make_optimizer
@@ -48,9 +48,9 @@ def main() -> None:
         where |= {'chips': len(devices), 'batch_per_chip': args.batch_per_chip, 'dtype': args.dtype}
         where |= {'image_size': args.image_size, **_versions()}
         if args.blocks:
-            for stage in range(len(model.layers)):
-                record = block_cost(model, stage, devices[0], args)
-                common.emit({**where, 'block_of_stage': stage + 1, **record}, args.out)
+            for layer, (block, shape) in blocks(model, args.batch_per_chip, args.image_size).items():
+                record = block_cost(block, shape, devices[0], args.by_op)
+                common.emit({**where, 'block': layer, **record}, args.out)
         else:
             common.say(f'{name}: compiling for {len(devices)} chips')
             common.emit({**where, **step_cost(model, devices, args)}, args.out)
@@ -64,7 +64,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument('--batch-per-chip', type=int, default=128)
     parser.add_argument('--dtype', default='bfloat16')
     parser.add_argument('--image-size', type=int, default=224)
-    parser.add_argument('--blocks', action='store_true', help='one block of each stage instead of the step')
+    parser.add_argument('--blocks', action='store_true', help='single blocks instead of the step')
     parser.add_argument('--by-op', type=int, default=0, metavar='N', help='list the dearest operations')
     parser.add_argument('--out', type=Path, help='append the lines to this file')
     return parser.parse_args()
@@ -90,17 +90,28 @@ def step_cost(model: EPSANet, devices: list[Any], args: argparse.Namespace) -> d
     state = jax.eval_shape(lambda key: create_state(model, optimizer, key, 64), jax.random.key(0))
     images = jax.ShapeDtypeStruct((batch, args.image_size, args.image_size, 3), jnp.uint8)
     rows = {'image': images, 'label': jax.ShapeDtypeStruct((batch,), jnp.int32)}
-    return _compile(step, (state, rows), args)
+    return _compile(step, (state, rows), args.batch_per_chip, args.by_op)
 
 
-def block_cost(model: EPSANet, stage: int, device: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the cost of one residual block of a stage, forward and backward, on one chip."""
-    planes, size = model.planes[stage], args.image_size // 4 // 2**stage
+def blocks(model: EPSANet, batch: int, image_size: int) -> dict[str, tuple[EPSABlock, tuple[int, ...]]]:
+    """Returns the blocks of a network that differ: by layer, the module and the shape of its input."""
+    found = {}
     fields = {f: getattr(model, f) for f in ('expansion', 'middle', 'kernels', 'groups', 'conv', 'dtype')}
-    block = EPSABlock(planes, **fields)
-    shape = (args.batch_per_chip, size, size, planes * model.expansion)
-    x = jax.ShapeDtypeStruct(shape, model.dtype)
+    channels, size = STEM_WIDTH, image_size // 4
+    for stage, planes in enumerate(model.planes):
+        stride = 2 if stage else 1
+        first = EPSABlock(planes, stride=stride, downsample=True, **fields)
+        found[f'layer{stage + 1}_0'] = first, (batch, size, size, channels)
+        channels, size = planes * model.expansion, size // stride
+        found[f'layer{stage + 1}_1'] = EPSABlock(planes, **fields), (batch, size, size, channels)
+    return found
+
+
+def block_cost(block: EPSABlock, shape: tuple[int, ...], device: Any, by_op: int = 0) -> dict[str, Any]:
+    """Returns the cost of one residual block, forward and backward, on one chip."""
+    x = jax.ShapeDtypeStruct(shape, block.dtype)
     variables = jax.eval_shape(block.init, jax.random.key(0), x)
+    y = jax.eval_shape(block.apply, variables, x)
 
     def forward_and_backward(variables, x, dy):
         def forward(params, x):
@@ -112,22 +123,22 @@ def block_cost(model: EPSANet, stage: int, device: Any, args: argparse.Namespace
 
     place = jax.sharding.SingleDeviceSharding(device)
     step = jax.jit(forward_and_backward, in_shardings=place, out_shardings=place)
-    return _compile(step, (variables, x, x), args)
+    return _compile(step, (variables, x, y), shape[0], by_op)
 
 
-def _compile(step: Any, arguments: tuple[Any, ...], args: argparse.Namespace) -> dict[str, Any]:
+def _compile(step: Any, arguments: tuple[Any, ...], images: int, by_op: int) -> dict[str, Any]:
     start = time.perf_counter()
     compiled = step.trace(*arguments).lower(lowering_platforms=('tpu',)).compile()
     compile_s = round(time.perf_counter() - start, 1)
     text = compiled.as_text()
-    if args.by_op:
-        _list_dearest(text, args.by_op)
+    if by_op:
+        _list_dearest(text, by_op)
     found = tpu_compiler.analyze(text)
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return {
-        'cycles_per_image': round(found.pop('cycles') / args.batch_per_chip),
-        'bytes_per_image': round(cost['bytes accessed'] / args.batch_per_chip),
-        'flops_per_image': round(cost['flops'] / args.batch_per_chip),
+        'cycles_per_image': round(found.pop('cycles') / images),
+        'bytes_per_image': round(cost['bytes accessed'] / images),
+        'flops_per_image': round(cost['flops'] / images),
         'temp_bytes': memory.temp_size_in_bytes,
         'compile_s': compile_s,
         **found,

@@ -84,14 +84,18 @@ def _parse() -> argparse.Namespace:
 
 
 def in_turn(sides: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Returns the median seconds of each side; they take turns, so that all see the same machine."""
+    """Returns the median seconds of each side; they take turns, so that all see the same machine.
+
+    The first of the two steps of a turn is not timed: it brings back what a run of steps would have kept,
+    caches, and memory that a virtual machine has given back to its host meanwhile.
+    """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for run in sides.values():
-        run()
         run()
     for i in range(rounds):
         for name, run in sides.items():
             time.sleep(0.5)  # until the other side's threads have stopped spinning
+            run()
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)

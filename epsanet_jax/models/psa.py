@@ -3,7 +3,6 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from epsanet_jax.errors import InputError
 from epsanet_jax.models.conv import Conv
@@ -100,7 +99,7 @@ class PSAModule(nn.Module):
 
     def weighted(self, x: jax.Array) -> Weighted:
         """Returns the branches and their attention, for a BatchNorm that need not see their product."""
-        branches = [_gradient_in_memory(getattr(self, f'conv_{i + 1}')(x)) for i in range(len(self.kernels))]
+        branches = [getattr(self, f'conv_{i + 1}')(x) for i in range(len(self.kernels))]
         wide = at_least_float32(self.dtype)
         means = jnp.stack([b.mean(axis=(1, 2), dtype=wide) for b in branches], axis=1)  # [N, S, C]
         weights = self.se.excite(means[:, :, None, :])[:, :, 0, :]  # [N, S, C]
@@ -108,18 +107,3 @@ class PSAModule(nn.Module):
         self.sow('intermediates', 'attention', attention)
         means, attention = (a[:, ::-1].reshape(a.shape[0], -1) for a in (means, attention))
         return Weighted(tuple(branches[::-1]), means, attention)
-
-
-@jax.custom_jvp
-def _gradient_in_memory(x: jax.Array) -> jax.Array:
-    """The identity, whose gradient is computed once, and not again within each convolution that reads it.
-
-    The TPU compiler fuses what produces an operand into the convolution, where a large kernel recomputes it
-    for every place of its window: four times the cost of the convolution, by its own estimate.
-    """
-    return x
-
-
-@_gradient_in_memory.defjvp
-def _gradient_in_memory_jvp(primals, tangents):
-    return primals[0], lax.optimization_barrier(tangents[0])

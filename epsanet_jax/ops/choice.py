@@ -10,6 +10,8 @@ import math
 from importlib import resources
 from typing import Any, NamedTuple
 
+import jax
+
 from epsanet_jax.ops.algorithms import Algorithm, divisors
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
@@ -90,9 +92,16 @@ def _fit(algorithm: Algorithm, problem: Problem) -> Algorithm:
     return algorithm._replace(merge=merge)
 
 
+def reload() -> None:
+    """Reads the table again, for benchmarks that write it."""
+    _table.cache_clear()
+    choose.cache_clear()
+    jax.clear_caches()
+
+
 @functools.cache
 def _table() -> dict[str, list[tuple[Problem, Choice]]]:
-    text = resources.files(__package__).joinpath(TABLE).read_text()
+    text = resources.files(__name__.rpartition('.')[0]).joinpath(TABLE).read_text()
     return {platform: [_row(row) for row in rows] for platform, rows in json.loads(text).items()}
 
 

@@ -1,9 +1,11 @@
 """The benchmark scripts, from outside; what they measure is nobody's test."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -71,10 +73,37 @@ def test_every_convolution_of_a_network_is_measured_and_the_best_is_written(tmp_
 def test_both_frameworks_take_turns_at_the_step(tmp_path):
     out = tmp_path / 'lines.jsonl'
     arguments = ['--batch', '2', '--image-size', '32', '--modes', 'forward', '--rounds', '1', '--out']
-    subprocess.run([sys.executable, FOLDER / 'train_step.py', *arguments, out], check=True)
+    one_device = {**os.environ, 'XLA_FLAGS': ''}
+    subprocess.run([sys.executable, FOLDER / 'train_step.py', *arguments, out], check=True, env=one_device)
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line['side'] for line in lines] == ['ours', 'torch-nchw', 'torch-channels-last']
     best = max(line['images_per_s'] for line in lines[1:])
     assert lines[0]['ratio'] == pytest.approx(lines[0]['images_per_s'] / best, rel=0.02)
     assert lines[0]['peak_bytes'] > 0
     assert {line['mode'] for line in lines} == {'forward'}
+
+
+@pytest.mark.usefixtures('scripts')
+@pytest.mark.parametrize(
+    ('platform', 'version', 'key'),
+    [('cpu', '<unknown>', 'cpu'), ('gpu', 'PJRT C API\ncuda 12090', 'cuda'), ('gpu', 'rocm 60000', 'rocm')],
+)
+def test_what_is_measured_on_a_platform_is_what_the_package_looks_up_there(platform, version, key):
+    import grouped_conv
+
+    device = SimpleNamespace(platform=platform, client=SimpleNamespace(platform_version=version))
+    assert grouped_conv.table_key(device) == key
+    assert key in grouped_conv.choice.PLATFORMS
+
+
+@pytest.mark.parametrize('script', ['train_step', 'grouped_conv'])
+def test_the_benchmarks_run_where_nothing_reads_data(script):
+    program = f"""
+import sys
+for name in ('ml_collections', 'grain', 'tensorflow_datasets', 'PIL', 'sklearn', 'safetensors', 'tqdm'):
+    sys.modules[name] = None
+sys.path.insert(0, {str(FOLDER)!r})
+import {script}
+from epsanet_jax.convert import torch_model
+"""
+    subprocess.run([sys.executable, '-c', program], check=True)

@@ -135,7 +135,7 @@ def lowered(platform, algorithm='auto', channels=64):
 
 
 def convolutions(text):
-    return re.findall(r'stablehlo.convolution.*', text)
+    return re.findall(r'stablehlo.convolution\([^)]*\)(.*)', text)
 
 
 def grouped(text):

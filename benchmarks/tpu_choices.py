@@ -1,0 +1,91 @@
+"""Chooses the convolutions' algorithms for a TPU by the cost of the whole block that they are part of.
+
+    python benchmarks/tpu_choices.py --model epsanet50_small --topology v5e:2x4 --layers layer2_1
+
+Beside others a convolution costs something else than alone: the compiler fuses what comes before and after,
+and layouts must agree. So each pyramid's convolutions, the largest kernel first, take in turn the algorithms
+that are cheap on their own, direction by direction, and keep the one with which the block, forward and
+backward, costs the fewest cycles. The table that conv='auto' reads (epsanet_jax/ops/choices.json) is
+rewritten on the way, and can be kept or not. Takes 10 to 20 minutes a block on 2 cores; needs libtpu, no TPU.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import common
+import tpu_compiler
+
+tpu_compiler.prepare_environment()
+
+import grouped_conv
+import jax.numpy as jnp
+import tpu_cost
+
+from epsanet_jax.models import create_model
+from epsanet_jax.ops import choice
+
+BATCH = 128  # the lanes of a TPU
+
+
+def main() -> None:
+    """Improves the table, block by block."""
+    args = _parse()
+    device = tpu_compiler.devices(args.topology)[0]
+    model = create_model(args.model, dtype=jnp.bfloat16)
+    for layer, (block, shape) in tpu_cost.blocks(model, BATCH, args.image_size).items():
+        if args.layers and layer not in args.layers:
+            continue
+        convolutions = [
+            choice.Problem(k, block.stride, g, block.planes, block.planes // 4, shape[1], BATCH, 'bfloat16')
+            for k, g in zip(block.kernels, block.groups, strict=True)
+            if g > 1
+        ]
+
+        def cost(block=block, shape=shape) -> int:
+            choice.reload()
+            return tpu_cost.block_cost(block, shape, device)['cycles_per_image']
+
+        for problem in sorted(set(convolutions), reverse=True):
+            record = improve(problem, cost, device, args)
+            where = {'benchmark': 'tpu_choices', 'model': args.model, 'topology': args.topology}
+            common.emit({**where, 'block': layer, **problem._asdict(), **record}, args.out)
+
+
+def improve(problem: choice.Problem, cost, device: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """Tries what is cheap alone in each direction of a convolution; returns the block's cycles per image."""
+    best = choice.choose('tpu', problem)
+    before = fewest = cost()
+    for direction in choice.DIRECTIONS:
+        alone = grouped_conv.measure(problem, direction, 'tpu', device, args.limit)
+        ranked = sorted(alone, key=lambda algorithm: alone[algorithm]['cycles'])[: args.candidates]
+        for algorithm in ranked:
+            trial = best._replace(**{direction: algorithm})
+            if trial == best:
+                continue
+            grouped_conv.write('tpu', problem, trial._asdict())
+            cycles = cost()
+            common.say(f'{direction} {grouped_conv.shorten(algorithm)}: {cycles} cycles, best {fewest}')
+            if cycles < fewest:
+                best, fewest = trial, cycles
+    grouped_conv.write('tpu', problem, best._asdict())
+    chosen = {direction: grouped_conv.shorten(a) for direction, a in best._asdict().items()}
+    return {'cycles_per_image_before': before, 'cycles_per_image': fewest, **chosen}
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('--model', default='epsanet50_small')
+    parser.add_argument('--topology', default='v5e:2x4')
+    parser.add_argument('--image-size', type=int, default=224)
+    parser.add_argument('--layers', nargs='*', help='layer1_0, layer1_1, ..; all that differ')
+    parser.add_argument('--candidates', type=int, default=3, help='algorithms tried for each direction')
+    parser.add_argument(
+        '--limit', type=float, default=6, help='leave out what multiplies the products by more'
+    )
+    parser.add_argument('--out', type=Path, help='append the lines to this file')
+    return parser.parse_args()
+
+
+if __name__ == '__main__':
+    main()
