@@ -39,7 +39,8 @@ def _tpu(axis, lines) -> None:
 
 
 def _cpu(axis, lines) -> None:
-    latest = {(x['mode'], x['side']): x for x in lines if x['model'] == 'epsanet50_small'}
+    plain = [x for x in lines if x['model'] == 'epsanet50_small' and 'settings' not in x]
+    latest = {(x['mode'], x['side']): x for x in plain}
     modes = ['forward', 'train']
     for i, (side, colour) in enumerate(COLOURS.items()):
         for m, mode in enumerate(modes):
