@@ -31,11 +31,11 @@ import jax.numpy as jnp
 from epsanet_jax.models import create_model
 from epsanet_jax.models.epsanet import STEM_WIDTH, EPSABlock, EPSANet
 from epsanet_jax.training import parallel, steps
-from epsanet_jax.training.config import OptimizerConfig
+from epsanet_jax.training.config import DataConfig, OptimizerConfig
 from epsanet_jax.training.optimizer import make_optimizer
 from epsanet_jax.training.state import create_state
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DATA = DataConfig()  # mean and std of the pictures
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def step_cost(model: EPSANet, devices: list[Any], args: argparse.Namespace) -> d
     batch = args.batch_per_chip * len(devices)
     mesh = parallel.make_mesh(batch, None, devices)
     optimizer = make_optimizer(OptimizerConfig(), lambda step: 0.1)
-    step: Any = steps.make_train_step(model, optimizer, mesh, smoothing=0.1, mean=MEAN, std=STD)
+    step: Any = steps.make_train_step(model, optimizer, mesh, smoothing=0.1, mean=DATA.mean, std=DATA.std)
     state = jax.eval_shape(lambda key: create_state(model, optimizer, key, 64), jax.random.key(0))
     images = jax.ShapeDtypeStruct((batch, args.image_size, args.image_size, 3), jnp.uint8)
     rows = {'image': images, 'label': jax.ShapeDtypeStruct((batch,), jnp.int32)}

@@ -28,11 +28,11 @@ import numpy as np
 from epsanet_jax.models import create_model
 from epsanet_jax.training import parallel, steps
 from epsanet_jax.training.compilation import use_persistent_cache
-from epsanet_jax.training.config import OptimizerConfig
+from epsanet_jax.training.config import DataConfig, OptimizerConfig
 from epsanet_jax.training.optimizer import make_optimizer
 from epsanet_jax.training.state import create_state
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DATA = DataConfig()  # mean and std of the pictures
 SMOOTHING = 0.1
 LR = 1e-3
 Step = Callable[[], Any]  # runs once and returns when the result is there
@@ -122,10 +122,12 @@ def ours(args: argparse.Namespace, mode: str, facts: dict[str, Any]) -> Step:
     batch = make_batch(args)
     if mode == 'forward':
         batch['mask'] = np.ones(args.batch, bool)
-        step: Any = steps.make_eval_step(model, mesh, smoothing=SMOOTHING, mean=MEAN, std=STD)
+        step: Any = steps.make_eval_step(model, mesh, smoothing=SMOOTHING, mean=DATA.mean, std=DATA.std)
         held: Any = state.variables
     else:
-        step = steps.make_train_step(model, optimizer, mesh, smoothing=SMOOTHING, mean=MEAN, std=STD)
+        step = steps.make_train_step(
+            model, optimizer, mesh, smoothing=SMOOTHING, mean=DATA.mean, std=DATA.std
+        )
         held = state
     on_device = parallel.to_devices(batch, mesh)
     common.say(f'{mode}: compiling ours')
@@ -175,8 +177,8 @@ def torch_step(
     images = torch.from_numpy(batch['image']).to(device).permute(0, 3, 1, 2)
     images = images.contiguous(memory_format=memory_format)
     labels = torch.from_numpy(batch['label']).long().to(device)
-    mean = torch.tensor(MEAN, device=device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(STD, device=device).view(1, 3, 1, 1) * 255
+    mean = torch.tensor(DATA.mean, device=device).view(1, 3, 1, 1) * 255
+    std = torch.tensor(DATA.std, device=device).view(1, 3, 1, 1) * 255
     half = args.dtype == 'bfloat16'
     facts['torch'] = torch.__version__
     if compiled:

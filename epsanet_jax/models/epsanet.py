@@ -203,12 +203,12 @@ def _max_of_slices(x: jax.Array) -> jax.Array:
     rows, columns = -(-h // 2), -(-w // 2)
     low = jnp.asarray(-jnp.inf, x.dtype)
     x = lax.pad(x, low, ((0, 0, 0), (1, 2 * rows - h, 0), (1, 2 * columns - w, 0), (0, 0, 0)))
-    largest = lax.slice(x, (0, 0, 0, 0), (n, 2 * rows - 1, 2 * columns - 1, c), (1, 2, 2, 1))
-    for i, j in [(i, j) for i in range(3) for j in range(3)][1:]:
-        end = (n, i + 2 * rows - 1, j + 2 * columns - 1, c)
-        place = lax.slice(x, (0, i, j, 0), end, (1, 2, 2, 1))
-        largest = jnp.where((place > largest) | jnp.isnan(place), place, largest)
-    return largest
+    places = [
+        lax.slice(x, (0, i, j, 0), (n, i + 2 * rows - 1, j + 2 * columns - 1, c), (1, 2, 2, 1))
+        for i in range(3)
+        for j in range(3)
+    ]
+    return functools.reduce(lambda a, b: jnp.where((b > a) | jnp.isnan(b), b, a), places)
 
 
 def check_images(images: jax.Array) -> None:

@@ -1,5 +1,6 @@
 """Batch normalisation over groups of examples."""
 
+import itertools
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -30,13 +31,14 @@ class Weighted(NamedTuple):
 
     def affine(self, factor: jax.Array, offset: jax.Array) -> jax.Array:
         """Returns parts * factor + offset for factors and offsets [N, C], in their dtype: [N, H, W, C]."""
-        scaled, start = [], 0
-        for part in self.parts:
-            channels = slice(start, start + part.shape[-1])
-            f, o = (a[:, None, None, channels] for a in (factor, offset))  # [N, 1, 1, C_i]
-            scaled.append(part.astype(factor.dtype) * f + o)
-            start += part.shape[-1]
-        return jnp.concatenate(scaled, axis=-1)
+        cut = zip(self.parts, *(self.by_part(a[:, None, None]) for a in (factor, offset)), strict=True)
+        return jnp.concatenate([part.astype(factor.dtype) * f + o for part, f, o in cut], axis=-1)
+
+    def by_part(self, values: jax.Array) -> list[jax.Array]:
+        """Cuts [..., C] into what belongs to each part, [..., C_i]."""
+        widths = [part.shape[-1] for part in self.parts]
+        ends = itertools.accumulate(widths)
+        return [values[..., end - width : end] for width, end in zip(widths, ends, strict=True)]
 
 
 class BatchNorm(nn.Module):
@@ -159,11 +161,8 @@ def _moments(x: Weighted, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns each image's means of (x - shift) and (x - shift)^2, [N, C], in one pass over the parts."""
     near = shift * len(x.parts)  # to the parts' means: the weights of a softmax are 1 / len(parts) on average
     means, weights = x.means.astype(shift.dtype), x.weights.astype(shift.dtype)
-    squares, start = [], 0
-    for part in x.parts:
-        shifted = part.astype(shift.dtype) - near[start : start + part.shape[-1]]
-        squares.append(jnp.square(shifted).mean(axis=(1, 2)))
-        start += part.shape[-1]
+    shifted = (part.astype(shift.dtype) - n for part, n in zip(x.parts, x.by_part(near), strict=True))
+    squares = [jnp.square(part).mean(axis=(1, 2)) for part in shifted]
     var = jnp.maximum(jnp.concatenate(squares, axis=-1) - jnp.square(means - near), 0)  # [N, C]
     first = weights * means - shift
     return first, jnp.square(weights) * var + jnp.square(first)

@@ -1,7 +1,7 @@
 """Which algorithm is the fastest: a table of measurements, looked up by platform and shape.
 
-`choices.json` is written by `benchmarks/grouped_conv.py`. For a shape that was not measured the nearest one
-that was decides.
+`choices.json` is written by `benchmarks/grouped_conv.py` and, for TPUs, `benchmarks/tpu_choices.py`. For a
+shape that was not measured the nearest one that was decides.
 """
 
 import functools
