@@ -5,12 +5,13 @@ TORCH ?= torch==2.13.0
 WORKDIR ?= runs/digits
 BIN := .venv/bin
 
-.PHONY: help train test test-slow check format clean
+.PHONY: help train test test-slow test-faults check format clean
 
 help:
 	@echo 'make train      install, train an EPSANet on handwritten digits, evaluate it'
 	@echo 'make test       install with the test extra (CPU PyTorch included), run the tests'
 	@echo 'make test-slow  the tests that take long'
+	@echo 'make test-faults  a run killed at 20 random moments'
 	@echo 'make check      ruff and pyright'
 	@echo 'make format     let ruff format and mend what it can'
 
@@ -34,10 +35,13 @@ train: .venv/installed
 	@echo "continue: $(BIN)/python train.py --config=configs/digits.py --workdir=$(WORKDIR) --config.epochs=30"
 
 test: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not faults'
 
 test-slow: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 -m slow
+
+test-faults: .venv/installed-dev
+	$(BIN)/python -m pytest -m faults -s
 
 check: .venv/installed-dev
 	$(BIN)/ruff check --output-format concise .

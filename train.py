@@ -2,6 +2,8 @@
 
 import shlex
 
+import jax
+
 from epsanet_jax.training import flags, loop
 from epsanet_jax.training.compilation import use_persistent_cache
 from epsanet_jax.training.config import Config
@@ -10,7 +12,10 @@ from epsanet_jax.training.config import Config
 def main(config: Config, workdir: str) -> None:
     """Trains or continues the run in `workdir` and tells how it ended."""
     use_persistent_cache()
-    print(loop.train(config, workdir))
+    result = loop.train(config, workdir)
+    if jax.process_index() > 0:
+        return
+    print(result)
     print(f'evaluate it: epsanet evaluate {shlex.quote(workdir)}')
     print(f'train it on: the same command with --config.{"steps" if config.steps else "epochs"} raised')
 

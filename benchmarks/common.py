@@ -13,6 +13,9 @@ from typing import Any
 
 import jax
 
+from epsanet_jax.analysis.topology import open_topology
+from epsanet_jax.errors import InputError
+
 SETTINGS = ('GLIBC_TUNABLES', 'LD_PRELOAD', 'MALLOC_', 'OMP_', 'XLA_FLAGS')
 
 
@@ -26,6 +29,14 @@ def describe_device() -> dict[str, Any]:
     settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith(SETTINGS)}
     about = {'platform': device.platform, 'device': f'{count} x {kind}', **versions}
     return {**about, 'settings': settings} if settings else about
+
+
+def tpu_devices(topology: str) -> list[Any]:
+    """Returns the devices of a TPU topology such as 'v5e:2x4', to compile for; before JAX starts."""
+    try:
+        return open_topology(topology).devices
+    except InputError as e:
+        raise SystemExit(f'error: {e}') from e
 
 
 def emit(record: dict[str, Any], out: Path | None) -> None:

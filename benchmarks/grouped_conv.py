@@ -12,22 +12,17 @@ that conv='auto' reads, epsanet_jax/ops/choices.json.
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import common
-import tpu_compiler
-
-if '--topology' in ' '.join(sys.argv):
-    tpu_compiler.prepare_environment()
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from epsanet_jax.analysis import hlo
 from epsanet_jax.models import create_model
 from epsanet_jax.models.conv import Conv
 from epsanet_jax.ops import choice
@@ -41,7 +36,7 @@ TABLE = Path(choice.__file__).with_name(choice.TABLE)
 def main() -> None:
     """Measures, prints, and writes the table if asked."""
     args = _parse()
-    target = tpu_compiler.devices(args.topology)[0] if args.topology else None
+    target = common.tpu_devices(args.topology)[0] if args.topology else None
     device = {'platform': 'tpu', 'device': args.topology} if args.topology else common.describe_device()
     wanted = [p for m in args.models for p in problems(m, args.batch, args.dtype, args.image_size)]
     wanted = [p for p in dict.fromkeys(wanted) if not args.kernels or p.kernel in args.kernels]
@@ -168,7 +163,7 @@ def tpu_cost(function, shapes, device) -> dict[str, float]:
     args = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place) for s in shapes]
     start = time.perf_counter()
     compiled = jax.jit(function).trace(*args).lower(lowering_platforms=('tpu',)).compile()
-    found = tpu_compiler.analyze(compiled.as_text())
+    found = hlo.analyze(compiled.as_text())
     return {
         'cycles': found['cycles'],
         'bytes': compiled.cost_analysis()['bytes accessed'],

@@ -14,10 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import common
-import tpu_compiler
-
-tpu_compiler.prepare_environment()
-
 import grouped_conv
 import jax.numpy as jnp
 import tpu_cost
@@ -31,7 +27,7 @@ BATCH = 128  # the lanes of a TPU
 def main() -> None:
     """Improves the table, block by block."""
     args = _parse()
-    device = tpu_compiler.devices(args.topology)[0]
+    device = common.tpu_devices(args.topology)[0]
     model = create_model(args.model, dtype=jnp.bfloat16)
     for layer, (block, shape) in tpu_cost.blocks(model, BATCH, args.image_size).items():
         if args.layers and layer not in args.layers:

@@ -21,13 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import common
-import tpu_compiler
-
-tpu_compiler.prepare_environment()
-
 import jax
 import jax.numpy as jnp
 
+from epsanet_jax.analysis import hlo
 from epsanet_jax.models import create_model
 from epsanet_jax.models.epsanet import STEM_WIDTH, EPSABlock, EPSANet
 from epsanet_jax.training import parallel, steps
@@ -41,7 +38,7 @@ DATA = DataConfig()  # mean and std of the pictures
 def main() -> None:
     """Compiles and prints."""
     args = _parse()
-    devices = tpu_compiler.devices(args.topology)
+    devices = common.tpu_devices(args.topology)
     for name in args.models:
         model = create_model(name, dtype=jnp.dtype(args.dtype), conv=args.conv)
         where = {'benchmark': 'tpu_cost', 'model': name, 'conv': args.conv, 'topology': args.topology}
@@ -133,7 +130,7 @@ def _compile(step: Any, arguments: tuple[Any, ...], images: int, by_op: int) -> 
     text = compiled.as_text()
     if by_op:
         _list_dearest(text, by_op)
-    found = tpu_compiler.analyze(text)
+    found = hlo.analyze(text)
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return {
         'cycles_per_image': round(found.pop('cycles') / images),

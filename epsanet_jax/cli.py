@@ -1,4 +1,4 @@
-"""The command `epsanet`. Exit status 0, or 2 with one line on stderr for bad usage or input."""
+"""The command `epsanet`. Exit status 0, 2 with one line for bad usage or input, 75 if interrupted."""
 
 import argparse
 import dataclasses
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from epsanet_jax.errors import InputError, one_line
+from epsanet_jax.errors import INTERRUPTED, InputError, Interrupted, one_line
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,16 +17,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: arguments without the program's name; None: those of this process.
     """
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if 'config_fields' in args:
+        args.config_fields = [argument for argument in rest if argument.startswith('--config.')]
+        rest = [argument for argument in rest if argument not in args.config_fields]
+    if rest:
+        parser.error(f'unrecognized arguments: {" ".join(rest)}')
+    status = 0
     try:
-        args.run(args)
+        status = args.run(args) or 0
         sys.stdout.flush()
     except InputError as e:
         print(f'error: {one_line(e, limit=None)}', file=sys.stderr)
         return 2
+    except Interrupted as e:
+        print(one_line(e), file=sys.stderr)
+        return INTERRUPTED
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return status
 
 
 class _Parser(argparse.ArgumentParser):
@@ -43,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_summary(commands)
     _add_evaluate(commands)
     _add_convert(commands)
+    _add_plan(commands)
+    _add_prepare(commands)
     return parser
 
 
@@ -111,6 +123,52 @@ def _add_convert(commands: Any) -> None:
         help='compare logits with those of PyTorch',
     )
     convert.set_defaults(run=_convert)
+
+
+def _add_plan(commands: Any) -> None:
+    plan = commands.add_parser(
+        'plan',
+        help='memory, communication and cost of a training step on devices not at hand',
+        description='Compiles the training step of a recipe for a topology and shows what it needs there. '
+        'TPU slices need `pip install libtpu`, but no TPU. Exit status 1 if it does not fit.',
+        epilog='example: epsanet plan --config=configs/imagenet.py --topology=v5e:2x4 --batch=1024 '
+        '--config.model.dtype=bfloat16',
+    )
+    plan.add_argument('--config', metavar='FILE', help='a recipe; its fields as --config.FIELD=VALUE')
+    plan.add_argument('--topology', required=True, metavar='NAME', help='v5e:2x4, v5p:4x4x4, cpu:8, ...')
+    plan.add_argument('--batch', type=_positive, metavar='N', help="global batch; default: the recipe's")
+    plan.add_argument(
+        '--find-batch', action='store_true', help='the largest batch that fits, from two that are compiled'
+    )
+    plan.add_argument('--json', action='store_true', help='print JSON')
+    plan.set_defaults(run=_plan, config_fields=[])
+
+
+def _add_prepare(commands: Any) -> None:
+    prepare = commands.add_parser(
+        'prepare',
+        help='pictures into ArrayRecord',
+        description='Writes the pictures of a folder, or of tars, as a TFDS data set in sharded ArrayRecord. '
+        'SRC holds train/ and val/ with a folder or a tar a class; train.tar and val.tar of class folders; '
+        'class folders; or ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar. JPEG files are kept byte for '
+        'byte, others are converted. After an interruption (status 75) or a kill the same command continues.',
+        epilog='example: epsanet prepare pictures records/pictures --on-bad=skip',
+    )
+    prepare.add_argument('src', metavar='SRC')
+    prepare.add_argument('dst', metavar='DST', help='a new or empty folder')
+    prepare.add_argument(
+        '--on-bad', choices=('stop', 'skip'), default='stop', help='at a picture that cannot be decoded'
+    )
+    prepare.add_argument('--workers', type=_positive, metavar='N', help='default: as many as processors')
+    prepare.add_argument(
+        '--name', help="of the data set; default: 'image_folder', or 'imagenet2012' for ImageNet's own tars"
+    )
+    prepare.add_argument(
+        '--labels',
+        metavar='FILE',
+        help="of ImageNet's validation: one synset a line, or the development kit; default: found in SRC",
+    )
+    prepare.set_defaults(run=_prepare)
 
 
 def _positive(text: str) -> int:
@@ -192,3 +250,33 @@ def _evaluate(args: argparse.Namespace) -> None:
         print(json.dumps({'checkpoint': args.checkpoint, 'step': loaded.step, **means}))
     else:
         print(f'step {loaded.step}, {report.describe(means)}')
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from epsanet_jax.analysis import plan, topology
+    from epsanet_jax.training.flags import read_config
+
+    config = read_config([*([f'--config={args.config}'] if args.config else []), *args.config_fields])
+    devices = topology.open_topology(args.topology)
+    print(f'compiling for {args.topology}: minutes for a large network ...', file=sys.stderr)
+    most = None
+    if args.find_batch:
+        most, plans = plan.find_batch(config, devices, args.batch)
+    else:
+        plans = [plan.make_plan(config, devices, args.batch)]
+    if args.json:
+        content = {'plans': [dataclasses.asdict(p) for p in plans], 'largest_batch': most}
+        print(json.dumps(content if args.find_batch else dataclasses.asdict(plans[0]), indent=2))
+    else:
+        print('\n\n'.join('\n'.join(plan.describe(p)) for p in plans))
+        if args.find_batch:
+            print(f'\nlargest batch that fits: {most}, by a straight line through these two')
+    return int(most == 0 if args.find_batch else plans[0].fits is False)
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from epsanet_jax.data.prepare import command
+
+    prepared = command.prepare(args.src, args.dst, args.on_bad, args.workers, args.name, args.labels)
+    for line in command.describe(prepared):
+        print(line)

@@ -19,6 +19,16 @@ class TrainingError(RuntimeError):
     """
 
 
+INTERRUPTED = 75  # exit status, EX_TEMPFAIL of sysexits.h: try again, with the same command
+
+
+class Interrupted(Exception):  # noqa: N818 (nothing went wrong)
+    """A run was asked to stop and has saved what it has; the same command continues it.
+
+    Commands print the message and exit with status 75.
+    """
+
+
 def one_line(error: BaseException | str, limit: int | None = 300) -> str:
     """Returns a message as one line of at most `limit` characters."""
     return ' '.join(str(error).split())[:limit]

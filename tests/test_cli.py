@@ -89,6 +89,11 @@ def test_evaluate_on_a_folder_matches_classes_by_name(capsys, digits_run, digits
     assert content['top5'] > 0.5
     status, _, err = run(capsys, 'evaluate', digits_run[0], '--data', tmp_path, '--split', 'train')
     assert (status, 'no such data directory' in err) == (2, True)
+    assert run(capsys, 'prepare', tmp_path, tmp_path.with_name('records'), '--workers', 1)[0] == 0
+    status, out, _ = run(capsys, 'evaluate', digits_run[0], '--data', tmp_path.with_name('records'), '--json')
+    assert status == 0
+    assert json.loads(out)['examples'] == content['examples']
+    assert json.loads(out)['top1'] == pytest.approx(content['top1'], abs=0.05)  # as JPEGs
     Image.new('RGB', (40, 40)).save(tmp_path / 'val/3/black.png')
     (tmp_path / 'val/7/broken.png').write_bytes(b'')
     status, _, err = run(capsys, 'evaluate', digits_run[0], '--data', tmp_path)

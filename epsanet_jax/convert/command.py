@@ -15,7 +15,7 @@ from epsanet_jax.convert.state_dict import as_numpy, from_torch, to_torch
 from epsanet_jax.errors import InputError
 from epsanet_jax.models import get_variant
 from epsanet_jax.models.epsanet import EPSANet
-from epsanet_jax.training import checkpoint, pretrained
+from epsanet_jax.training import loading, pretrained
 from epsanet_jax.training.config import ModelConfig, build_model, model_config
 
 VERIFIED_TO = 1e-5  # of the largest logit; float32 rounding gives about 2e-6 at 224 px
@@ -196,4 +196,4 @@ def _write(
         shown |= {k: metadata[k] for k in ('class_names', 'preprocessing')}
         files.write_safetensors(dst, to_torch(variables, model), {**shown, 'epsanet_jax': metadata})
     else:
-        checkpoint.save_weights(dst, variables, metadata)
+        loading.save_weights(dst, variables, metadata)

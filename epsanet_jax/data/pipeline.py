@@ -5,20 +5,29 @@ augmentation for any number of processes, worker processes and threads, and afte
 """
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterator
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import grain
 import numpy as np
 from absl import flags
+from PIL import Image
 
+from epsanet_jax.data.decode import BadImageError, Reduced, decode
 from epsanet_jax.data.sources import Source
-from epsanet_jax.data.transforms import BadImageError, CentreCrop, RandomCrop, decode
-from epsanet_jax.errors import InputError
+from epsanet_jax.data.transforms import CentreCrop, TrainTransform
+from epsanet_jax.errors import InputError, one_line
 
+_Picture = TypeVar('_Picture')
 Batch = dict[str, np.ndarray]
 NOT_BAD = -1
 _MOST_REPLACEMENTS = 100
+_LARGE, _KEPT = 2**12, 32  # bytes of a row from which on memory is used again; batches to keep for that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,21 +37,30 @@ class Rows:
     Attributes:
         batch_size: of the global batch.
         process: index of this process.
-        processes: number of processes; divides batch_size.
+        processes: number of processes.
+        microbatches: into which the batch is cut; the process holds contiguous rows of each.
     """
 
     batch_size: int
     process: int = 0
     processes: int = 1
+    microbatches: int = 1
 
     @property
     def local(self) -> int:
-        """Rows of this process."""
-        if self.batch_size % self.processes:
+        """Number of this process's rows."""
+        if self.batch_size % (self.processes * self.microbatches):
             raise InputError(
-                f'a global batch of {self.batch_size} does not divide among {self.processes} processes'
+                f'a global batch of {self.batch_size} does not divide among {self.processes} processes and '
+                f'{self.microbatches} microbatches'
             )
         return self.batch_size // self.processes
+
+    def in_batch(self, row: int) -> int:
+        """Returns the place in the global batch of this process's row `row`."""
+        rows = self.local // self.microbatches
+        microbatch, row = divmod(row, rows)
+        return (microbatch * self.processes + self.process) * rows + row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,30 +68,55 @@ class Reading:
     """How pictures are read.
 
     Attributes:
-        workers: processes that decode; 0: threads of this process.
-        threads: that decode, in this process or each worker; 0: as many as there are processors.
+        workers: processes that decode; 0: threads of this process; -1: one for every 8 processors, above 8.
+        threads: that decode, in this process or each worker; 0: as many as there are processors for it.
         on_bad: 'stop': a picture that cannot be decoded raises BadImageError, which names it;
             'skip': in training the next good picture takes its place, in evaluation it is not counted.
+        exif_orientation: whether to turn pictures as their EXIF tag says.
+        reduced: whether to decode large JPEGs for training no larger than their crops need.
     """
 
     workers: int = 0
     threads: int = 0
     on_bad: str = 'stop'
+    exif_orientation: bool = True
+    reduced: bool = False
+
+    def processes(self) -> int:
+        """Returns the number of worker processes; Python's lock lets one use about 8 processors."""
+        cores = os.cpu_count() or 1
+        return self.workers if self.workers >= 0 else (cores // 8 if cores > 8 else 0)
+
+    def threads_each(self) -> int:
+        """Returns the number of threads in this process, or in each worker."""
+        cores = os.cpu_count() or 1
+        return self.threads or min(16, max(1, cores // max(1, self.processes())))
+
+    def at_once(self) -> int:
+        """Returns how many pictures are read at once."""
+        return min(os.cpu_count() or 1, max(1, self.processes()) * self.threads_each())
 
 
 def train_batches(
-    source: Source, crop: RandomCrop, rows: Rows, seed: int, start_step: int = 0, reading: Reading = Reading()
+    source: Source,
+    transform: TrainTransform,
+    rows: Rows,
+    seed: int,
+    start_step: int = 0,
+    reading: Reading = Reading(),
 ) -> Iterator[Batch]:
     """Yields this process's rows of batches start_step, start_step + 1, ... without end.
 
+    Those of the first microbatch come first.
     Batches run through epoch after epoch of the shuffled examples; an epoch may end within a batch.
 
     Yields:
-        'image' uint8 [rows, size, size, 3], 'label' int32 [rows], and 'bad_index' int64 [rows]: the index of
-        the picture that could not be decoded and was replaced, or -1.
+        'image' uint8 [rows, size, size, 3], 'label' int32 [rows], 'bad_index' int64 [rows]: the index of
+        the picture that could not be decoded and was replaced, or -1; and 'seconds' float32 [rows]: which
+        reading took.
     """
     data = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
-    data = data.random_map(_LoadForTraining(source, crop, reading.on_bad))
+    data = data.random_map(_LoadForTraining(source, transform, reading))
     return _iterate(_LocalRows(data, rows, start_step), rows, reading)
 
 
@@ -83,11 +126,11 @@ def eval_batches(
     """Yields this process's rows of as many batches as it takes to see every example once, in order.
 
     Yields:
-        'image', 'label' and 'bad_index' as `train_batches`, and 'mask' bool [rows]: false for the rows that
-        fill up the last batch and for pictures that could not be decoded.
+        'image', 'label', 'bad_index' and 'seconds' as `train_batches`, and 'mask' bool [rows]: false for the
+        rows that fill up the last batch and for pictures that could not be decoded.
     """
     padded = num_eval_batches(len(source), rows.batch_size) * rows.batch_size
-    data = grain.MapDataset.range(padded).map(_LoadForEvaluation(source, crop, reading.on_bad))
+    data = grain.MapDataset.range(padded).map(_LoadForEvaluation(source, crop, reading))
     return _iterate(_LocalRows(data, rows, 0), rows, reading)
 
 
@@ -99,26 +142,80 @@ def num_eval_batches(examples: int, batch_size: int) -> int:
 def bad_image_message(source: Source, index: int) -> str:
     """Returns the name of a picture that cannot be decoded, and why."""
     try:
-        _load(source, index)
+        _load(source, index, decode)
     except BadImageError as e:
         return str(e)
     return f'{source.name_of(index)}: could not be decoded'
 
 
 def _iterate(data: grain.MapDataset, rows: Rows, reading: Reading) -> Iterator[Batch]:
-    threads = reading.threads or min(16, os.cpu_count() or 1)
+    threads = reading.threads_each()
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
-    batches = data.batch(rows.local).to_iter_dataset(options)
-    if reading.workers:
+    batches = data.batch(rows.local, batch_fn=Stack()).to_iter_dataset(options)
+    if reading.processes():
         if not flags.FLAGS.is_parsed():  # grain reads flags of its own, also outside of absl's app.run
             flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=reading.workers))
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=reading.processes()))
     iterator = iter(batches)
     try:
-        for batch in iterator:
+        for batch in _until_killed(iterator):
             yield {k: np.asarray(v) for k, v in batch.items()}
     finally:
         iterator.close()
+
+
+def _until_killed(iterator: Iterator[Any]) -> Iterator[Any]:
+    """Yields the batches; a worker that is gone is told in one line."""
+    try:
+        yield from iterator
+    except RuntimeError as e:
+        if 'terminated unexpectedly' not in str(e):
+            raise
+        raise InputError(
+            f'a worker that reads pictures was killed, for want of memory perhaps: {one_line(e)}; set '
+            'config.data.workers to fewer'
+        ) from e
+
+
+def _references(arrays: list[np.ndarray]) -> list[int]:
+    return [sys.getrefcount(array) for array in arrays]
+
+
+_UNUSED = _references([np.empty(1)])[0]  # of an array that only its list knows; depends on Python's version
+
+
+class Stack:
+    """Puts rows together into batches, in memory of earlier ones that nobody looks at any more.
+
+    New memory costs more than the copy into it: the operating system has to find and clear every page.
+    """
+
+    def __init__(self):
+        self._lock, self._free = threading.Lock(), {}
+
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        """Returns the rows' values stacked, by name."""
+        return {name: self._stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _stack(self, values: list[Any]) -> np.ndarray:
+        first = np.asarray(values[0])
+        if first.nbytes < _LARGE:
+            return np.stack(values)
+        shape = (len(values), *first.shape)
+        with self._lock:
+            owned = self._free.setdefault((shape, first.dtype), [])
+            # Whoever still needs the memory, JAX included, holds a reference.
+            unused = (i for i, count in enumerate(_references(owned)) if count == _UNUSED)
+            place = next(unused, None)
+            batch = None if place is None else owned[place]
+            if batch is None:
+                batch = np.empty(shape, first.dtype)
+                owned.append(batch)
+                del owned[:-_KEPT]
+        return np.stack(values, out=batch)
+
+    def __reduce__(self) -> tuple[type['Stack'], tuple[()]]:
+        return Stack, ()
 
 
 class _LocalRows(grain.MapDataset):
@@ -134,31 +231,39 @@ class _LocalRows(grain.MapDataset):
 
     def __getitem__(self, index):
         step, row = divmod(index, self._local)
-        first = (self._start_step + step) * self._rows.batch_size + self._rows.process * self._local
-        return self._parent[first + row]
+        first = (self._start_step + step) * self._rows.batch_size
+        return self._parent[first + self._rows.in_batch(row)]
 
     def __str__(self) -> str:
         return f'LocalRows({self._rows})'
 
 
 class _LoadForTraining(grain.transforms.RandomMap):
-    def __init__(self, source: Source, crop: RandomCrop, on_bad: str):
-        self._source, self._crop, self._on_bad = source, crop, on_bad
+    def __init__(self, source: Source, transform: TrainTransform, reading: Reading):
+        self._source, self._transform, self._reading = source, transform, reading
+
+    def _read(self, image: bytes | np.ndarray) -> Image.Image | Reduced:
+        exif_orientation = self._reading.exif_orientation
+        if self._reading.reduced and isinstance(image, bytes):
+            return Reduced(image, self._transform.crop.size, exif_orientation)
+        return decode(image, exif_orientation)
 
     def random_map(self, element, rng: np.random.Generator):
-        bad = NOT_BAD
+        bad, began = NOT_BAD, time.perf_counter()
         for index in range(element, element + _MOST_REPLACEMENTS):
             try:
-                picture, label = _load(self._source, index % len(self._source))
+                picture, label = _load(self._source, index % len(self._source), self._read)
+                image = self._transform(picture, rng)
             except BadImageError:
-                if self._on_bad == 'stop':
+                if self._reading.on_bad == 'stop':
                     raise
                 bad = element
                 continue
             return {
-                'image': self._crop(picture, rng),
+                'image': image,
                 'label': np.int32(label),
                 'bad_index': np.int64(bad),
+                'seconds': np.float32(time.perf_counter() - began),
             }
         raise BadImageError(
             f'{_MOST_REPLACEMENTS} pictures in a row cannot be decoded, the first: '
@@ -167,18 +272,19 @@ class _LoadForTraining(grain.transforms.RandomMap):
 
 
 class _LoadForEvaluation(grain.transforms.Map):
-    def __init__(self, source: Source, crop: CentreCrop, on_bad: str):
-        self._source, self._crop, self._on_bad = source, crop, on_bad
+    def __init__(self, source: Source, crop: CentreCrop, reading: Reading):
+        self._source, self._crop, self._reading = source, crop, reading
 
     def map(self, element):
         image = np.zeros((self._crop.size, self._crop.size, 3), np.uint8)
-        label, mask, bad = 0, False, NOT_BAD
+        label, mask, bad, began = 0, False, NOT_BAD, time.perf_counter()
+        read = functools.partial(decode, exif_orientation=self._reading.exif_orientation)
         if element < len(self._source):
             try:
-                picture, label = _load(self._source, element)
+                picture, label = _load(self._source, element, read)
                 image, mask = self._crop(picture), True
             except BadImageError:
-                if self._on_bad == 'stop':
+                if self._reading.on_bad == 'stop':
                     raise
                 bad = element
         return {
@@ -186,13 +292,15 @@ class _LoadForEvaluation(grain.transforms.Map):
             'label': np.int32(label),
             'mask': np.bool_(mask),
             'bad_index': np.int64(bad),
+            'seconds': np.float32(time.perf_counter() - began),
         }
 
 
-def _load(source: Source, index: int):
+def _load(source: Source, index: int, read: Callable[[bytes | np.ndarray], _Picture]) -> tuple[_Picture, int]:
+    """Returns the picture, as `read` makes it of the record's, and its label; errors name the record."""
     try:
         record = source[index]
-        picture, label = decode(record['image']), record['label']
+        picture, label = read(record['image']), record['label']
     except (BadImageError, OSError) as e:
         reason = str(e) if isinstance(e, BadImageError) else f'cannot read the image: {e.strerror or e}'
         raise BadImageError(f'{source.name_of(index)}: {reason}') from e

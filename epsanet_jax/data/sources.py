@@ -7,8 +7,10 @@ from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
+from epsanet_jax.data import tfrecord
 from epsanet_jax.errors import InputError, one_line
 
+_INFO_FILE = 'dataset_info.json'
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 
 
@@ -93,7 +95,7 @@ def _pictures(root: str, class_name: str) -> Iterable[str]:
 
 
 class Tfds:
-    """A split of a TFDS data set that lies prepared as ArrayRecord.
+    """A split of a TFDS data set that lies prepared, as ArrayRecord or as TFRecord, on a file system.
 
     The data set must have one image and one class label; where TFDS names no supervised pair they must be
     called 'image' and 'label'.
@@ -104,24 +106,16 @@ class Tfds:
         data_dir: where data sets lie; None: TFDS's own default.
 
     Raises:
-        InputError: there is no such data set or split, or it is not prepared as ArrayRecord.
+        InputError: there is no such data set or split, or it is not prepared in a form that can be read.
     """
 
     def __init__(self, name: str, split: str, data_dir: str | None = None):
+        self._open(_find_builder(name, data_dir), name, split)
+
+    def _open(self, builder: Any, name: str, split: str) -> None:
         import tensorflow_datasets as tfds
 
         self._name = f'{name}[{split}]'
-        try:
-            builder: Any = tfds.builder(name, data_dir=data_dir)
-        except tfds.core.registered.DatasetNotFoundError as e:
-            raise InputError(f'no TFDS data set {name!r} is known or found in {data_dir!r}') from e
-        except Exception as e:  # for a name or version that it cannot parse TFDS raises many things
-            raise InputError(f'TFDS cannot open the data set {name!r}: {_line(e)}') from e
-        if not os.path.exists(builder.data_path):
-            raise InputError(
-                f'TFDS data set {name!r} is not prepared in {builder.data_path}: run '
-                f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
-            )
         features = builder.info.features
         pair = builder.info.supervised_keys or ('image', 'label')
         kinds = (tfds.features.Image, tfds.features.ClassLabel)
@@ -131,11 +125,13 @@ class Tfds:
             raise InputError(f'TFDS data set {name!r} has no pair of image and class label: {list(features)}')
         self._image, self._label = pair
         try:
-            self._records = builder.as_data_source(
-                split=split, decoders={self._image: tfds.decode.SkipDecoding()}
-            )
+            decoders = {self._image: tfds.decode.SkipDecoding()}
+            if builder.info.available_file_formats() == {tfds.core.FileFormat.TFRECORD}:
+                self._records: Any = tfrecord.Examples(builder, split, decoders)
+            else:
+                self._records = builder.as_data_source(split=split, decoders=decoders)
             examples = len(self._records)
-        except Exception as e:  # likewise for splits and file formats
+        except Exception as e:  # TFDS raises many things, for splits and for file formats
             raise InputError(f'TFDS data set {self._name}: {_line(e)}') from e
         if not examples:
             raise InputError(f'TFDS data set {self._name} is empty')
@@ -151,7 +147,65 @@ class Tfds:
 
     def name_of(self, index: int) -> str:
         """Returns what to call record `index` in a message."""
-        return f'{self._name} record {index}'
+        name = self._records[index].get('file_name', b'')
+        name = name.decode(errors='replace') if isinstance(name, bytes) else str(name)
+        return f'{self._name} record {index}{f" ({name})" if name else ""}'
+
+
+class Records(Tfds):
+    """A split of a folder that `epsanet prepare` wrote, or of any other that holds one TFDS data set.
+
+    Args:
+        folder: the one with dataset_info.json.
+        split: 'train', 'val', 'train[:90%]' ...
+
+    Raises:
+        InputError: it is no such folder, or there is no such split.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], split: str):
+        import tensorflow_datasets as tfds
+
+        folder = os.fspath(folder)
+        if not is_prepared(folder):
+            raise InputError(
+                f'no prepared data set in {folder}: it holds no {_INFO_FILE}; `epsanet prepare` makes one'
+            )
+        try:
+            builder = tfds.builder_from_directory(folder)
+        except Exception as e:  # a damaged description is met in many ways
+            raise InputError(f'cannot open the data set in {folder}: {_line(e)}') from e
+        self._open(builder, folder, split)
+
+
+def is_prepared(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds a TFDS data set, as `epsanet prepare` writes it."""
+    return os.path.isfile(os.path.join(folder, _INFO_FILE))
+
+
+def held_out(folder: str | os.PathLike[str]) -> str:
+    """Returns the split of prepared records to evaluate on: 'val', 'validation', 'test' or the only one."""
+    import tensorflow_datasets as tfds
+
+    splits = list(tfds.builder_from_directory(os.fspath(folder)).info.splits)
+    return next((s for s in ('val', 'validation', 'test') if s in splits), splits[-1])
+
+
+def _find_builder(name: str, data_dir: str | None) -> Any:
+    import tensorflow_datasets as tfds
+
+    try:
+        builder: Any = tfds.builder(name, data_dir=data_dir)
+    except tfds.core.registered.DatasetNotFoundError as e:
+        raise InputError(f'no TFDS data set {name!r} is known or found in {data_dir!r}') from e
+    except Exception as e:  # for a name or version that it cannot parse TFDS raises many things
+        raise InputError(f'TFDS cannot open the data set {name!r}: {_line(e)}') from e
+    if not os.path.exists(builder.data_path):
+        raise InputError(
+            f'TFDS data set {name!r} is not prepared in {builder.data_path}: run '
+            f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
+        )
+    return builder
 
 
 class Synthetic:

@@ -1,62 +1,31 @@
-"""Checkpoints. Nothing else knows Orbax.
+"""The checkpoints of a run. Nothing but this module and `loading`, its other half, knows Orbax.
 
 A checkpoint holds the variables ('model'), the optimizer's state and step ('optimizer'), and everything that
 use of the weights needs ('metadata'): model, class names, preprocessing, configuration, package version.
 """
 
 import contextlib
-import dataclasses
-import os
-import sys
-import warnings
-from collections.abc import Mapping
-from typing import Any
+import itertools
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
-import optax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from epsanet_jax.errors import InputError, one_line
-from epsanet_jax.models.epsanet import EPSANet
-from epsanet_jax.training.config import (
-    OptimizerConfig,
-    build_model,
-    model_config,
-)
-from epsanet_jax.training.metadata import check_metadata
-from epsanet_jax.training.optimizer import make_optimizer
-from epsanet_jax.training.paths import resolve
+from epsanet_jax.errors import InputError, Interrupted, TrainingError, one_line
+from epsanet_jax.training import distributed
+from epsanet_jax.training.one_error import OneError
 from epsanet_jax.training.state import TrainState
 
 FOLDER = 'checkpoints'
+DAMAGED = 'checkpoints-damaged'
 
 
-@contextlib.contextmanager
-def _one_error():
-    """Keeps the reads that fail after the first one from printing tracebacks of their own.
-
-    Orbax reads all arrays at once in an event loop, which the first failure closes. The others then report to
-    a closed loop, or are found never to have begun, from other threads and for as long as the process lives.
-    """
-    before = sys.unraisablehook
-
-    def hook(unraisable):
-        if str(unraisable.exc_value) != 'Event loop is closed':
-            before(unraisable)
-
-    sys.unraisablehook = hook
-    try:
-        yield
-    except Exception:  # leaves the hook where it is
-        warnings.filterwarnings('ignore', r"coroutine '.*' was never awaited", RuntimeWarning)
-        raise
-    sys.unraisablehook = before
-
-
-def _best_by(metrics: dict[str, float]) -> float:
+def best_by(metrics: dict[str, float]) -> float:
+    """Returns what makes a checkpoint the best."""
     return metrics.get('top1', -1.0)  # a checkpoint between two evaluations has no metrics
 
 
@@ -77,14 +46,15 @@ class Checkpoints:
             preservation_policy=policies.AnyPreservationPolicy(
                 [
                     policies.LatestN(keep),
-                    policies.BestN(get_metric_fn=_best_by, n=1),
+                    policies.BestN(get_metric_fn=best_by, n=1),
                 ]
             ),
-            best_fn=_best_by,
+            best_fn=best_by,
             best_mode='max',
             cleanup_tmp_directories=True,
         )
         self._manager = ocp.CheckpointManager(workdir / FOLDER, options=options)
+        self._one_error = OneError()
 
     @property
     def latest_step(self) -> int | None:
@@ -109,148 +79,106 @@ class Checkpoints:
             optimizer=ocp.args.StandardSave({'step': state.step, 'state': state.opt_state}),
             metadata=ocp.args.JsonSave(metadata),
         )
-        self._manager.save(step, args=args, metrics=metrics or {})
+        with self._saving():
+            self._manager.save(step, args=args, metrics=metrics or {})
 
-    def restore(self, abstract: TrainState) -> TrainState:
-        """Returns the newest state, placed as `abstract` (ShapeDtypeStructs with shardings) says."""
-        optimizer = {'step': abstract.step, 'state': abstract.opt_state}
-        args = ocp.args.Composite(
-            model=ocp.args.StandardRestore(abstract.variables),
-            optimizer=ocp.args.StandardRestore(optimizer),
-        )
+    def check(self) -> None:
+        """Raises TrainingError if what was to be written in the background could not be."""
+        with self._saving():
+            self._manager.check_for_errors()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
         try:
-            with _one_error():
-                saved = self._manager.restore(self.latest_step, args=args)
-        except (KeyError, ValueError, OSError) as e:
-            folder = self._manager.directory / str(self.latest_step)
-            raise InputError(
-                f'the checkpoint {folder} is damaged: {one_line(e)}; remove it to go on before'
+            yield
+        except (OSError, ValueError, RuntimeError) as e:
+            raise TrainingError(
+                f'cannot write a checkpoint to {self._manager.directory}: {one_line(e)}; make room or give '
+                'permission: the same command continues at the last complete one'
             ) from e
-        return TrainState(
-            step=saved['optimizer']['step'],
-            params=saved['model']['params'],
-            batch_stats=saved['model']['batch_stats'],
-            opt_state=saved['optimizer']['state'],
+
+    def restore(self, abstract: TrainState, say: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]]:
+        """Returns the newest state that is whole, placed as `abstract` says, and its metadata.
+
+        Newer ones that are damaged are set aside, into the folder 'checkpoints-damaged'.
+
+        Args:
+            abstract: ShapeDtypeStructs with shardings.
+            say: told of damaged ones.
+
+        Raises:
+            InputError: all are damaged; nothing was moved.
+        """
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            saved, reason = None, 'another process could not read it'
+            try:
+                saved = self._restore(step, abstract)
+            except Exception as e:  # damaged files make Orbax raise anything
+                reason = one_line(e)
+            if not distributed.all_agree(saved is not None):
+                saved = None
+            if saved is None:
+                damaged[step] = reason
+                continue
+            for number, reason in damaged.items():
+                say(f'checkpoint {number} is damaged and set aside: {reason}')
+            self._set_aside(list(damaged))
+            state = TrainState(
+                step=saved['optimizer']['step'],
+                params=saved['model']['params'],
+                batch_stats=saved['model']['batch_stats'],
+                opt_state=saved['optimizer']['state'],
+            )
+            return state, saved['metadata']
+        newest = max(damaged)
+        raise InputError(
+            f'no checkpoint in {self._manager.directory} is whole; the newest, {newest}: {damaged[newest]}'
         )
 
-    def close(self) -> None:
+    def _restore(self, step: int, abstract: TrainState) -> Any:
+        optimizer = {'step': abstract.step, 'state': abstract.opt_state}
+        items = {
+            'model': ocp.args.StandardRestore(abstract.variables),
+            'optimizer': ocp.args.StandardRestore(optimizer),
+            'metadata': ocp.args.JsonRestore(),
+        }
+        return self._manager.restore(step, args=ocp.args.Composite(**items))
+
+    def _set_aside(self, numbers: list[int]) -> None:
+        if not numbers:
+            return
+        if jax.process_index() == 0:
+            self._move(numbers)
+        distributed.barrier('damaged checkpoints are set aside')
+        self._manager.reload()
+
+    def _move(self, numbers: list[int]) -> None:
+        folder = self._manager.directory.parent / DAMAGED
+        folder.mkdir(exist_ok=True)
+        for number in numbers:
+            names = itertools.chain([str(number)], (f'{number}-{i}' for i in itertools.count(2)))
+            free = next(folder / name for name in names if not (folder / name).exists())
+            (self._manager.directory / str(number)).rename(free)
+
+    def __enter__(self) -> Self:
+        self._one_error.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
         """Waits until everything is written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
-
-
-def save_weights(folder: str, variables: Mapping[str, Any], metadata: dict[str, Any]) -> None:
-    """Writes a checkpoint of weights alone, as step 0, under a temporary name and renames it.
-
-    Raises:
-        InputError: `folder` exists, or cannot be written.
-    """
-    path = resolve(folder)
-    if path.exists():
-        raise InputError(f'{folder} exists; choose another name')
-    temporary = path.parent / f'{path.name}.tmp-{os.getpid()}'
-    args = ocp.args.Composite(model=ocp.args.StandardSave(variables), metadata=ocp.args.JsonSave(metadata))
-    try:
-        with ocp.CheckpointManager(temporary) as manager:
-            manager.save(0, args=args)
-            manager.wait_until_finished()
-        temporary.rename(path)
-    except (OSError, ValueError) as e:
-        raise InputError(f'cannot write {folder}: {one_line(e)}') from e
-    finally:
-        if temporary.exists():
-            temporary.rmtree()
-
-
-@dataclasses.dataclass(frozen=True)
-class Loaded:
-    """A checkpoint.
-
-    Attributes:
-        model: the network.
-        variables: its parameters and statistics.
-        metadata: from `metadata.make_metadata`; those of a run have its 'epoch' and 'lr' too.
-        step: at which it was saved.
-        momentum: SGD's buffers, a tree like the parameters; None if not asked for, or if there are none.
-    """
-
-    model: EPSANet
-    variables: dict[str, Any]
-    metadata: dict[str, Any]
-    step: int
-    momentum: Any = None
-
-
-def load(path: str, step: str = 'latest', with_momentum: bool = False) -> Loaded:
-    """Reads a checkpoint for use, onto one device.
-
-    Args:
-        path: a workdir, its folder 'checkpoints', or one checkpoint in it.
-        step: 'latest', 'best' (by top-1) or a number, where the path leaves the choice.
-        with_momentum: whether to read SGD's buffers too, where there are any.
-
-    Raises:
-        InputError: there is no such checkpoint, or it is not one of this package.
-    """
-    folder, number = _locate(resolve(path), step)
-    try:
-        with _one_error():
-            return _load(folder, number, step, with_momentum)
-    except InputError:
-        raise
-    except Exception as e:  # damaged files make Orbax raise anything
-        raise InputError(f'no readable checkpoint in {folder}: {one_line(e)}') from e
-
-
-def _load(folder: epath.Path, number: int | None, step: str, with_momentum: bool) -> Loaded:
-    options = ocp.CheckpointManagerOptions(best_fn=_best_by, best_mode='max', create=False)
-    with ocp.CheckpointManager(folder, options=options) as manager:
-        steps = sorted(manager.all_steps())
-        if not steps:
-            raise InputError(f'no checkpoint in {folder}')
-        if step == 'best' and number is None:
-            number = manager.best_step()
-        number = steps[-1] if number is None else number
-        if number not in steps:
-            raise InputError(f'no checkpoint of step {number} in {folder}; there are {steps}')
-        place = folder / str(number)
-        read = manager.restore(number, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))
-        metadata = check_metadata(read['metadata'], str(place))
-        settings = model_config(metadata['model'])
-        model = build_model(settings, settings.num_classes)
-        size = metadata['preprocessing']['image_size']
-        images = jax.ShapeDtypeStruct((1, size, size, 3), model.dtype)
-        abstract = _on_one_device(jax.eval_shape(model.init, jax.random.key(0), images))
-        items = {'model': ocp.args.StandardRestore(abstract)}
-        if with_momentum and metadata['config'] is not None and (place / 'optimizer').exists():
-            optimizer = make_optimizer(OptimizerConfig(**metadata['config']['optimizer']), lambda step: 0.0)
-            state = jax.eval_shape(optimizer.init, abstract['params'])
-            counter = jax.ShapeDtypeStruct((), jnp.int32)
-            items['optimizer'] = ocp.args.StandardRestore(_on_one_device({'step': counter, 'state': state}))
-        read = manager.restore(number, args=ocp.args.Composite(**items))
-    momentum = None
-    if 'optimizer' in items:
-        momentum = optax.tree_utils.tree_get(read['optimizer']['state'], 'trace', None)
-    return Loaded(model, read['model'], metadata, number, momentum)
-
-
-def _on_one_device(abstract: Any) -> Any:
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device), abstract)
-
-
-def _locate(path: epath.Path, step: str) -> tuple[epath.Path, int | None]:
-    """Returns the folder of checkpoints that a path means, and the step if path or `step` name one."""
-    if not path.exists():
-        raise InputError(f'no such checkpoint: {path}')
-    if path.name.isdigit() and (path / 'metadata').exists():
-        return path.parent, int(path.name)
-    is_number = step.isascii() and step.isdecimal()
-    if step not in ('latest', 'best') and not is_number:
-        raise InputError(f"step must be 'latest', 'best' or a number, got {step!r}")
-    number = int(step) if is_number else None
-    if (path / FOLDER).is_dir():
-        return path / FOLDER, number
-    if not path.is_dir():
-        raise InputError(f'{path} is no checkpoint: expected a workdir or a folder in its {FOLDER}/')
-    return path, number
+        if error is not None and not isinstance(error, Interrupted) and jax.process_count() > 1:
+            return  # Orbax would wait for the other processes, which may be gone
+        failure = None
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as e:
+            failure = e
+        finally:
+            self._manager.close()
+        self._one_error.__exit__(kind, error or failure, where)
+        if failure is not None and error is None:  # else it is told already, or not what went wrong first
+            with self._saving():
+                raise failure

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from epsanet_jax.data.augment import Mixing
 from epsanet_jax.errors import InputError
 from epsanet_jax.models import create_model
 from epsanet_jax.models.epsanet import EPSANet
@@ -41,9 +42,11 @@ class DataConfig:
     """The pictures.
 
     Attributes:
-        source: 'folder' (an image folder), 'tfds' (a TFDS data set, among them 'digits') or 'synthetic'.
+        source: 'folder' (an image folder), 'records' (what `epsanet prepare` makes of one), 'tfds' (a TFDS
+            data set, among them 'digits') or 'synthetic'.
         name: of the TFDS data set.
-        dir: the folder that holds the splits' folders, or TFDS's data directory ('': its default).
+        dir: the folder that holds the splits' folders or the records, or TFDS's data directory ('': its
+            default).
         train_split: folder or TFDS split to train on.
         eval_split: folder or TFDS split to evaluate on.
         image_size: height and width that the network sees, pixels.
@@ -51,11 +54,19 @@ class DataConfig:
         crop_scale: share of a picture's area that a training crop takes, smallest and largest.
         crop_ratio: width / height of a training crop, smallest and largest.
         flip: whether training mirrors every second picture.
+        color_jitter: brightness, contrast, saturation and hue, as torchvision's ColorJitter.
+        randaugment_ops: RandAugment's operations on each picture; 0: none.
+        randaugment_magnitude: their strength, 0 to 30.
+        random_erasing: share of the pictures of which a rectangle is erased, to the mean colour.
+        reduced_decoding: decode a large JPEG for training only as large as its crop needs; much faster, and
+            not the same pixels.
         mean: per channel, of values in 0..1.
         std: per channel, of values in 0..1.
-        workers: processes that decode; 0: threads of this process.
-        threads: that decode, in this process or each worker; 0: as many as there are processors.
+        exif_orientation: whether to turn pictures as their EXIF tag says; torchvision's ImageFolder does not.
+        workers: processes that decode; 0: threads of this process; -1: one for every 8 processors, above 8.
+        threads: that decode, in this process or each worker; 0: as many as there are processors for it.
         on_bad: 'stop' or 'skip' at a picture that cannot be decoded.
+        max_bad_images: how many different pictures a process may skip before the run stops after all.
         synthetic_examples: number of synthetic pictures to train on (and to evaluate on).
         synthetic_classes: number of their classes.
     """
@@ -70,11 +81,18 @@ class DataConfig:
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    randaugment_ops: int = 0
+    randaugment_magnitude: int = 9
+    random_erasing: float = 0.0
+    reduced_decoding: bool = False
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    workers: int = 0
+    exif_orientation: bool = True
+    workers: int = -1
     threads: int = 0
     on_bad: str = 'stop'
+    max_bad_images: int = 100
     synthetic_examples: int = 1280
     synthetic_classes: int = 10
 
@@ -121,9 +139,13 @@ class Config:
     Attributes:
         seed: of parameters, order and augmentation.
         batch_size: of the global batch, however many devices share it.
+        gradient_accumulation_steps: microbatches that the batch is cut into, computed one after the other to
+            save memory; each must hold whole BatchNorm groups, and the update stays the batch's.
         epochs: length of the training; may be fractional.
         steps: length in steps instead of epochs; 0: by epochs.
         label_smoothing: in training and evaluation.
+        mixup_alpha: of mixup's Beta distribution; 0: no mixup.
+        cutmix_alpha: of cutmix's; with both, each picture takes one of them, evenly.
         log_every_steps: how often a line of metrics is written.
         eval_every_epochs: how often to evaluate; 0: only at the end.
         eval_batch_size: 0: batch_size. Rounded up to divide among the devices.
@@ -134,9 +156,12 @@ class Config:
 
     seed: int = 0
     batch_size: int = 256
+    gradient_accumulation_steps: int = 1
     epochs: float = 120.0
     steps: int = 0
     label_smoothing: float = 0.1
+    mixup_alpha: float = 0.0
+    cutmix_alpha: float = 0.0
     log_every_steps: int = 50
     eval_every_epochs: float = 1.0
     eval_batch_size: int = 0
@@ -149,12 +174,20 @@ class Config:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
 
+def mixing(config: Config) -> Mixing | None:
+    """Returns mixup and cutmix of a run, or None if it has neither."""
+    if not config.mixup_alpha and not config.cutmix_alpha:
+        return None
+    return Mixing(config.mixup_alpha, config.cutmix_alpha, config.seed)
+
+
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16, 'float64': jnp.float64}
 
 # Fields that may change when a run is continued; all others, and the data's fingerprint, identify the run.
 _FREE = (
     'epochs',
     'steps',
+    'gradient_accumulation_steps',
     'log_every_steps',
     'eval_every_epochs',
     'eval_batch_size',
@@ -163,6 +196,7 @@ _FREE = (
     'data.workers',
     'data.threads',
     'data.on_bad',
+    'data.max_bad_images',
 )
 
 

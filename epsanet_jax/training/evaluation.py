@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from epsanet_jax.data import pipeline
 from epsanet_jax.data.sources import Source
-from epsanet_jax.errors import InputError
+from epsanet_jax.errors import InputError, Interrupted
 from epsanet_jax.training import inputs, metrics
 from epsanet_jax.training.config import DataConfig
 
@@ -23,6 +23,7 @@ def evaluate(
     mesh: Mesh,
     batch_size: int,
     say: Callable[[str], None],
+    stop: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
     """Returns 'loss', 'top1', 'top5' (fractions), 'examples', and 'skipped' if pictures were not decodable.
 
@@ -34,22 +35,33 @@ def evaluate(
         mesh: on whose devices.
         batch_size: of the global batch; divides among the devices.
         say: told of every picture skipped.
+        stop: whether this process asks to give up.
 
     Raises:
         InputError: a picture cannot be decoded (`data.on_bad` 'stop'), or none can.
+        Interrupted: a process asked to give up; all of them do, at the same batch.
     """
-    feed = inputs.Feed(inputs.eval_batches(data, source, batch_size), mesh)
+    requests = None if stop is None else lambda: (stop(),)
+    feed = inputs.Feed(inputs.eval_batches(data, source, batch_size), mesh, requests)
     total = pipeline.num_eval_batches(len(source), batch_size)
     sums = []
     hide = not (sys.stderr.isatty() and jax.process_index() == 0)
     try:
         for batch in tqdm(feed, total=total, desc='evaluation', unit='batch', leave=False, disable=hide):
+            if sums and stop is not None and jax.device_get(sums[-1]['requests']).any():
+                raise Interrupted
             sums.append(eval_step(variables, batch))
     finally:
         feed.close()
     for index in feed.bad:
         say(f'skipped: {pipeline.bad_image_message(source, index)}')
-    added = {k: sum(float(s[k]) for s in jax.device_get(sums)) for k in sums[0]}
+    if len(feed.bad) > data.max_bad_images:
+        raise InputError(
+            f'{len(feed.bad)} pictures to evaluate cannot be decoded, more than '
+            f'config.data.max_bad_images={data.max_bad_images}'
+        )
+    counted = jax.device_get(sums)
+    added = {k: sum(float(s[k]) for s in counted) for k in counted[0] if k != 'requests'}
     if not added['count']:
         raise InputError(f'none of the {len(source)} pictures to evaluate can be decoded')
     means = metrics.averages(added)

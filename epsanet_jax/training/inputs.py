@@ -3,15 +3,24 @@
 import dataclasses
 import functools
 import pathlib
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from epsanet_jax.data import pipeline, sources
+from epsanet_jax.data.randaugment import RandAugment
 from epsanet_jax.data.sources import Record, Source
-from epsanet_jax.data.transforms import CentreCrop, RandomCrop
+from epsanet_jax.data.transforms import (
+    CentreCrop,
+    ColorJitter,
+    RandomCrop,
+    RandomErasing,
+    TrainTransform,
+)
 from epsanet_jax.errors import InputError
 from epsanet_jax.training import parallel
 from epsanet_jax.training.config import Config, DataConfig
@@ -32,7 +41,12 @@ def open_source(data: DataConfig, split: str) -> Source:
 
             digits.prepare(data.dir or None)
         return sources.Tfds(data.name, split, data.dir or None)
-    return sources.ImageFolder(pathlib.Path(data.dir).expanduser() / split)
+    folder = pathlib.Path(data.dir).expanduser()
+    if data.source == 'records':
+        return sources.Records(folder, split)
+    if sources.is_prepared(folder):
+        raise InputError(f'{folder} holds prepared records: set --config.data.source=records')
+    return sources.ImageFolder(folder / split)
 
 
 def open_splits(data: DataConfig) -> tuple[Source, Source]:
@@ -50,9 +64,23 @@ def open_splits(data: DataConfig) -> tuple[Source, Source]:
 def train_batches(config: Config, source: Source, start_step: int) -> Iterator[pipeline.Batch]:
     """Returns this process's rows of the training batches from `start_step` on."""
     data = config.data
-    crop = RandomCrop(data.image_size, data.crop_scale, data.crop_ratio, data.flip)
     return pipeline.train_batches(
-        source, crop, _rows(config.batch_size), config.seed, start_step, reading(data)
+        source,
+        _train_transform(data),
+        _rows(config.batch_size, config.gradient_accumulation_steps),
+        config.seed,
+        start_step,
+        reading(data),
+    )
+
+
+def _train_transform(data: DataConfig) -> TrainTransform:
+    red, green, blue = (round(255 * m) for m in data.mean)
+    return TrainTransform(
+        RandomCrop(data.image_size, data.crop_scale, data.crop_ratio, data.flip),
+        ColorJitter(*data.color_jitter) if any(data.color_jitter) else None,
+        RandAugment(data.randaugment_ops, data.randaugment_magnitude) if data.randaugment_ops else None,
+        RandomErasing(data.random_erasing, fill=(red, green, blue)) if data.random_erasing else None,
     )
 
 
@@ -62,6 +90,30 @@ def eval_batches(data: DataConfig, source: Source, batch_size: int) -> Iterator[
     return pipeline.eval_batches(source, crop, _rows(batch_size), reading(data))
 
 
+def abstract_batch(
+    rows: int, image_size: int, microbatches: int = 1, requests: int = 0, mask: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a global batch on the devices, as the steps are compiled for.
+
+    Args:
+        rows: of the whole batch.
+        image_size: pixels.
+        microbatches: into which it is cut.
+        requests: what processes may ask for.
+        mask: whether rows may not count, as in evaluation.
+    """
+    shape = (rows,) if microbatches == 1 else (microbatches, rows // microbatches)
+    batch = {
+        'image': jax.ShapeDtypeStruct((*shape, image_size, image_size, 3), np.uint8),
+        'label': jax.ShapeDtypeStruct(shape, np.int32),
+    }
+    if requests:
+        batch['requests'] = jax.ShapeDtypeStruct((*shape, requests), np.float32)
+    if mask:
+        batch['mask'] = jax.ShapeDtypeStruct(shape, np.bool_)
+    return batch
+
+
 def evaluation_data(
     trained_on: DataConfig, data: str | None, split: str | None, data_dir: str | None, on_bad: str
 ) -> DataConfig:
@@ -69,12 +121,15 @@ def evaluation_data(
 
     Args:
         trained_on: the run's data configuration, whose preprocessing is kept.
-        data: an image folder (its folder `split` or 'val' where it has one, else itself), or a TFDS name.
+        data: an image folder (its folder `split` or 'val' where it has one, else itself), a folder of
+            records, or a TFDS name.
         split: None: the run's where the data set is the run's, else 'val' or 'test'.
         data_dir: TFDS's; None: the run's, or TFDS's default.
         on_bad: 'stop' or 'skip'.
     """
-    change = functools.partial(dataclasses.replace, trained_on, on_bad=on_bad, workers=0)
+    change = functools.partial(
+        dataclasses.replace, trained_on, on_bad=on_bad, max_bad_images=sys.maxsize, workers=0
+    )
     if data is None and trained_on.source == 'folder' and not trained_on.dir:
         raise InputError('--data must name what to evaluate on: the weights are not of a run that knows')
     if data is None or (trained_on.source == 'tfds' and data == trained_on.name):
@@ -84,6 +139,8 @@ def evaluation_data(
     if folder.is_dir():
         if data_dir:
             raise InputError(f'--data-dir is for TFDS data sets, {data} is a folder')
+        if sources.is_prepared(folder):
+            return change(source='records', dir=str(folder), eval_split=split or sources.held_out(folder))
         there = [s for s in (trained_on.eval_split, 'val', 'test') if (folder / s).is_dir()]
         return change(source='folder', dir=str(folder), eval_split=split or (there or ['.'])[0])
     if data.startswith(('/', './', '../', '~')):
@@ -93,11 +150,13 @@ def evaluation_data(
 
 def reading(data: DataConfig) -> pipeline.Reading:
     """Returns how pictures are to be read."""
-    return pipeline.Reading(data.workers, data.threads, data.on_bad)
+    return pipeline.Reading(
+        data.workers, data.threads, data.on_bad, data.exif_orientation, data.reduced_decoding
+    )
 
 
-def _rows(batch_size: int) -> pipeline.Rows:
-    return pipeline.Rows(batch_size, jax.process_index(), jax.process_count())
+def _rows(batch_size: int, microbatches: int = 1) -> pipeline.Rows:
+    return pipeline.Rows(batch_size, jax.process_index(), jax.process_count(), microbatches)
 
 
 def _some(names: list[str], most: int = 5) -> str:
@@ -107,16 +166,32 @@ def _some(names: list[str], most: int = 5) -> str:
 class Feed:
     """Batches on the devices.
 
+    Args:
+        batches: this process's rows.
+        mesh: the devices.
+        requests: what this process asks the others for, asked at each batch; every row gets it.
+        microbatches: into which each batch is cut.
+
     Attributes:
         asked: when the last batch was asked for, in seconds of `time.perf_counter`.
         got: when it was there.
         bad: indices of the pictures that could not be decoded, as they were met.
+        pictures: number of pictures read.
+        seconds: which reading them took, one after the other.
     """
 
-    def __init__(self, batches: Iterator[pipeline.Batch], mesh: Mesh):
+    def __init__(
+        self,
+        batches: Iterator[pipeline.Batch],
+        mesh: Mesh,
+        requests: Callable[[], Sequence[bool]] | None = None,
+        microbatches: int = 1,
+    ):
         self._batches, self._mesh = batches, mesh
+        self._requests, self._microbatches = requests, microbatches
         self.asked = self.got = 0.0
         self.bad: list[int] = []
+        self.pictures, self.seconds = 0, 0.0
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
         return self
@@ -125,9 +200,14 @@ class Feed:
         self.asked = time.perf_counter()
         batch = next(self._batches)
         self.got = time.perf_counter()
-        bad = batch.pop('bad_index')
+        seconds, bad = batch.pop('seconds'), batch.pop('bad_index')
+        self.pictures += len(seconds)
+        self.seconds += float(seconds.sum())
         self.bad += bad[bad != pipeline.NOT_BAD].tolist()
-        return parallel.to_devices(batch, self._mesh)
+        if self._requests is not None:
+            row = np.asarray(self._requests(), np.float32)
+            batch['requests'] = np.broadcast_to(row, (len(bad), len(row)))
+        return parallel.to_devices(batch, self._mesh, self._microbatches)
 
     def close(self) -> None:
         """Ends the threads and processes that decode."""

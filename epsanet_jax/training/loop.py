@@ -8,14 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from epsanet_jax.data.transforms import BadImageError
-from epsanet_jax.errors import InputError, TrainingError
-from epsanet_jax.training import inputs, parallel, steps
+from epsanet_jax.data.decode import BadImageError
+from epsanet_jax.errors import InputError, Interrupted, TrainingError
+from epsanet_jax.training import distributed, inputs, parallel, steps
 from epsanet_jax.training.checkpoint import Checkpoints
-from epsanet_jax.training.config import CheckpointConfig, Config
+from epsanet_jax.training.config import CheckpointConfig, Config, mixing
 from epsanet_jax.training.evaluation import evaluate
-from epsanet_jax.training.report import Report, describe, read_metrics
+from epsanet_jax.training.report import Report, describe, read_metrics, say
 from epsanet_jax.training.setup import Run, prepare
+from epsanet_jax.training.signals import StopSignals
 from epsanet_jax.training.state import TrainState, create_state
 from epsanet_jax.training.window import Window
 
@@ -53,17 +54,17 @@ def train(config: Config, workdir: str) -> Result:
 
     Raises:
         InputError: the configuration, the data or the workdir will not do.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or a checkpoint cannot be written.
+        Interrupted: SIGTERM or SIGINT came, and what was done is saved.
     """
-    run = prepare(config, workdir)
-    run.write_config()
-    checkpoints = Checkpoints(run.workdir, config.checkpoint.keep)
-    try:
-        if not _finished(run, checkpoints.latest_step):
-            _fit(run, checkpoints)
-        step = checkpoints.latest_step
-    finally:
-        checkpoints.close()
+    with StopSignals() as signals:
+        run = prepare(config, workdir)
+        run.write_config()
+        with Checkpoints(run.workdir, config.checkpoint.keep) as checkpoints:
+            if not _finished(run, checkpoints.latest_step):
+                _fit(run, checkpoints, signals)
+            step = checkpoints.latest_step
+    distributed.barrier('metrics are written')  # by process 0, and read by all
     evaluations = _evaluations(run)
     best = max(evaluations, key=lambda line: (line['top1'], line['step']))
     return Result(step or 0, evaluations[-1], best, str(workdir))
@@ -78,54 +79,89 @@ def _finished(run: Run, latest_step: int | None) -> bool:
     return latest_step is not None and latest_step >= run.total_steps and evaluated
 
 
-def _fit(run: Run, checkpoints: Checkpoints) -> None:
+def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
     """Trains from the newest checkpoint, or from nothing, to the end."""
     config, data = run.config, run.config.data
     settings: dict[str, Any] = {'smoothing': config.label_smoothing, 'mean': data.mean, 'std': data.std}
-    train_step = steps.make_train_step(run.model, run.optimizer, run.mesh, **settings)
+    microbatches = config.gradient_accumulation_steps
+    train_step = steps.make_train_step(
+        run.model, run.optimizer, run.mesh, microbatches=microbatches, mixing=mixing(config), **settings
+    )
     eval_step = steps.make_eval_step(run.model, run.mesh, **settings)
-    state = _initial_state(run, checkpoints)
+    state, sums = _initial_state(run, checkpoints)
     step = int(state.step)
     report = Report(run.workdir, step, run.total_steps)
-    feed = inputs.Feed(inputs.train_batches(config, run.train_source, step), run.mesh)
-    window = Window(run, report, feed)
     saving = _SaveSchedule(config.checkpoint)
+    batches = inputs.train_batches(config, run.train_source, step)
+    feed = inputs.Feed(batches, run.mesh, lambda: (signals.requested, saving.overdue()), microbatches)
+    window = Window(run, report, feed, sums)
+
+    def save(evaluation: dict[str, float] | None) -> None:
+        metadata = {**run.metadata_at(step), 'window': window.sums}
+        checkpoints.save(state, metadata, evaluation)
+        saving.done()
+
     report.say(_opening(run, step))
     if run.initial is not None:
         for line in run.initial.said:
             report.say(f'{config.init_from}: {line}')
     try:
+        train_step, eval_step = _compile(run, train_step, eval_step, state)
         while True:
-            evaluate_now = _evaluation_due(run, step) and not report.has_evaluation(step)
-            if evaluate_now or saving.due(step):
+            stop, overdue = window.requests or (False, False)
+            evaluate_now = _evaluation_due(run, step) and not report.has_evaluation(step) and not stop
+            if stop or evaluate_now or overdue or saving.due(step):
                 with window.pause():
                     _check_finite(state, step)
-                    evaluation = _evaluate(run, eval_step, state, report) if evaluate_now else None
-                    checkpoints.save(state, run.metadata_at(step), evaluation)
-                saving.done()
+                    try:
+                        evaluation = (
+                            _evaluate(run, eval_step, state, report, signals) if evaluate_now else None
+                        )
+                    except Interrupted:
+                        stop, evaluation = True, None
+                    save(evaluation)
+            if stop:
+                raise Interrupted(f'stopped at step {step}, which is saved; the same command continues')
             if step >= run.total_steps:
                 break
-            state, sums = train_step(state, next(feed))
+            batch = next(feed)
+            signals.unsaved = True
+            state, sums = train_step(state, batch)
             step += 1
             window.add(step, sums)
+            checkpoints.check()
             report.advance()
             if step % config.log_every_steps == 0 or step == run.total_steps:
                 window.write(step)
     except BadImageError as e:
-        if step:  # a picture that stops the run costs none of the steps made
+        if step and jax.process_count() == 1:  # costs none of the steps made; others know nothing of it yet
             window.collect()
-            checkpoints.save(state, run.metadata_at(step), None)
-        raise InputError(
-            f'{e}; remove it, or set --config.data.on_bad=skip; the run continues at step {step}'
-        ) from e
+            save(None)
+        mend = 'remove it, or set --config.data.on_bad=skip' if data.on_bad == 'stop' else 'look at the data'
+        raise InputError(f'{e}; {mend}; the run continues at step {step}') from e
     finally:
         window.close()
         feed.close()
         report.close()
 
 
-def _initial_state(run: Run, checkpoints: Checkpoints) -> TrainState:
-    """Restores the newest state, or initialises one, on all devices of the mesh."""
+def _compile(run: Run, train_step: Any, eval_step: Any, state: TrainState) -> tuple[Any, Any]:
+    """Compiles both steps before the first one is made, while a signal can still end the process at once."""
+    config = run.config
+    size, microbatches = config.data.image_size, config.gradient_accumulation_steps
+    train_rows = inputs.abstract_batch(config.batch_size, size, microbatches, requests=2)
+    eval_rows = inputs.abstract_batch(run.eval_batch_size, size, requests=1, mask=True)
+    train_compiled = train_step.lower(state, train_rows).compile()
+    return train_compiled, eval_step.lower(state.variables, eval_rows).compile()
+
+
+def _initial_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, float]]:
+    """Restores the newest state, or initialises one, on all devices of the mesh.
+
+    Returns:
+        The state, and the sums of its last steps, of which no line of metrics tells yet.
+    """
+    sums = {}
 
     def init(key):
         return create_state(run.model, run.optimizer, key, run.config.data.image_size)
@@ -134,23 +170,26 @@ def _initial_state(run: Run, checkpoints: Checkpoints) -> TrainState:
     if checkpoints.latest_step is None:
         state = jax.jit(init, out_shardings=placement)(key)
         if run.initial is None:
-            return state
+            return state, sums
         state = jax.device_put(run.initial.put_into(state), placement)
     else:
         abstract = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placement), jax.eval_shape(init, key)
         )
-        state = checkpoints.restore(abstract)
+        state, metadata = checkpoints.restore(abstract, say)
+        sums = metadata.get('window', {})
     # A computed copy: the step is given the state's memory, which must be nobody else's, and arrays that
     # were read may share theirs with numpy.
-    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=placement)(state)
+    return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=placement)(state), sums
 
 
 def _evaluation_due(run: Run, step: int) -> bool:
     return step > 0 and (step % run.eval_every == 0 or step >= run.total_steps)
 
 
-def _evaluate(run: Run, eval_step: Any, state: TrainState, report: Report) -> dict[str, float]:
+def _evaluate(
+    run: Run, eval_step: Any, state: TrainState, report: Report, signals: StopSignals
+) -> dict[str, float]:
     began = time.perf_counter()
     means = evaluate(
         eval_step,
@@ -160,6 +199,7 @@ def _evaluate(run: Run, eval_step: Any, state: TrainState, report: Report) -> di
         run.mesh,
         run.eval_batch_size,
         report.say,
+        lambda: signals.requested,
     )
     if not math.isfinite(means['loss']):
         raise TrainingError(f'the loss of the evaluation at step {int(state.step)} is {means["loss"]}')
@@ -198,9 +238,12 @@ class _SaveSchedule:
 
     def due(self, step: int) -> bool:
         every = self._config.every_steps
-        by_count = every > 0 and step % every == 0
+        return step > 0 and every > 0 and step % every == 0
+
+    def overdue(self) -> bool:
+        """Whether it is time, by the clock of process 0, which asks the others."""
         minutes = (time.monotonic() - self._saved) / 60
-        return step > 0 and (by_count or 0 < self._config.every_minutes <= minutes)
+        return jax.process_index() == 0 and 0 < self._config.every_minutes <= minutes
 
     def done(self) -> None:
         self._saved = time.monotonic()

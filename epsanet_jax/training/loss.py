@@ -1,7 +1,14 @@
 """The loss."""
 
+from typing import Any
+
 import jax
 import optax
+
+
+def smoothed_targets(labels: jax.Array, num_classes: int, smoothing: float, dtype: Any) -> jax.Array:
+    """Returns y (1 - e) + e / K, [N, K], for integer labels [N] and e = `smoothing`."""
+    return optax.smooth_labels(jax.nn.one_hot(labels, num_classes, dtype=dtype), smoothing)
 
 
 def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
@@ -15,5 +22,5 @@ def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: floa
     Returns:
         [N], in nats.
     """
-    targets = jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype)
-    return optax.softmax_cross_entropy(logits, optax.smooth_labels(targets, smoothing))
+    targets = smoothed_targets(labels, logits.shape[-1], smoothing, logits.dtype)
+    return optax.softmax_cross_entropy(logits, targets)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -21,14 +22,31 @@ from epsanet_jax.models.epsanet import EPSANet
 Device = Any  # jax.Device, which type checkers take for a variable
 _GROUP, _MEMBER = 'group', 'member'
 _AXES = (_GROUP, _MEMBER)
-_ROWS = PartitionSpec(_AXES)
+
+
+def microbatch_size(batch_size: int, bn_group: int | None, microbatches: int) -> int:
+    """Returns the rows of a global batch's microbatches, each of which holds whole BatchNorm groups.
+
+    Raises:
+        InputError: the batch or its groups do not divide among microbatches.
+    """
+    if batch_size % microbatches:
+        raise InputError(f'batch_size {batch_size} does not divide into {microbatches} microbatches')
+    rows = batch_size // microbatches
+    if microbatches > 1 and (bn_group is None or rows % bn_group):
+        groups = 'over the whole batch' if bn_group is None else f'groups of {bn_group}'
+        raise InputError(
+            f'{microbatches} microbatches of {rows} rows do not hold whole BatchNorm groups ({groups}): set '
+            f'model.bn_group to a divisor of {rows}, or gradient_accumulation_steps to fewer'
+        )
+    return rows
 
 
 def make_mesh(batch_size: int, bn_group: int | None = None, devices: Sequence[Device] | None = None) -> Mesh:
-    """Arranges devices for a global batch and its BatchNorm groups.
+    """Arranges devices for a global batch, or its microbatches, and their BatchNorm groups.
 
     Args:
-        batch_size: of the global batch.
+        batch_size: of what is computed at once: the global batch, or one microbatch of it.
         bn_group: examples in a BatchNorm group; None: the whole batch.
         devices: None: all of them.
 
@@ -51,6 +69,8 @@ def make_mesh(batch_size: int, bn_group: int | None = None, devices: Sequence[De
             f'{count} devices): one must divide the other'
         )
     members = max(1, group // rows)
+    # A process holds contiguous rows, so its devices must be neighbours.
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     matrix = np.asarray(devices).reshape(count // members, members)
     return Mesh(matrix, _AXES, axis_types=(AxisType.Auto,) * 2)
 
@@ -60,19 +80,22 @@ def bind(model: EPSANet, mesh: Mesh) -> EPSANet:
     return model.clone(bn_axis=_MEMBER if mesh.shape[_MEMBER] > 1 else None)
 
 
-def shard_step(step: Callable[..., Any], mesh: Mesh, replicated_args: int) -> Callable[..., Any]:
+def shard_step(
+    step: Callable[..., Any], mesh: Mesh, replicated_args: int, microbatches: int = 1
+) -> Callable[..., Any]:
     """Turns a function of one device's rows into one of global arrays.
 
     Args:
         step: `step(*replicated, batch)`; its results must be the same on every device.
         mesh: from `make_mesh`.
         replicated_args: number of arguments before the batch.
+        microbatches: in which the batch comes, see `by_rows`.
     """
     # check_vma=False: gradients of replicated parameters come out local, and `mean` and `total` are the only
     # reductions there are besides BatchNorm's.
     specs = (PartitionSpec(),) * replicated_args
     return jax.shard_map(
-        step, mesh=mesh, in_specs=(*specs, _ROWS), out_specs=PartitionSpec(), check_vma=False
+        step, mesh=mesh, in_specs=(*specs, _rows(microbatches)), out_specs=PartitionSpec(), check_vma=False
     )
 
 
@@ -86,19 +109,39 @@ def total(tree: Any) -> Any:
     return lax.psum(tree, _AXES)
 
 
+def global_rows(count: int, microbatch: jax.Array | int = 0) -> jax.Array:
+    """Returns the places [count] in the global batch of this device's rows, within a sharded step.
+
+    Args:
+        count: of its rows in each microbatch.
+        microbatch: which of them.
+    """
+    device, devices = lax.axis_index(_AXES), lax.axis_size(_AXES)
+    return (microbatch * devices + device) * count + lax.iota(jnp.int32, count)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The placement of parameters: a copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def by_rows(mesh: Mesh) -> NamedSharding:
-    """The placement of a batch: contiguous rows on every device."""
-    return NamedSharding(mesh, _ROWS)
+def by_rows(mesh: Mesh, microbatches: int = 1) -> NamedSharding:
+    """The placement of a batch [N, ...], or [microbatches, N / microbatches, ...] if they are several.
+
+    Every device holds contiguous rows of each.
+    """
+    return NamedSharding(mesh, _rows(microbatches))
 
 
-def to_devices(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Makes global arrays of this process's rows of a batch."""
-    sharding = by_rows(mesh)
+def _rows(microbatches: int) -> PartitionSpec:
+    return PartitionSpec(None, _AXES) if microbatches > 1 else PartitionSpec(_AXES)
+
+
+def to_devices(batch: dict[str, np.ndarray], mesh: Mesh, microbatches: int = 1) -> dict[str, jax.Array]:
+    """Makes global arrays of this process's rows, those of the first microbatch first."""
+    sharding = by_rows(mesh, microbatches)
+    if microbatches > 1:
+        batch = {k: v.reshape(microbatches, -1, *v.shape[1:]) for k, v in batch.items()}
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 

@@ -15,7 +15,7 @@ from epsanet_jax.convert.state_dict import from_torch, strip_prefix, to_torch
 from epsanet_jax.errors import InputError
 from epsanet_jax.models import get_variant
 from epsanet_jax.models.epsanet import EPSANet
-from epsanet_jax.training import checkpoint
+from epsanet_jax.training import loading
 from epsanet_jax.training.config import DataConfig, ModelConfig, OptimizerConfig, build_model, model_config
 from epsanet_jax.training.metadata import check_metadata, make_metadata
 from epsanet_jax.training.state import TrainState
@@ -48,7 +48,7 @@ def read(path: str, step: str = 'latest', model: ModelConfig | None = None) -> W
         InputError: there is no such thing, or it is damaged, or of another network.
     """
     if not is_weights_file(path):
-        return _from_orbax(checkpoint.load(path, step, with_momentum=True))
+        return _from_orbax(loading.load(path, step, with_momentum=True))
     content = read_checkpoint(path)
     content = dataclasses.replace(content, state_dict=strip_prefix(content.state_dict))
     if 'epsanet_jax' in content.metadata and model is None:
@@ -67,13 +67,13 @@ def read(path: str, step: str = 'latest', model: ModelConfig | None = None) -> W
     return Weights(content, make_metadata(settings, (), DataConfig(**preprocessing)))
 
 
-def load(path: str, step: str = 'latest') -> checkpoint.Loaded:
+def load(path: str, step: str = 'latest') -> loading.Loaded:
     """Reads weights of any kind for use; see `read`."""
     if not is_weights_file(path):
-        return checkpoint.load(path, step)
+        return loading.load(path, step)
     weights = read(path, step)
     model = model_of(weights)
-    return checkpoint.Loaded(model, from_torch(weights.content.state_dict, model), weights.metadata, 0)
+    return loading.Loaded(model, from_torch(weights.content.state_dict, model), weights.metadata, 0)
 
 
 def model_of(weights: Weights) -> EPSANet:
@@ -82,7 +82,7 @@ def model_of(weights: Weights) -> EPSANet:
     return build_model(settings, settings.num_classes)
 
 
-def _from_orbax(loaded: checkpoint.Loaded) -> Weights:
+def _from_orbax(loaded: loading.Loaded) -> Weights:
     config, optimizer = loaded.metadata['config'], None
     if loaded.momentum is not None and config is not None:
         group = {k: config['optimizer'][k] for k in ('momentum', 'weight_decay', 'nesterov')}

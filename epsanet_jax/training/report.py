@@ -35,6 +35,13 @@ def write_whole(path: epath.Path, text: str) -> None:
     temporary.replace(path)
 
 
+def say(text: str) -> None:
+    """Prints a line above a progress bar; only process 0 does."""
+    if jax.process_index() == 0:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
 class Report:
     """Writes metrics and tells of progress; only process 0 does.
 
@@ -59,9 +66,14 @@ class Report:
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
-        if self._active:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+        say(text)
+
+    def warn(self, text: str) -> None:
+        """Prints a line of what only this process knows, whichever it is."""
+        if jax.process_count() > 1:
+            print(f'process {jax.process_index()}: {text}', file=sys.stderr, flush=True)
+        else:
+            say(text)
 
     def advance(self) -> None:
         """Moves the progress bar on by a step."""
@@ -78,6 +90,7 @@ class Report:
         lr: float,
         images_per_s: float | None = None,
         data_wait: float | None = None,
+        pipeline_images_per_s: float | None = None,
         eta_s: float | None = None,
     ) -> None:
         """Records the means since the last line, the current learning rate and, where known, the speed.
@@ -88,16 +101,22 @@ class Report:
             lr: of the last update.
             images_per_s: of all devices together.
             data_wait: share of the time that the devices waited for pictures.
+            pipeline_images_per_s: which the pipeline could read, of all processes together.
             eta_s: seconds to the end.
         """
         values = {k: means[k] for k in ('loss', 'top1', 'top5')}
-        speed = {'images_per_s': _rounded(images_per_s, 2), 'data_wait': _rounded(data_wait, 4)}
+        speed = {
+            'images_per_s': _rounded(images_per_s, 2),
+            'data_wait': _rounded(data_wait, 4),
+            'pipeline_images_per_s': _rounded(pipeline_images_per_s, 1),
+        }
         self._write({'split': 'train', 'step': step, **values, 'lr': lr, **speed})
         text = (
             f'step {step}/{self._total} | loss {means["loss"]:.4f} | top-1 {means["top1"]:.1%} | lr {lr:.4g}'
         )
         if images_per_s is not None:
-            text += f' | {images_per_s:.1f} images/s | data wait {data_wait:.1%} | ETA {_duration(eta_s)}'
+            text += f' | {images_per_s:.1f} images/s | data wait {data_wait:.1%}'
+            text += f' (pipeline {pipeline_images_per_s:.0f}/s) | ETA {_duration(eta_s)}'
         self.say(text)
 
     def evaluation(self, step: int, means: dict[str, float], seconds: float) -> None:

@@ -12,11 +12,11 @@ from etils import epath
 from jax.sharding import Mesh
 
 from epsanet_jax.data.sources import Source
-from epsanet_jax.errors import InputError
+from epsanet_jax.errors import InputError, one_line
 from epsanet_jax.models.epsanet import EPSANet
-from epsanet_jax.training import inputs, parallel, pretrained
+from epsanet_jax.training import distributed, inputs, parallel, pretrained
 from epsanet_jax.training.checkpoint import FOLDER
-from epsanet_jax.training.config import Config, build_model, flatten, identity
+from epsanet_jax.training.config import Config, build_model, flatten, identity, mixing
 from epsanet_jax.training.metadata import make_metadata
 from epsanet_jax.training.optimizer import make_optimizer, make_schedule
 from epsanet_jax.training.paths import resolve
@@ -101,8 +101,11 @@ def prepare(config: Config, workdir: str) -> Run:
     """
     validate(config)
     folder = resolve(workdir)
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f'--workdir={workdir} is a file, not a folder')
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f'--workdir={workdir} is a file, not a folder')
+    except (ImportError, OSError) as e:  # what reaches a bucket is not installed, or it is not there
+        raise InputError(f'cannot reach --workdir={workdir}: {one_line(e)}') from e
     train_source, eval_source = inputs.open_splits(config.data)
     classes = len(train_source.class_names)
     if config.model.num_classes and config.model.num_classes < classes:
@@ -110,10 +113,18 @@ def prepare(config: Config, workdir: str) -> Run:
             f'the data has {classes} classes, more than config.model.num_classes={config.model.num_classes}'
         )
     model = build_model(config.model, classes)
-    mesh = parallel.make_mesh(config.batch_size, model.bn_group)
+    at_once = parallel.microbatch_size(config.batch_size, model.bn_group, config.gradient_accumulation_steps)
+    mesh = parallel.make_mesh(at_once, model.bn_group)
+    if mixing(config) and at_once // mesh.size % 2:
+        raise InputError(
+            f'mixup and cutmix mix neighbours, and {at_once // mesh.size} rows a device at once are odd: '
+            f'batch_size {config.batch_size} on {mesh.size} devices'
+        )
     _check_last_stage(config, model)
     fields = identity(config, train_source.fingerprint, model.num_classes)
+    distributed.check_agreement({'configuration or data': fields, 'workdir': str(folder)})
     _check_identity(folder, fields)
+    distributed.check_shared(folder)
 
     steps_per_epoch = len(train_source) / config.batch_size
     total = config.steps or max(1, round(config.epochs * steps_per_epoch))

@@ -1,5 +1,6 @@
 """The training and evaluation steps, as pure functions of one device's rows and as compiled global steps."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from epsanet_jax.data.augment import normalize
+from epsanet_jax.data.augment import Mixing, mix, normalize, row_keys
+from epsanet_jax.models.dtypes import at_least_float32
 from epsanet_jax.models.epsanet import EPSANet
 from epsanet_jax.training import parallel
-from epsanet_jax.training.loss import smoothed_cross_entropy
+from epsanet_jax.training.loss import smoothed_cross_entropy, smoothed_targets
 from epsanet_jax.training.metrics import Sums, batch_sums
 from epsanet_jax.training.state import TrainState
 
@@ -19,7 +21,7 @@ Batch = dict[str, jax.Array]
 
 
 def loss_and_updates(
-    model: EPSANet, params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array, smoothing: float
+    model: EPSANet, params: Any, batch_stats: Any, images: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, tuple[Any, jax.Array, jax.Array]]:
     """Returns the mean loss of a batch in training mode; differentiate with `has_aux=True`.
 
@@ -28,15 +30,14 @@ def loss_and_updates(
         params: its parameters.
         batch_stats: BatchNorm's running statistics.
         images: [N, H, W, 3], normalised.
-        labels: [N], integers.
-        smoothing: of the labels.
+        targets: [N, K], each row's shares of the classes, from `loss.smoothed_targets`.
 
     Returns:
         The loss, and (new running statistics, losses [N], logits [N, K]).
     """
     variables = {'params': params, 'batch_stats': batch_stats}
     logits, new = model.apply(variables, images, train=True, mutable=['batch_stats'])
-    losses = smoothed_cross_entropy(logits, labels, smoothing)
+    losses = optax.softmax_cross_entropy(logits, targets.astype(logits.dtype))
     return losses.mean(), (new['batch_stats'], losses, logits)
 
 
@@ -48,30 +49,53 @@ def make_train_step(
     smoothing: float,
     mean: Sequence[float],
     std: Sequence[float],
+    microbatches: int = 1,
+    mixing: Mixing | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """Returns the compiled step `(state, batch) -> (state, sums)` over all devices of the mesh.
 
     The state is replicated and donated; the batch holds 'image' (uint8 [N, H, W, 3]) and 'label' (int32
-    [N]), its rows spread over the devices. The sums are those of `metrics.batch_sums` over all rows.
+    [N]), its rows spread over the devices. The sums are those of `metrics.batch_sums` over all rows. The
+    batch may hold 'requests' ([N, R]), what single processes ask for: their sums over all rows, [R], are
+    known to every process after the same step, at no further reduction.
+
+    With several microbatches the arrays are [microbatches, N / microbatches, ...]; one after the other is
+    computed, their gradients are added up, and the update is that of the whole batch, if each holds whole
+    BatchNorm groups. With `mixing` each device holds an even number of rows.
     """
     model = parallel.bind(model, mesh)
 
-    def local_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+    def gradients(state: TrainState, batch: Batch, microbatch: jax.Array | int = 0) -> tuple[Any, Any, Sums]:
         images = normalize(batch['image'], mean, std, model.dtype)
+        wide = at_least_float32(model.dtype)
+        targets = smoothed_targets(batch['label'], model.num_classes, smoothing, wide)
+        if mixing is not None:
+            rows = parallel.global_rows(len(targets), microbatch)
+            keys = row_keys(mixing.seed, state.step, rows)
+            images, targets = mix(images, targets, keys, mixing.mixup_alpha, mixing.cutmix_alpha)
 
         def loss_fn(params):
-            return loss_and_updates(model, params, state.batch_stats, images, batch['label'], smoothing)
+            return loss_and_updates(model, params, state.batch_stats, images, targets)
 
         grads, (batch_stats, losses, logits) = jax.grad(loss_fn, has_aux=True)(state.params)
+        sums = batch_sums(losses, logits, batch['label'], jnp.ones(losses.shape, bool))
+        return grads, batch_stats, _with_requests(sums, batch)
+
+    def local_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
+        if microbatches == 1:
+            grads, batch_stats, sums = gradients(state, batch)
+        else:
+            grads, batch_stats, sums = _add_up(functools.partial(gradients, state), batch, microbatches)
+            grads, batch_stats = jax.tree.map(lambda a: a / microbatches, (grads, batch_stats))
         # Every device holds as many rows, so the mean of the devices' means is the mean over the batch.
         grads, batch_stats = parallel.mean((grads, batch_stats))
-        sums = parallel.total(batch_sums(losses, logits, batch['label'], jnp.ones(losses.shape, bool)))
+        sums = parallel.total(sums)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         return TrainState(state.step + 1, params, batch_stats, opt_state), sums
 
-    step = parallel.shard_step(local_step, mesh, replicated_args=1)
-    copies, rows = parallel.replicated(mesh), parallel.by_rows(mesh)
+    step = parallel.shard_step(local_step, mesh, replicated_args=1, microbatches=microbatches)
+    copies, rows = parallel.replicated(mesh), parallel.by_rows(mesh, microbatches)
     return jax.jit(step, in_shardings=(copies, rows), out_shardings=copies, donate_argnums=0)
 
 
@@ -87,8 +111,25 @@ def make_eval_step(
         images = normalize(batch['image'], mean, std, model.dtype)
         logits: Any = model.apply(variables, images, train=False)
         losses = smoothed_cross_entropy(logits, batch['label'], smoothing)
-        return parallel.total(batch_sums(losses, logits, batch['label'], batch['mask']))
+        sums = batch_sums(losses, logits, batch['label'], batch['mask'])
+        return parallel.total(_with_requests(sums, batch))
 
     step = parallel.shard_step(local_step, mesh, replicated_args=1)
     copies, rows = parallel.replicated(mesh), parallel.by_rows(mesh)
     return jax.jit(step, in_shardings=(copies, rows), out_shardings=copies)
+
+
+def _with_requests(sums: Sums, batch: Batch) -> Sums:
+    return {**sums, 'requests': batch['requests'].sum(axis=0)} if 'requests' in batch else sums
+
+
+def _add_up(function: Callable[[Batch, jax.Array], Any], batch: Batch, microbatches: int) -> Any:
+    """Returns the sum of `function` over the batch's microbatches, its leading axis, one after the other."""
+    numbers = jnp.arange(microbatches, dtype=jnp.int32)
+    shapes = jax.eval_shape(function, jax.tree.map(lambda a: a[0], batch), numbers[0])
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def add(total: Any, microbatch: tuple[Batch, jax.Array]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(*microbatch)), None
+
+    return jax.lax.scan(add, zeros, (batch, numbers))[0]

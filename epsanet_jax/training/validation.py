@@ -20,7 +20,7 @@ def validate(config: Config) -> None:
     validate_types(config)
     get_variant(config.model.name)
     for field, choices in {
-        'data.source': ('folder', 'tfds', 'synthetic'),
+        'data.source': ('folder', 'records', 'tfds', 'synthetic'),
         'data.on_bad': ('stop', 'skip'),
         'schedule.name': ('constant', 'step', 'cosine'),
         'model.dtype': tuple(DTYPES),
@@ -68,14 +68,20 @@ def _validate_numbers(config: Config) -> None:
     at_least = {
         'seed': 0,
         'batch_size': 1,
+        'gradient_accumulation_steps': 1,
         'steps': 0,
         'log_every_steps': 1,
         'eval_every_epochs': 0,
         'eval_batch_size': 0,
         'model.num_classes': 0,
         'model.bn_group': 0,
-        'data.workers': 0,
+        'data.workers': -1,
+        'data.randaugment_ops': 0,
+        'data.randaugment_magnitude': 0,
+        'mixup_alpha': 0,
+        'cutmix_alpha': 0,
         'data.threads': 0,
+        'data.max_bad_images': 0,
         'data.image_size': MIN_SIZE,
         'data.resize_size': config.data.image_size,
         'data.synthetic_examples': 1,
@@ -108,7 +114,7 @@ def _validate_numbers(config: Config) -> None:
 
 
 def _validate_data(data: DataConfig) -> None:
-    if data.source == 'folder' and not data.dir:
+    if data.source in ('folder', 'records') and not data.dir:
         raise InputError(
             'config.data.dir must name a folder with the splits, got nothing: --config.data.dir=DIR'
         )
@@ -126,5 +132,16 @@ def _validate_data(data: DataConfig) -> None:
             raise InputError(
                 f'config.data.{field} must have one number a channel, got {getattr(data, field)}'
             )
+    if len(data.color_jitter) != 4 or min(data.color_jitter) < 0 or data.color_jitter[3] > 0.5:
+        raise InputError(
+            'config.data.color_jitter must be brightness, contrast, saturation and hue, from 0, hue to 0.5, '
+            f'got {data.color_jitter}'
+        )
+    if data.randaugment_magnitude > 30:
+        raise InputError(
+            f'config.data.randaugment_magnitude must be at most 30, got {data.randaugment_magnitude}'
+        )
+    if not 0 <= data.random_erasing <= 1:
+        raise InputError(f'config.data.random_erasing must be in [0, 1], got {data.random_erasing}')
     if min(data.std) <= 0:
         raise InputError(f'config.data.std must be above 0, got {data.std}')

@@ -9,6 +9,7 @@ from concurrent import futures
 import jax
 
 from epsanet_jax.data import pipeline
+from epsanet_jax.data.decode import BadImageError
 from epsanet_jax.errors import TrainingError
 from epsanet_jax.training import inputs, metrics
 from epsanet_jax.training.report import Report
@@ -26,23 +27,34 @@ class Window:
         run: the run.
         report: where lines go.
         feed: where batches come from.
+        sums: of the steps between the last line and the checkpoint that the run continues from.
+
+    Attributes:
+        sums: of the steps collected since the last line.
+        requests: what the processes asked for in the step before the last, as all of them know after the
+            last one; none right after a pause.
     """
 
-    def __init__(self, run: Run, report: Report, feed: inputs.Feed):
+    def __init__(self, run: Run, report: Report, feed: inputs.Feed, sums: dict[str, float]):
         self._run, self._report, self._feed = run, report, feed
         self._pending: list[tuple[int, metrics.Sums]] = []
-        self._sums: dict[str, float] = {}
+        self.sums = dict(sums)
+        self.requests: list[bool] = []
+        self._last_requests: jax.Array | None = None
         self._bad: set[int] = set()
         self._watcher = futures.ThreadPoolExecutor(1)
         self._done: list[futures.Future[float]] = []  # when the last two steps were done
         self._waits: list[tuple[futures.Future[float], float, float]] = []
         self._timed_steps = 0
         self._began: float | None = None
+        self._read_before = 0, 0.0
         self._created = time.perf_counter()
 
     def add(self, step: int, sums: metrics.Sums) -> None:
         """Takes the sums of a step; waits until no more than two are under way."""
-        self._pending.append((step, sums))
+        requests, self._last_requests = self._last_requests, sums['requests']
+        self.requests = [] if requests is None else (jax.device_get(requests) > 0).tolist()
+        self._pending.append((step, {k: v for k, v in sums.items() if k != 'requests'}))
         if self._began is None:
             jax.block_until_ready(sums)
             self._report.say(f'first step after {time.perf_counter() - self._created:.1f} s')
@@ -68,7 +80,7 @@ class Window:
                     f'the loss is {sums["loss"] / sums["count"]} at step {step} (learning rate {rate:.4g}); '
                     'lower config.optimizer.lr and start anew, or go on from an earlier checkpoint'
                 )
-            self._sums = {k: self._sums.get(k, 0.0) + v for k, v in sums.items()}
+            self.sums = {k: self.sums.get(k, 0.0) + v for k, v in sums.items()}
         self._pending.clear()
 
     def write(self, step: int) -> None:
@@ -82,16 +94,17 @@ class Window:
             speed = {
                 'images_per_s': self._run.config.batch_size / seconds_per_step,
                 'data_wait': self._waited() / seconds,
+                'pipeline_images_per_s': self._pipeline_rate(),
                 'eta_s': (self._run.total_steps - step) * seconds_per_step,
             }
         self._report.train(
             step,
-            metrics.averages(self._sums),
+            metrics.averages(self.sums),
             lr=self._run.learning_rate(step - 1),
             **speed,
         )
         self._tell_of_bad_pictures()
-        self._sums = {}
+        self.sums = {}
         self._restart_clock()
 
     @contextlib.contextmanager
@@ -100,6 +113,7 @@ class Window:
         self.collect()
         began = time.perf_counter()
         yield
+        self.requests, self._last_requests = [], None
         self._done.clear()  # the devices did not wait for pictures meanwhile
         if self._began is not None:
             self._began += time.perf_counter() - began
@@ -107,6 +121,14 @@ class Window:
     def _restart_clock(self) -> None:
         self._began, self._timed_steps = time.perf_counter(), 0
         self._waits.clear()
+        self._read_before = self._feed.pictures, self._feed.seconds
+
+    def _pipeline_rate(self) -> float:
+        """Returns the pictures per second of all processes, were the devices never to be waited for."""
+        pictures = self._feed.pictures - self._read_before[0]
+        seconds = self._feed.seconds - self._read_before[1]
+        at_once = inputs.reading(self._run.config.data).at_once()
+        return jax.process_count() * at_once * pictures / max(seconds, 1e-9)
 
     def _waited(self) -> float:
         """Returns the seconds in which a step was done and the next batch asked for, but not there."""
@@ -122,7 +144,12 @@ class Window:
         self._feed.bad.clear()
         for index in new:
             message = pipeline.bad_image_message(self._run.train_source, index)
-            self._report.say(f'replaced by the next: {message} ({len(self._bad)} so far)')
+            self._report.warn(f'replaced by the next: {message} ({len(self._bad)} so far)')
+        limit = self._run.config.data.max_bad_images
+        if len(self._bad) > limit:
+            raise BadImageError(
+                f'{len(self._bad)} pictures cannot be decoded, more than config.data.max_bad_images={limit}'
+            )
 
 
 def _when_done(sums: metrics.Sums) -> float:

@@ -10,44 +10,11 @@ from types import SimpleNamespace
 import pytest
 
 FOLDER = Path(__file__).parents[2] / 'benchmarks'
-HLO = """HloModule jit_step
-
-%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %p = (s32[], f32[8]{0}) parameter(0)
-  %fusion.1 = f32[8]{0} fusion(%p), kind=kLoop, calls=%fused, backend_config={"estimated_cycles":"10"}
-  %all-reduce.1 = f32[8]{0} all-reduce(%fusion.1), to_apply=%add
-  ROOT %t = (s32[], f32[8]{0}) tuple(%p, %all-reduce.1)
-}
-
-%helper (q: f32[8]) -> f32[8] {
-  ROOT %copy.1 = f32[8]{0} copy(%q), backend_config={"estimated_cycles":"5"}
-}
-
-ENTRY %main (x: f32[8]) -> f32[8] {
-  %while.1 = (s32[], f32[8]{0}) while(%x), condition=%c, body=%body, backend_config={TRIPS}
-  %while.2 = (s32[], f32[8]{0}) while(%x), condition=%c, body=%body
-  %call.1 = f32[8]{0} call(%x), to_apply=%helper
-  %kernel = f32[8]{0} custom-call(), custom_call_target="tpu_kernel", backend_config={"estimated_cycles":"3"}
-  ROOT %add.1 = f32[8]{0} fusion(%x), kind=kLoop, calls=%f, backend_config={"estimated_cycles":"1"}
-}
-"""
 
 
 @pytest.fixture
 def scripts(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
-
-
-@pytest.mark.usefixtures('scripts')
-def test_the_compilers_cost_counts_loops_and_lists_what_has_no_estimate():
-    import tpu_compiler
-
-    found = tpu_compiler.analyze(HLO.replace('TRIPS', '"known_trip_count":{"n":"7"}'))
-    assert found['cycles'] == 7 * 10 + 10 + 5 + 1
-    assert (found['loops'], found['unknown_loops']) == (2, 1)
-    assert found['collectives'] == {'all-reduce': 8}
-    assert found['custom_calls'] == {'tpu_kernel': 1}
-    assert found['custom_call_cycles'] == 3
 
 
 @pytest.mark.usefixtures('scripts')

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from epsanet_jax import create_model
 from epsanet_jax.cli import main
 from epsanet_jax.convert import from_torch, read_checkpoint, to_torch, torch_model
-from epsanet_jax.training import checkpoint
+from epsanet_jax.training import loading
 from epsanet_jax.training.metadata import make_metadata
 
 NET = small.model()
@@ -123,7 +123,7 @@ def test_a_converted_checkpoint_is_one_to_evaluate_and_to_start_from(capsys, sav
     status, out, _ = run(capsys, 'convert', saved, tmp_path / 'orbax', '--num-classes', 10)
     assert status == 0
     assert 'the classifier of 7 classes; a new one of 10' in out
-    loaded = checkpoint.load(str(tmp_path / 'orbax'))
+    loaded = loading.load(str(tmp_path / 'orbax'))
     assert loaded.model.num_classes == 10
     kernel = loaded.variables['params']['layer1_0']['conv1']['kernel']
     np.testing.assert_array_equal(kernel, VARIABLES['params']['layer1_0']['conv1']['kernel'])
@@ -269,7 +269,7 @@ def test_networks_that_compute_in_bfloat16(capsys, tmp_path, param_dtype):
     leaves = jax.tree.map(lambda leaf: jnp.asarray(leaf, param_dtype), VARIABLES['params'])
     variables = {'params': leaves, 'batch_stats': VARIABLES['batch_stats']}
     metadata = make_metadata(settings, (), DataConfig())
-    checkpoint.save_weights(str(tmp_path / 'orbax'), jax.tree.map(jnp.asarray, variables), metadata)
+    loading.save_weights(str(tmp_path / 'orbax'), jax.tree.map(jnp.asarray, variables), metadata)
     for through in ('a.pth', 'b.safetensors'):
         status, out, err = run(capsys, 'convert', tmp_path / 'orbax', tmp_path / through, '--verify')
         assert (status, err) == (0, '')

@@ -10,7 +10,6 @@ from epsanet_jax.cli import main
 from epsanet_jax.convert import read_checkpoint, to_torch, torch_model
 from epsanet_jax.convert.momentum import momentum_from_torch, momentum_to_torch
 from epsanet_jax.training import inputs, loop
-from epsanet_jax.training.checkpoint import load
 from epsanet_jax.training.config import (
     CheckpointConfig,
     Config,
@@ -19,6 +18,7 @@ from epsanet_jax.training.config import (
     OptimizerConfig,
     ScheduleConfig,
 )
+from epsanet_jax.training.loading import load
 
 MODEL = {k: v for k, v in small.SETTINGS.items() if k != 'num_classes'}
 EXAMPLES, BATCH = 64, 16  # 4 steps an epoch

@@ -19,6 +19,7 @@ from epsanet_jax.convert.state_dict import to_jax_layout
 from epsanet_jax.models import EPSABlock, PSAModule, SEWeightModule
 from epsanet_jax.training import parallel, steps
 from epsanet_jax.training.config import OptimizerConfig, ScheduleConfig
+from epsanet_jax.training.loss import smoothed_targets
 from epsanet_jax.training.optimizer import make_optimizer, make_schedule
 from epsanet_jax.training.state import TrainState
 
@@ -136,8 +137,10 @@ def test_rungs_6_and_7_the_smoothed_loss_and_every_gradient(rng, psa_bias):
     loss.backward()
     expected = {name: p.grad.numpy() for name, p in twin.named_parameters()}
 
+    targets = smoothed_targets(labels, 7, 0.1, np.float64)
+
     def ours(params):
-        return steps.loss_and_updates(net, params, variables['batch_stats'], images, labels, 0.1)
+        return steps.loss_and_updates(net, params, variables['batch_stats'], images, targets)
 
     (value, (stats, _, _)), gradients = jax.jit(jax.value_and_grad(ours, has_aux=True))(variables['params'])
     assert_close(value, loss.detach())

@@ -1,16 +1,21 @@
 import itertools
+import multiprocessing
+import time
 
 import numpy as np
 import pytest
+from command import run
 from PIL import Image
 
 from epsanet_jax import InputError
-from epsanet_jax.data.pipeline import Reading, Rows, bad_image_message, eval_batches, train_batches
-from epsanet_jax.data.sources import ImageFolder, Synthetic
-from epsanet_jax.data.transforms import BadImageError, CentreCrop, RandomCrop
+from epsanet_jax.data.decode import BadImageError
+from epsanet_jax.data.pipeline import Reading, Rows, Stack, bad_image_message, eval_batches, train_batches
+from epsanet_jax.data.sources import ImageFolder, Records, Synthetic, Tfds
+from epsanet_jax.data.transforms import CentreCrop, RandomCrop, TrainTransform
+from epsanet_jax.training import parallel
 
 SOURCE = Synthetic(20, 4, 32)
-CROP = RandomCrop(32)
+CROP = TrainTransform(RandomCrop(32))
 SIX_ROWS = Rows(6)
 
 
@@ -18,6 +23,7 @@ def take(n, rows=SIX_ROWS, start=0, source=SOURCE, **reading):
     batches = train_batches(source, CROP, rows, seed=5, start_step=start, reading=Reading(**reading))
     taken = list(itertools.islice(batches, n))
     batches.close()
+    assert all((batch.pop('seconds') > 0).all() for batch in taken)
     return taken
 
 
@@ -161,3 +167,81 @@ def test_nothing_but_bad_pictures_ends_with_an_error(tmp_path):
     (tmp_path / 'a' / 'x.png').write_bytes(b'')
     with pytest.raises(BadImageError, match='100 pictures in a row cannot be decoded'):
         take(1, source=ImageFolder(tmp_path), on_bad='skip')
+
+
+@pytest.fixture
+def pictures(tmp_path, rng, capsys):
+    """The same pictures three times: as a folder, as records, and as those are known to TFDS."""
+    for i in range(13):
+        place = tmp_path / 'pictures' / 'train' / 'ab'[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (50, 40 + i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f'{i}.jpg', quality=90)
+    folder, records = tmp_path / 'pictures', tmp_path / 'data' / 'image_folder' / '1.0.0'
+    assert run(capsys, 'prepare', folder, records, '--workers', '1')[0] == 0
+    return [
+        ImageFolder(folder / 'train'),
+        Records(records, 'train'),
+        Tfds('image_folder', 'train', str(tmp_path / 'data')),
+    ]
+
+
+@pytest.mark.parametrize('processes', [1, 2, 3])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_folder_records_and_tfds_give_the_same_batches(pictures, processes, workers):
+    """With workers, which take seconds to start, one of the sources for each number of processes."""
+    expected = take(3, source=pictures[0])
+    for source in pictures if not workers else [pictures[processes - 1]]:
+        parts = [take(3, Rows(6, i, processes), source=source, workers=workers) for i in range(processes)]
+        assert_same(joined(parts), expected)
+
+
+def test_a_process_holds_contiguous_rows_of_each_microbatch():
+    expected = take(2, Rows(12))
+    parts = [take(2, Rows(12, i, 2, microbatches=3)) for i in range(2)]
+    for step in range(2):
+        rows = [part[step]['image'].reshape(3, 2, 32, 32, 3) for part in parts]
+        np.testing.assert_array_equal(np.concatenate(rows, 1).reshape(-1, 32, 32, 3), expected[step]['image'])
+
+
+def test_large_pictures_may_be_decoded_no_larger_than_their_crops_need(tmp_path, rng):
+    (tmp_path / 'a').mkdir()
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+    coarse.resize((1200, 900), Image.Resampling.BICUBIC).save(tmp_path / 'a' / '0.jpg', quality=95)
+    source = ImageFolder(tmp_path)
+    (exact,), (reduced,) = (take(1, Rows(4), source=source, reduced=value) for value in (False, True))
+    difference = np.abs(exact['image'].astype(float) - reduced['image'])
+    assert 0 < difference.mean() < 3
+
+
+def test_memory_is_used_again_but_never_while_somebody_needs_it(rng):
+    stack, mesh = Stack(), parallel.make_mesh(8)
+    rows = [
+        [{'image': rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)} for _ in range(8)] for _ in range(50)
+    ]
+    on_devices = [parallel.to_devices(stack(batch), mesh)['image'] for batch in rows]
+    for found, batch in zip(on_devices, rows, strict=True):
+        np.testing.assert_array_equal(found, np.stack([row['image'] for row in batch]))
+    first = stack(rows[0])['image']
+    view, place = first[2:3], first.ctypes.data
+    del first
+    assert stack(rows[1])['image'].ctypes.data != place
+    np.testing.assert_array_equal(view[0], rows[0][2]['image'])
+    del view, found, on_devices
+    stack = Stack()
+    assert len({stack(batch)['image'].ctypes.data for batch in rows}) == 1
+
+
+def test_a_worker_that_is_killed_is_an_error(monkeypatch):
+    batches = train_batches(Slow(20, 4, 32), CROP, SIX_ROWS, seed=5, reading=Reading(workers=1))
+    next(batches)
+    for child in multiprocessing.active_children():
+        child.kill()
+    with pytest.raises(InputError, match='a worker that reads pictures was killed'):
+        list(itertools.islice(batches, 200))
+
+
+class Slow(Synthetic):
+    def __getitem__(self, index):
+        time.sleep(0.05)
+        return super().__getitem__(index)

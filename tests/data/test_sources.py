@@ -2,11 +2,12 @@ import pickle
 
 import numpy as np
 import pytest
+from command import run
 from PIL import Image
 
 from epsanet_jax import InputError
-from epsanet_jax.data.sources import ImageFolder, Synthetic, Tfds
-from epsanet_jax.data.transforms import decode
+from epsanet_jax.data.decode import decode
+from epsanet_jax.data.sources import ImageFolder, Records, Synthetic, Tfds
 
 
 def write(path, color=0):
@@ -108,3 +109,37 @@ def test_synthetic_pictures_are_the_same_every_time():
     assert not np.array_equal(a[4]['image'], Synthetic(6, 3, 32, seed=1)[4]['image'])
     with pytest.raises(IndexError):
         a[6]
+
+
+@pytest.fixture
+def prepared(folder, tmp_path_factory, capsys):
+    (folder / 'stray.png').unlink()
+    root, records = tmp_path_factory.mktemp('pictures'), tmp_path_factory.mktemp('out') / 'records'
+    folder.rename(root / 'train')
+    assert run(capsys, 'prepare', root, records, '--workers', '1')[0] == 0
+    return root, records
+
+
+def test_records_are_the_pictures_of_the_folder_they_were_made_of(prepared):
+    root, records = prepared
+    source, made = ImageFolder(root / 'train'), Records(records, 'train')
+    assert (len(made), made.class_names) == (len(source), source.class_names)
+    for i in range(len(source)):
+        assert made[i]['label'] == source[i]['label']
+        difference = np.asarray(decode(made[i]['image']), float) - np.asarray(
+            decode(source[i]['image']), float
+        )
+        assert np.abs(difference).mean() < 2
+    assert 'a/x.jpeg' in made.name_of(1)
+    assert pickle.loads(pickle.dumps(made))[1]['image'] == made[1]['image']
+
+
+def test_records_that_will_not_do(prepared):
+    root, records = prepared
+    with pytest.raises(InputError, match=r'no prepared data set in .*`epsanet prepare` makes one'):
+        Records(root, 'train')
+    with pytest.raises(InputError, match=r'\[val\]'):
+        Records(records, 'val')
+    (root / 'dataset_info.json').write_text('{')
+    with pytest.raises(InputError, match='cannot open the data set in'):
+        Records(root, 'train')

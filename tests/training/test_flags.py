@@ -100,6 +100,9 @@ def test_a_wrong_config_file_gives_one_line_and_status_2(recipe, tmp_path):
     assert_one_clear_line(train(workdir), 'no --config=FILE')
     assert_one_clear_line(train(f'--config={recipe}'), 'no --workdir=DIR')
     assert_one_clear_line(train('--config=configs/imagenet.py:epsanet51', workdir), "'epsanet51'")
+    assert_one_clear_line(
+        train(f'--config={recipe}', '--workdir=gs://bucket/run'), 'gs://bucket/run: ', 'gcsfs'
+    )
 
 
 def test_a_folder_with_an_empty_class_or_a_bad_picture(recipe, tmp_path):

@@ -111,7 +111,11 @@ def changed(**fields):
         ('model__name', 'epsanet', "unknown model 'epsanet'"),
         ('model__dtype', 'half', "config.model.dtype must be one of .*, got 'half'"),
         ('model__groups', (3, 3, 3, 3), '3 groups do not divide'),
-        ('data__source', 'disk', "config.data.source must be one of folder, tfds, synthetic, got 'disk'"),
+        (
+            'data__source',
+            'disk',
+            "config.data.source must be one of folder, records, tfds, synthetic, got 'disk'",
+        ),
         ('data__dir', '', 'config.data.dir'),
         ('data__image_size', 16, 'config.data.image_size must be at least 32, got 16'),
         ('data__resize_size', 200, 'config.data.resize_size must be at least 224, got 200'),

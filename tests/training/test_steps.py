@@ -11,9 +11,10 @@ import pytest
 import small
 
 from epsanet_jax import InputError
-from epsanet_jax.data.augment import normalize
+from epsanet_jax.data.augment import Mixing, mix, normalize, row_keys
 from epsanet_jax.training import parallel, steps
 from epsanet_jax.training.config import OptimizerConfig, ScheduleConfig
+from epsanet_jax.training.loss import smoothed_targets
 from epsanet_jax.training.optimizer import make_optimizer, make_schedule
 from epsanet_jax.training.state import TrainState, create_state
 
@@ -39,23 +40,39 @@ def fresh_state(model):
     return jax.tree.map(jnp.array, state)
 
 
-def sharded(model, data, devices, n_steps=2):
-    mesh = parallel.make_mesh(len(data['label']), model.bn_group, devices)
-    step = steps.make_train_step(model, OPTIMIZER, mesh, smoothing=SMOOTHING, mean=MEAN, std=STD)
+def sharded(model, data, devices, n_steps=2, microbatches=1, mixing=None):
+    at_once = parallel.microbatch_size(len(data['label']), model.bn_group, microbatches)
+    mesh = parallel.make_mesh(at_once, model.bn_group, devices)
+    step = steps.make_train_step(
+        model,
+        OPTIMIZER,
+        mesh,
+        smoothing=SMOOTHING,
+        mean=MEAN,
+        std=STD,
+        microbatches=microbatches,
+        mixing=mixing,
+    )
     state = jax.device_put(fresh_state(model), parallel.replicated(mesh))
     for _ in range(n_steps):
-        state, sums = step(state, parallel.to_devices(data, mesh))
+        state, sums = step(state, parallel.to_devices(data, mesh, microbatches))
     return state, sums
 
 
-def by_hand(model, data, n_steps=2):
+def by_hand(model, data, n_steps=2, mixing=None):
     """The same without a mesh, from the pieces a researcher would use."""
     images = normalize(data['image'], MEAN, STD, jnp.float64)
+    targets = smoothed_targets(data['label'], model.num_classes, SMOOTHING, jnp.float64)
 
     @jax.jit
     def step(state):
+        x, y = images, targets
+        if mixing is not None:
+            keys = row_keys(mixing.seed, state.step, jnp.arange(len(y)))
+            x, y = mix(x, y, keys, mixing.mixup_alpha, mixing.cutmix_alpha)
+
         def loss(params):
-            return steps.loss_and_updates(model, params, state.batch_stats, images, data['label'], SMOOTHING)
+            return steps.loss_and_updates(model, params, state.batch_stats, x, y)
 
         gradients, (stats, _, _) = jax.grad(loss, has_aux=True)(state.params)
         updates, opt_state = OPTIMIZER.update(gradients, state.opt_state, state.params)
@@ -77,6 +94,40 @@ def test_eight_devices_make_the_update_of_one(rng, bn_group):
     assert sums['count'] == 16
     moved = jax.tree.map(lambda a, b: bool((a != b).any()), state.params, fresh_state(model).params)
     assert all(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize(
+    ('devices', 'bn_group', 'microbatches'), [(8, 4, 2), (8, 8, 4), (1, 4, 8), (2, 16, 2), (8, 1, 4)]
+)
+def test_microbatches_make_the_update_of_the_batch(rng, devices, bn_group, microbatches):
+    """Groups within a device, over several, and over all of them."""
+    model, data = net(bn_group=bn_group, **F64), batch(rng, n=32, size=32)
+    data['requests'] = np.arange(32, dtype=np.float32)[:, None]
+    state, sums = sharded(model, data, jax.devices()[:devices], microbatches=microbatches)
+    chex.assert_trees_all_close(state, by_hand(model, data), rtol=1e-10, atol=1e-10)
+    assert sums['count'] == 32
+    assert sums['requests'].tolist() == [31 * 16]
+
+
+@pytest.mark.parametrize(('devices', 'microbatches'), [(8, 1), (4, 4), (1, 2)])
+def test_what_is_mixed_does_not_depend_on_devices_and_microbatches(rng, devices, microbatches):
+    model, data = net(bn_group=4, **F64), batch(rng, n=32, size=32)
+    mixing = Mixing(mixup_alpha=0.4, cutmix_alpha=1.0, seed=3)
+    state, _ = sharded(model, data, jax.devices()[:devices], microbatches=microbatches, mixing=mixing)
+    chex.assert_trees_all_close(state, by_hand(model, data, mixing=mixing), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ('batch_size', 'bn_group', 'microbatches', 'message'),
+    [
+        (32, 4, 3, 'batch_size 32 does not divide into 3 microbatches'),
+        (32, 16, 4, r'4 microbatches of 8 rows do not hold whole BatchNorm groups \(groups of 16\): set'),
+        (32, None, 2, 'groups .over the whole batch.: set model.bn_group to a divisor of 16'),
+    ],
+)
+def test_microbatches_that_would_cut_a_group_are_refused(batch_size, bn_group, microbatches, message):
+    with pytest.raises(InputError, match=message):
+        parallel.microbatch_size(batch_size, bn_group, microbatches)
 
 
 def test_another_grouping_is_another_update(rng):

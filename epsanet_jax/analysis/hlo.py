@@ -1,0 +1,88 @@
+"""What the text of a compiled module says: the compiler's estimates, and the collectives."""
+
+import collections
+import re
+from typing import Any
+
+COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'collective-permute', 'all-to-all')
+_BITS = {'pred': 8, 'bf16': 16, 'f16': 16, 'f32': 32, 'f64': 64}  # of others the name ends in the number
+
+
+def analyze(text: str) -> dict[str, Any]:
+    """Sums over a compiled module's text, for one device.
+
+    Returns:
+        cycles: 'estimated_cycles' of all operations (the TPU compiler's), bodies of loops times their trip
+            count.
+        loops: loops found; unknown_loops: those among them whose trip count is not known, counted once.
+        collectives: by kind, their 'count' and the 'bytes' of their results; they carry no estimate.
+        custom_calls: targets and how many; their estimate, if any, is what their author says and is in
+            custom_call_cycles, not in cycles.
+    """
+    computations, entry = _computations(text)
+    collectives: dict[str, dict[str, int]] = {}
+    custom_calls: collections.Counter[str] = collections.Counter()
+    totals = collections.Counter({'cycles': 0, 'loops': 0, 'unknown_loops': 0, 'custom_call_cycles': 0})
+
+    def visit(name: str, times: int) -> None:
+        for line in computations[name]:
+            found = re.search(r'"estimated_cycles":"(\d+)"', line)
+            cycles = times * int(found.group(1)) if found else 0
+            shape, opcode = _operation(line)
+            if opcode == 'custom-call':
+                target = re.search(r'custom_call_target="([^"]*)"', line)
+                custom_calls[target.group(1) if target else '?'] += times
+                totals['custom_call_cycles'] += cycles
+                continue
+            totals['cycles'] += cycles
+            kind = next((c for c in COLLECTIVES if opcode in (c, f'{c}-start')), None)
+            if kind:
+                sums = collectives.setdefault(kind, {'count': 0, 'bytes': 0})
+                sums['count'] += times
+                sums['bytes'] += times * shape_bytes(shape)
+            if opcode == 'while':
+                trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', line)
+                totals['loops'] += 1
+                totals['unknown_loops'] += trips is None
+                for body in re.findall(r'body=%?([\w.\-]+)', line):
+                    visit(body, times * (int(trips.group(1)) if trips else 1))
+            elif opcode in ('call', 'conditional', 'async-start'):
+                for called in re.findall(r'(?:to_apply|calls|\w+_computation)=%?([\w.\-]+)', line):
+                    visit(called, times)
+
+    visit(entry, 1)
+    return {**totals, 'collectives': collectives, 'custom_calls': dict(custom_calls)}
+
+
+def shape_bytes(shape: str) -> int:
+    """Returns the bytes of a shape as HLO writes it, or of a tuple's: '(f32[4,2]{1,0}, f32[])'."""
+    total = 0
+    for kind, sizes in re.findall(r'([a-z]+\d*\w*)\[([\d,]*)\]', shape):
+        number = re.search(r'\d+$', kind)
+        bits = _BITS.get(kind) or (int(number.group()) if number else 8)
+        elements = 1
+        for size in filter(None, sizes.split(',')):
+            elements *= int(size)
+        total += elements * bits // 8
+    return total
+
+
+def _operation(line: str) -> tuple[str, str]:
+    """Returns shape and opcode of an instruction: '%name = SHAPE opcode(...)'."""
+    found = re.match(r'\s*(?:ROOT )?%?[\w.\-]+ = (.*?[\])}]) ([a-z][\w-]*)\(', line)
+    return (found.group(1), found.group(2)) if found else ('', '')
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    computations: dict[str, list[str]] = {}
+    entry, current = '', None
+    for line in text.splitlines():
+        header = re.match(r'(ENTRY )?%?([\w.\-]+) \(.*\{\s*$', line)
+        if header:
+            current = computations.setdefault(header.group(2), [])
+            entry = header.group(2) if header.group(1) else entry
+        elif line.startswith('}'):
+            current = None
+        elif current is not None:
+            current.append(line)
+    return computations, entry

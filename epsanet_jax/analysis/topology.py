@@ -1,0 +1,150 @@
+"""Devices to compile for that need not be there, and what is published about them."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax._src import xla_bridge  # the only way to learn whether devices are fixed already
+from jax.experimental import topologies
+
+from epsanet_jax.errors import InputError, one_line
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A TPU generation. Source: Google Cloud's documentation, the page of each version, 'key specifications'.
+
+    Attributes:
+        memory: HBM, bytes.
+        link_rate: of all of a chip's links together, one way, bytes per second.
+        axes: of the torus.
+        wraps_at: slices whose axis is a multiple of this close it to a ring.
+        clock: Hz, from peak compute and the number of matrix units; None where the latter is not published.
+    """
+
+    memory: int
+    link_rate: float
+    axes: int
+    wraps_at: int
+    clock: float | None
+
+
+CHIPS = {
+    'v4': Chip(32 * GIB, 300e9, 3, 4, 1.05e9),
+    'v5e': Chip(16 * GIB, 200e9, 2, 16, 1.5e9),
+    'v5p': Chip(95 * GIB, 600e9, 3, 4, 1.75e9),
+    'v6e': Chip(32 * GIB, 400e9, 2, 16, None),
+    'tpu7x': Chip(192 * GIB, 600e9, 3, 4, None),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices, and what is known about them.
+
+    Attributes:
+        name: as it was given.
+        devices: to make a mesh of.
+        memory: of one device, bytes; None if not known.
+        reduce_rate: bytes per second at which a device sends what is to be reduced; None if not known.
+        clock: Hz; None if not known.
+    """
+
+    name: str
+    devices: list[Any]
+    memory: int | None
+    reduce_rate: float | None = None
+    clock: float | None = None
+
+    @property
+    def platform(self) -> str:
+        """'cpu', 'tpu' or 'cuda'."""
+        return self.name.partition(':')[0] if self.name.startswith(('cpu:', 'cuda:')) else 'tpu'
+
+
+def open_topology(name: str) -> Topology:
+    """Finds the devices of a topology.
+
+    Args:
+        name: 'cpu:8', a TPU slice as 'v5e:2x4' (needs libtpu, but no TPU), or 'cuda:8' (needs JAX's CUDA
+            plug-in).
+
+    Raises:
+        InputError: there is no such topology, or what can compile for it is not installed.
+    """
+    match = re.fullmatch(r'([a-z0-9]+):(\d+(?:x\d+)*)', name)
+    if not match or any(int(side) < 1 for side in match[2].split('x')):
+        raise InputError(
+            f'--topology={name} must be cpu:N, cuda:N, or a TPU slice as v5e:2x4, v5p:4x4x4; '
+            f'TPUs known: {", ".join(CHIPS)}'
+        )
+    kind, sides = match[1], [int(side) for side in match[2].split('x')]
+    if kind in ('cpu', 'cuda') and len(sides) > 1:
+        raise InputError(f'--topology={name} must be {kind}:N with a single number')
+    if kind == 'cpu':
+        return _cpu(name, sides[0])
+    if kind == 'cuda':
+        return _cuda(name, sides[0])
+    if kind not in CHIPS:
+        raise InputError(f'--topology={name}: no TPU {kind!r} is known; there are {", ".join(CHIPS)}')
+    return _tpu(name, CHIPS[kind], sides)
+
+
+def _cpu(name: str, count: int) -> Topology:
+    if not xla_bridge.backends_are_initialized():
+        pattern = r'--xla_force_host_platform_device_count=\d+'
+        os.environ['XLA_FLAGS'] = re.sub(pattern, '', os.environ.get('XLA_FLAGS', ''))
+        jax.config.update('jax_num_cpu_devices', count)
+    devices = jax.devices('cpu')
+    if len(devices) < count:
+        raise InputError(f'--topology={name}: this process has started JAX with {len(devices)} CPU devices')
+    memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    return Topology(name, devices[:count], memory // count)
+
+
+def _cuda(name: str, count: int) -> Topology:
+    try:
+        described = topologies.get_topology_desc(platform='cuda', topology=f'1x1x{count}')
+    except Exception as e:  # a missing plug-in is told in many ways
+        raise InputError(f'--topology={name}: nothing here compiles for it: {one_line(e)}') from e
+    return Topology(name, list(described.devices), None)
+
+
+def _tpu(name: str, chip: Chip, sides: list[int]) -> Topology:
+    use_libtpu_without_a_tpu()
+    if importlib.util.find_spec('libtpu') is None:
+        raise InputError(f'--topology={name} needs the TPU compiler: pip install libtpu')
+    try:
+        devices = list(topologies.get_topology_desc(topology_name=name, platform='tpu').devices)
+    except Exception as e:
+        raise InputError(f'--topology={name}: libtpu has no such slice: {one_line(e)}') from e
+    return Topology(name, devices, chip.memory, reduce_rate(chip, sides), chip.clock)
+
+
+def reduce_rate(chip: Chip, sides: Sequence[int]) -> float | None:
+    """Returns the bytes per second at which each chip of a slice sends in an all-reduce; None for one chip.
+
+    An axis that is not closed to a ring offers half of its links to the chips at its ends, for which all
+    others wait.
+    """
+    shares = [1.0 if side % chip.wraps_at == 0 else 0.5 for side in sides if side > 1]
+    return chip.link_rate * sum(shares) / chip.axes if shares else None
+
+
+def use_libtpu_without_a_tpu() -> None:
+    """Keeps libtpu from looking for a TPU or locking it, and JAX from starting one; before JAX starts."""
+    for variable, value in {
+        'TPU_SKIP_MDS_QUERY': '1',
+        'TPU_ACCELERATOR_TYPE': 'v5litepod-8',
+        'TPU_WORKER_HOSTNAMES': 'localhost',
+        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
+    }.items():
+        os.environ.setdefault(variable, value)
+    os.environ['JAX_PLATFORMS'] = 'cpu'
+    jax.config.update('jax_platforms', 'cpu')

@@ -1,0 +1,223 @@
+"""What a folder or an uncompressed tar holds, in the order of `sources.ImageFolder`; nothing is unpacked."""
+
+import os
+import posixpath
+import stat
+import tarfile
+from collections.abc import Iterable, Iterator
+from typing import BinaryIO, NamedTuple
+
+from epsanet_jax.data.sources import IMAGE_EXTENSIONS
+from epsanet_jax.errors import InputError, one_line
+
+_BLOCK = 512
+_COMPRESSED = {
+    b'\x1f\x8b': 'gzip -d',
+    b'BZh': 'bzip2 -d',
+    b'\xfd7zXZ\x00': 'xz -d',
+    b'\x28\xb5\x2f\xfd': 'zstd -d',
+}
+
+
+class Item(NamedTuple):
+    """A picture that is not read yet: a file, or a member of a tar.
+
+    Attributes:
+        container: the tar, or the folder that `name` is relative to.
+        name: as records keep it; of a file and in most tars CLASS/FILE.
+        class_name: its class.
+        size: bytes.
+        mtime: of the file, or as the tar's header says; nanoseconds.
+        offset: where the member's bytes start in the tar; -1 for a file.
+    """
+
+    container: str
+    name: str
+    class_name: str
+    size: int
+    mtime: int
+    offset: int = -1
+
+
+class Member(NamedTuple):
+    """A regular file in a tar; `name` is relative, without '.' and '..'."""
+
+    name: str
+    size: int
+    mtime: int
+    offset: int
+
+
+def in_order(items: Iterable[Item]) -> list[Item]:
+    """Returns items in the order of `sources.ImageFolder`: class by class, folder by folder, by name."""
+    return sorted(items, key=order)
+
+
+def order(item: Item) -> tuple[str, str, str]:
+    """Returns what `in_order` sorts by."""
+    return item.class_name, *os.path.split(item.name)
+
+
+def is_picture(name: str) -> bool:
+    """Returns whether a file's name ends as those of pictures do."""
+    return name.lower().endswith(IMAGE_EXTENSIONS)
+
+
+def is_folder(entry: os.DirEntry) -> bool:
+    """Returns whether it is a folder or a link to one."""
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def list_folder(root: str, class_names: Iterable[str]) -> list[Item]:
+    """Lists the pictures of an image folder's classes, links followed.
+
+    Raises:
+        InputError: a class holds no picture, a link leads back to a folder that it lies in, something is
+            named like a picture and is no file, or a folder cannot be read.
+    """
+    items: list[Item] = []
+    for class_name in class_names:
+        found = list(_walk(root, class_name, class_name, ()))
+        _require_pictures(found, os.path.join(root, class_name))
+        items += found
+    return in_order(items)
+
+
+def _walk(root: str, folder: str, class_name: str, above: tuple[tuple[int, int], ...]) -> Iterator[Item]:
+    path = os.path.join(root, folder)
+    try:
+        status = os.stat(path)
+        with os.scandir(path) as entries:
+            entries = list(entries)
+    except OSError as e:
+        raise InputError(f'cannot read {path}: {e.strerror}') from e
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        raise InputError(f'{path} is a link to a folder that it lies in: remove the link')
+    for entry in entries:
+        name = f'{folder}/{entry.name}'
+        if is_folder(entry):
+            yield from _walk(root, name, class_name, (*above, here))
+        elif is_picture(entry.name):
+            try:
+                status = entry.stat()
+            except OSError:  # a link to nothing, say: reading it will tell
+                yield Item(root, name, class_name, 0, 0)
+                continue
+            if not stat.S_ISREG(status.st_mode):
+                raise InputError(f'{entry.path} is named like a picture, but is no file: remove it')
+            yield Item(root, name, class_name, status.st_size, status.st_mtime_ns)
+
+
+def list_tar_of_classes(path: str, split: str) -> list[Item]:
+    """Lists the pictures of a tar of class folders, which may lie in one folder named as the split.
+
+    Raises:
+        InputError: the tar cannot be used, holds no class folder, or one without pictures.
+    """
+    members, folders = index_tar(path)
+    prefix = f'{split}/'
+    if all(name.startswith(prefix) or name == split for name in (*folders, *(m.name for m in members))):
+        members = [m._replace(name=m.name.removeprefix(prefix)) for m in members]
+        folders = [name.removeprefix(prefix) for name in folders if name != split]
+    classes = {name.split('/')[0] for name in (*folders, *(m.name for m in members if '/' in m.name))}
+    if not classes:
+        inner = ': the tars in it must be unpacked' if any(m.name.endswith('.tar') for m in members) else ''
+        raise InputError(f'no class folders in {path}: expected one folder of pictures a class{inner}')
+    items = [
+        Item(path, m.name, m.name.split('/')[0], m.size, m.mtime, m.offset)
+        for m in members
+        if '/' in m.name and is_picture(m.name)
+    ]
+    for empty in sorted(classes - {item.class_name for item in items}):
+        _require_pictures([], f'{path}: {empty}')
+    return in_order(items)
+
+
+def list_tar_of_class(path: str) -> list[Item]:
+    """Lists the pictures of a tar that is named as the class whose pictures it holds.
+
+    Raises:
+        InputError: the tar cannot be used, or holds no picture.
+    """
+    class_name = os.path.basename(path).removesuffix('.tar')
+    members = [m for m in index_tar(path)[0] if is_picture(m.name)]
+    _require_pictures(members, path)
+    prefix = f'{class_name}/'
+    if all(m.name.startswith(prefix) for m in members):
+        prefix = ''
+    return in_order(Item(path, prefix + m.name, class_name, m.size, m.mtime, m.offset) for m in members)
+
+
+def _require_pictures(found: list, where: str) -> None:
+    if not found:
+        raise InputError(f'empty class: {where} holds no picture ({" ".join(IMAGE_EXTENSIONS)})')
+
+
+def index_tar(path: str, within: Member | None = None) -> tuple[list[Member], list[str]]:
+    """Reads the headers of an uncompressed tar, or of a tar that is a member of it.
+
+    Args:
+        path: of the tar.
+        within: the inner tar; offsets are those in the outer one all the same.
+
+    Returns:
+        its files, of several with the same name the last, and its folders.
+
+    Raises:
+        InputError: it is no tar, compressed or truncated, or holds a link, a device, or a name that leads
+            out of the folder into which it would be unpacked.
+    """
+    called = f'{path}: {within.name}' if within else path
+    files: dict[str, Member] = {}
+    folders: list[str] = []
+    try:
+        with open(path, 'rb') as f:
+            end = within.offset + within.size if within else f.seek(0, os.SEEK_END)
+            f.seek(within.offset if within else 0)
+            _refuse_compressed(f, called)
+            with tarfile.open(fileobj=f, mode='r:') as tar:
+                while (header := tar.next()) is not None:
+                    tar.members.clear()  # a million of them would take gigabytes
+                    if header.offset_data + header.size > end:
+                        raise InputError(f'{called} is truncated: get it again')
+                    name = _safe_name(header, called)
+                    if header.isdir():
+                        folders.append(name)
+                    else:
+                        member = Member(name, header.size, int(header.mtime * 10**9), header.offset_data)
+                        files[name] = member
+                # tarfile takes damage for the end; the true one is a block of zeros.
+                f.seek(tar.offset)
+                mark = f.read(_BLOCK)
+            if len(mark) < _BLOCK or any(mark) or tar.offset >= end:
+                raise InputError(f'{called} is truncated or damaged at byte {tar.offset}: get it again')
+    except (tarfile.TarError, ValueError) as e:
+        if isinstance(e, InputError):
+            raise
+        raise InputError(f'{called} is no tar, or damaged: {one_line(e)}') from e
+    except OSError as e:
+        raise InputError(f'cannot read {called}: {e.strerror or one_line(e)}') from e
+    return list(files.values()), [name for name in folders if name != '.']
+
+
+def _safe_name(header: tarfile.TarInfo, called: str) -> str:
+    name = header.name
+    if name.startswith('/') or '..' in name.split('/'):
+        raise InputError(f'{called} holds {name!r}, which leads out of the folder: pack it again without it')
+    if not (header.isdir() or header.isreg()) or header.issparse():
+        kind = 'a link' if header.issym() or header.islnk() else 'neither file nor folder'
+        raise InputError(f'{called} holds {name!r}, which is {kind}: pack it again without it')
+    return posixpath.normpath(name)
+
+
+def _refuse_compressed(f: BinaryIO, called: str) -> None:
+    start = f.tell()
+    magic = f.read(8)
+    f.seek(start)
+    for prefix, command in _COMPRESSED.items():
+        if magic.startswith(prefix):
+            raise InputError(f'{called} is compressed and has no random access: `{command}` it first')

@@ -1,0 +1,188 @@
+"""Which splits, classes and pictures lie where: image folders, tars, and ImageNet's own tars."""
+
+import dataclasses
+import os
+import re
+
+from epsanet_jax.data.prepare import archives, devkit
+from epsanet_jax.data.prepare.archives import Item
+from epsanet_jax.errors import InputError
+
+SPLITS = ('train', 'val', 'validation', 'test')
+TRAIN_TAR, VALIDATION_TAR = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
+_IMAGENET = tuple(name.removesuffix('.tar') for name in (TRAIN_TAR, VALIDATION_TAR))
+_COMPRESSED_TAR = re.compile(r'.*\.(tar\.\w+|tgz|tbz2?|txz)', re.IGNORECASE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Listing:
+    """A source of pictures.
+
+    Attributes:
+        root: where it lies.
+        name: what to call the data set.
+        class_names: in the order of the labels, sorted.
+        splits: name -> pictures in order.
+        left_alone: what lies beside them.
+    """
+
+    root: str
+    name: str
+    class_names: tuple[str, ...]
+    splits: dict[str, list[Item]]
+    left_alone: tuple[str, ...] = ()
+
+    def name_of(self, item: Item) -> str:
+        """Returns what to call a picture in a message: its path below the root, or 'TAR: MEMBER'."""
+        where = os.path.relpath(item.container, self.root)
+        if item.offset >= 0:
+            return f'{where}: {item.name}'
+        return os.path.normpath(os.path.join(where, item.name))
+
+
+def list_source(root: str, labels: str | None = None) -> Listing:
+    """Lists the pictures of a folder that is laid out in one of the known ways.
+
+    - split folders (train, val, validation, test), each of class folders or of one tar a class;
+    - a tar a split, train.tar and so on, of class folders;
+    - class folders, or one tar a class: the split 'train';
+    - ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as ImageNet is given out.
+
+    Args:
+        root: the folder.
+        labels: of ImageNet's validation pictures, see `devkit.read_labels`; None: found in the folder.
+
+    Raises:
+        InputError: nothing of the kind is there, or it is damaged.
+    """
+    if not os.path.isdir(root):
+        hint = ': expected the folder that the tar lies in' if os.path.isfile(root) else ''
+        raise InputError(f'no such folder: {root}{hint}')
+    try:
+        names = sorted(os.listdir(root))
+    except OSError as e:
+        raise InputError(f'cannot read {root}: {e.strerror}') from e
+    if not names:
+        raise InputError(f'{root} is empty: expected class folders, train/ and val/, or tars')
+    splits = [split for split in SPLITS if {split, f'{split}.tar'} & set(names)]
+    tars = {TRAIN_TAR, VALIDATION_TAR} & set(names)
+    if tars and splits:
+        raise InputError(f'{root} holds {" and ".join([*sorted(tars), *splits])}: move one kind elsewhere')
+    if tars:
+        return _list_imagenet(root, tars, labels)
+    if labels is not None:
+        raise InputError(f'--labels is for {VALIDATION_TAR}, and there is none in {root}')
+    _refuse_compressed(root, [n for n in names if n.split('.')[0] in (*SPLITS, *_IMAGENET)])
+    if splits:
+        listed = {split: _list_split(root, split) for split in splits}
+        used = {name for split in splits for name in (split, f'{split}.tar')}
+    else:
+        listed = {'train': _list_classes(root)}
+        used = {name for name in names if os.path.isdir(os.path.join(root, name)) or name.endswith('.tar')}
+    return Listing(
+        root, 'image_folder', _class_names(listed), listed, tuple(name for name in names if name not in used)
+    )
+
+
+def _list_split(root: str, split: str) -> list[Item]:
+    folder, tar = os.path.join(root, split), os.path.join(root, f'{split}.tar')
+    if os.path.exists(folder) and os.path.exists(tar):
+        raise InputError(f'{root} holds both {split} and {split}.tar: move one of them elsewhere')
+    if os.path.exists(tar):
+        return archives.list_tar_of_classes(tar, split)
+    if not os.path.isdir(folder):
+        raise InputError(f'{folder} is no folder: expected one folder of pictures a class in it')
+    return _list_classes(folder)
+
+
+def _list_classes(folder: str) -> list[Item]:
+    try:
+        with os.scandir(folder) as entries:
+            kinds = {entry.name: archives.is_folder(entry) for entry in entries}
+    except OSError as e:
+        raise InputError(f'cannot read {folder}: {e.strerror}') from e
+    class_names = sorted(name for name, is_dir in kinds.items() if is_dir)
+    tars = sorted(name for name, is_dir in kinds.items() if not is_dir and name.endswith('.tar'))
+    if class_names and tars:
+        raise InputError(
+            f'{folder} holds folders ({class_names[0]} ...) and tars ({tars[0]} ...): move one kind elsewhere'
+        )
+    if class_names:
+        return archives.list_folder(folder, class_names)
+    if not tars:
+        _refuse_compressed(folder, sorted(kinds))
+        raise InputError(
+            f'no class folders in {folder}: expected one folder of pictures a class, or one tar a class'
+        )
+    return archives.in_order(
+        item for tar in tars for item in archives.list_tar_of_class(os.path.join(folder, tar))
+    )
+
+
+def _refuse_compressed(folder: str, names: list[str]) -> None:
+    for name in names:
+        if _COMPRESSED_TAR.fullmatch(name):
+            raise InputError(
+                f'{os.path.join(folder, name)} is compressed and has no random access: decompress it first'
+            )
+
+
+def _class_names(splits: dict[str, list[Item]]) -> tuple[str, ...]:
+    """Returns the classes of the training split, or of all splits where there is none."""
+    of = {split: {item.class_name for item in items} for split, items in splits.items()}
+    names = sorted(of.get('train') or set().union(*of.values()))
+    for split, own in of.items():
+        if unknown := sorted(own - set(names)):
+            raise InputError(
+                f'{split!r} has classes that train has not: {", ".join(unknown[:5])}'
+                f'{f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""}'
+            )
+    for name in names:
+        # A line of label.labels.txt holds it; a name that is no UTF-8 has surrogates.
+        if (
+            name != name.strip()
+            or {'\n', '\r'} & set(name)
+            or name.encode(errors='ignore') != os.fsencode(name)
+        ):
+            raise InputError(f'the class name {name!r} cannot be kept as a line of text: rename it')
+    return tuple(names)
+
+
+def _list_imagenet(root: str, tars: set[str], labels: str | None) -> Listing:
+    splits: dict[str, list[Item]] = {}
+    if TRAIN_TAR in tars:
+        splits['train'] = _list_synsets(os.path.join(root, TRAIN_TAR))
+    if VALIDATION_TAR in tars:
+        splits['validation'] = _list_validation(root, labels, {i.class_name for i in splits.get('train', [])})
+    return Listing(root, 'imagenet2012', _class_names(splits), splits)
+
+
+def _list_synsets(path: str) -> list[Item]:
+    items = []
+    for tar in archives.index_tar(path)[0]:
+        synset = tar.name.removesuffix('.tar')
+        if not devkit.SYNSET.fullmatch(synset) or synset == tar.name:
+            raise InputError(f'{path} holds {tar.name!r}: expected one tar a synset, n01440764.tar and so on')
+        found = [m for m in archives.index_tar(path, tar)[0] if archives.is_picture(m.name)]
+        if not found:
+            raise InputError(f'empty class: {path}: {tar.name} holds no picture')
+        items += [Item(path, m.name, synset, m.size, m.mtime, m.offset) for m in found]
+    if not items:
+        raise InputError(f'{path} holds no tar of pictures')
+    return archives.in_order(items)
+
+
+def _list_validation(root: str, labels: str | None, known: set[str]) -> list[Item]:
+    path = os.path.join(root, VALIDATION_TAR)
+    members = sorted(m for m in archives.index_tar(path)[0] if archives.is_picture(m.name))
+    if labels is None:
+        labels = devkit.find_labels(root)
+    synsets = devkit.read_labels(labels)
+    if len(synsets) != len(members):
+        raise InputError(f'{labels} has {len(synsets)} labels, {path} has {len(members)} pictures')
+    if known and (unknown := sorted(set(synsets) - known)):
+        raise InputError(f'{labels} names {len(unknown)} synsets that {TRAIN_TAR} has not: {unknown[0]} ...')
+    return archives.in_order(
+        Item(path, m.name, synset, m.size, m.mtime, m.offset)
+        for m, synset in zip(members, synsets, strict=True)
+    )

@@ -1,0 +1,198 @@
+"""Which pictures become which shard, and what of it is done already."""
+
+import bisect
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from epsanet_jax.data.prepare import archives, shards
+from epsanet_jax.data.prepare.archives import Item
+from epsanet_jax.data.prepare.layouts import Listing
+from epsanet_jax.data.prepare.shards import PROGRESS, Shard, Written
+from epsanet_jax.errors import InputError
+
+SHARD_BYTES = 256 * 2**20
+REPORT = 'prepare.json'  # in a finished data set: what it was made from
+_LEAST_SHARD_BYTES, _FEW = 16 * 2**20, 8  # small data sets become up to 8 shards, for workers to share
+_PLAN, _LOCK = 'plan.json', 'lock'
+_NAME = re.compile(r'[a-z][a-z0-9_]*')
+
+
+def check_arguments(source: str, folder: str, name: str | None) -> None:
+    """Checks what can be checked before anything is read.
+
+    Raises:
+        InputError: the folder lies in the source, one of them not on a disk, or TFDS takes no such name.
+    """
+    if name is not None and not _NAME.fullmatch(name):
+        raise InputError(
+            f'--name must be of lower-case letters, digits and _, as in my_pictures, got {name!r}'
+        )
+    for path in (source, folder):
+        if '://' in path:
+            raise InputError(f'{path} is not on a disk: prepare on one, then copy the folder')
+    inner, outer = (os.path.realpath(os.path.expanduser(path)) for path in (folder, source))
+    if os.path.commonpath([inner, outer]) == outer:
+        raise InputError(f'DST must lie outside of SRC: {folder} is in {source}')
+
+
+def read_report(folder: str, listing: Listing) -> dict[str, Any] | None:
+    """Returns what was reported of a finished data set made from the same pictures; None if none is there.
+
+    Raises:
+        InputError: the folder holds something else, or a data set made from other pictures.
+    """
+    if not os.path.isdir(folder):
+        if os.path.lexists(folder):
+            raise InputError(f'{folder} is no folder: choose another DST')
+        return None
+    names = set(os.listdir(folder)) - {PROGRESS}
+    if not names or os.path.exists(os.path.join(folder, PROGRESS, _PLAN)):
+        return None
+    if REPORT not in names:
+        raise InputError(
+            f'{folder} holds {min(names)} and is no data set of this command: choose another DST'
+        )
+    with open(os.path.join(folder, REPORT)) as f:
+        report = json.load(f)
+    if report['listing'] != digest_of(listing):
+        raise InputError(
+            f'{folder} was prepared from other pictures, from some that have changed since, or by another '
+            '--name: choose another DST, or remove it'
+        )
+    return report
+
+
+@contextmanager
+def locked(folder: str) -> Iterator[None]:
+    """Makes the folder, and keeps it from other processes.
+
+    Raises:
+        InputError: another process has it.
+    """
+    progress = os.path.join(folder, PROGRESS)
+    os.makedirs(progress, exist_ok=True)
+    with open(os.path.join(progress, _LOCK), 'w') as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise InputError(f'another process is preparing {folder}: wait for it, or stop it') from e
+        _remove_partial(progress)  # of a call that was killed
+        try:
+            yield
+        finally:
+            if os.path.isdir(progress):
+                _remove_partial(progress)  # of workers that were ended
+
+
+def _remove_partial(progress: str) -> None:
+    for name in os.listdir(progress):
+        if name.endswith('.partial'):
+            os.unlink(os.path.join(progress, name))
+
+
+def make_shards(folder: str, listing: Listing, shard_bytes: int | None) -> list[Shard]:
+    """Cuts each split into shards; where a plan is there already, at the same pictures as before.
+
+    So a shard stays as it is when pictures of others are removed or mended.
+
+    Raises:
+        InputError: the plan is for another source, name or other splits.
+    """
+    path = os.path.join(folder, PROGRESS, _PLAN)
+    identity = {'source': os.path.realpath(listing.root), 'name': listing.name, 'splits': [*listing.splits]}
+    if os.path.exists(path):
+        with open(path) as f:
+            plan = json.load(f)
+        for key, value in identity.items():
+            if plan[key] != value:
+                raise InputError(
+                    f'{folder} was begun with the {key} {plan[key]!r}, not {value!r}: choose another DST, '
+                    'or remove it'
+                )
+    else:
+        starts = {split: _starts(items, shard_bytes) for split, items in listing.splits.items()}
+        plan = {**identity, 'starts': starts}
+        shards.write_json(path, plan)
+    labels = {name: label for label, name in enumerate(listing.class_names)}
+    return [
+        _shard(listing, split, items, labels, f'{index:05d}-of-{len(plan["starts"][split]) + 1:05d}')
+        for split in listing.splits
+        for index, items in enumerate(_cut(listing.splits[split], plan['starts'][split]))
+    ]
+
+
+def _starts(items: list[Item], shard_bytes: int | None) -> list[tuple[str, ...]]:
+    """Returns what `archives.order` says of the first picture of every shard but the first."""
+    total = sum(item.size for item in items)
+    size = shard_bytes or min(SHARD_BYTES, max(_LEAST_SHARD_BYTES, -(-total // _FEW)))
+    number = max(1, -(-total // size))
+    starts, before = [], 0
+    for item in items:
+        if before >= (len(starts) + 1) * total / number:
+            starts.append(archives.order(item))
+        before += item.size
+    return starts
+
+
+def _cut(items: list[Item], starts: list[list[str]]) -> Iterator[list[Item]]:
+    cuts = [bisect.bisect_left(items, tuple(start), key=archives.order) for start in starts]
+    for begin, end in zip([0, *cuts], [*cuts, len(items)], strict=True):
+        yield items[begin:end]
+
+
+def _shard(listing: Listing, split: str, items: list[Item], labels: dict[str, int], number: str) -> Shard:
+    own = tuple(labels[item.class_name] for item in items)
+    file_name = f'{listing.name}-{split}.array_record-{number}'
+    return Shard(
+        split,
+        file_name,
+        tuple(items),
+        own,
+        tuple(listing.name_of(item) for item in items),
+        _digest([file_name], items, own),
+    )
+
+
+def digest_of(listing: Listing) -> str:
+    """Returns what is the same for the same pictures, names, sizes and times, in the same order."""
+    parts = [listing.name, *listing.class_names, '']
+    for split, items in listing.splits.items():
+        parts.append(_digest([split], items, [0] * len(items)))
+    return _digest(parts, [], [])
+
+
+def _digest(parts: list[str], items: list[Item], labels: Any) -> str:
+    digest = hashlib.sha256(json.dumps(parts).encode())
+    for item, label in zip(items, labels, strict=True):
+        digest.update(json.dumps([item.name, item.class_name, item.size, item.mtime, label]).encode())
+    return digest.hexdigest()
+
+
+def read_written(folder: str, shard: Shard, on_bad: str) -> Written | None:
+    """Returns what became of a shard by an earlier call; None: it is to be written.
+
+    One that was written without bad pictures counts only if they may be left out now too.
+    """
+    path = os.path.join(folder, shard.file_name)
+    try:
+        with open(shards.record_path(folder, shard)) as f:
+            content = json.load(f)
+        written = Written(**{**content, 'bad': tuple(map(tuple, content['bad']))})
+        same = written.digest == shard.digest and os.path.getsize(path) == written.bytes
+    except FileNotFoundError:
+        return None
+    return written if same and (on_bad == 'skip' or not written.bad) else None
+
+
+def remove_progress(folder: str) -> None:
+    """Removes what was kept for continuing; the plan goes first: without it the data set is finished."""
+    progress = os.path.join(folder, PROGRESS)
+    for name in sorted(os.listdir(progress), key=lambda name: name != _PLAN):
+        os.unlink(os.path.join(progress, name))
+    os.rmdir(progress)

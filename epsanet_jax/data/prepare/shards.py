@@ -1,0 +1,245 @@
+"""Pictures checked, converted where need be, and written as a file of ArrayRecord."""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, BinaryIO
+
+from PIL import ExifTags, Image
+
+from epsanet_jax.data import decode
+from epsanet_jax.data.decode import BadImageError
+from epsanet_jax.data.prepare.archives import Item
+from epsanet_jax.errors import InputError, one_line
+
+PROGRESS = '.progress'  # folder within the data set, as long as it is not finished
+QUALITY = 95
+_MOST_PIXELS = 65500  # along a side of a JPEG
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """Pictures that become one file.
+
+    Attributes:
+        split: that they belong to.
+        file_name: of the file.
+        items: the pictures in order.
+        labels: their labels.
+        names: what to call them in messages.
+        digest: of all that decides what the file will hold.
+    """
+
+    split: str
+    file_name: str
+    items: tuple[Item, ...]
+    labels: tuple[int, ...]
+    names: tuple[str, ...]
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What became of a shard.
+
+    Attributes:
+        digest: the shard's.
+        kept: pictures kept byte for byte.
+        converted: pictures converted to JPEG.
+        bytes: of the file.
+        sha256: of the file; empty if bad pictures stopped it, and there is none.
+        bad: (name, reason) of each picture that cannot be decoded.
+    """
+
+    digest: str
+    kept: int
+    converted: int
+    bytes: int
+    sha256: str
+    bad: tuple[tuple[str, str], ...]
+
+    @property
+    def examples(self) -> int:
+        """Number of records."""
+        return self.kept + self.converted
+
+
+def features(num_classes: int | None = None, class_names: Sequence[str] | None = None) -> Any:
+    """Returns the features of a record, as TFDS describes them."""
+    import tensorflow_datasets as tfds
+
+    return tfds.features.FeaturesDict(
+        {
+            'image': tfds.features.Image(shape=(None, None, 3), encoding_format='jpeg'),
+            'label': tfds.features.ClassLabel(num_classes=num_classes, names=class_names),
+            'file_name': tfds.features.Text(),
+        }
+    )
+
+
+def as_jpeg(image: bytes) -> tuple[bytes, bool]:
+    """Returns a picture as a gray or RGB JPEG, and whether it is the file as it was.
+
+    An EXIF orientation stays a tag: the pixels are turned when the picture is read, or not.
+
+    Raises:
+        BadImageError: the picture cannot be decoded, or is too large for JPEG.
+    """
+    picture = decode.open_picture(image)
+    if picture.format in ('JPEG', 'MPO') and picture.mode in ('L', 'RGB'):  # MPO: several JPEGs in a row
+        # At an eighth of the size all that is entropy-coded is still read, and less is computed.
+        picture.draft(None, (1, 1))
+        try:
+            picture.load()
+        except Exception:
+            decode.decode(image, exif_orientation=False)  # says what is wrong
+        return image, True
+    rgb = decode.decode(image, exif_orientation=False)
+    if max(rgb.size) > _MOST_PIXELS:
+        raise BadImageError(f'cannot convert the image: {rgb.width}x{rgb.height} is too large for JPEG')
+    exif, orientation = Image.Exif(), _orientation(picture)
+    if orientation in range(2, 9):
+        exif[ExifTags.Base.Orientation] = orientation
+    jpeg = io.BytesIO()
+    rgb.save(jpeg, 'JPEG', quality=QUALITY, subsampling=0, exif=exif)
+    return jpeg.getvalue(), False
+
+
+def _orientation(picture: Image.Image) -> int | None:
+    if picture.format == 'TIFF':  # Pillow has turned it
+        return None
+    try:
+        return picture.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # metadata that cannot be read are none
+        return None
+
+
+def write_shard(
+    shard: Shard, folder: str, on_bad: str, num_classes: int, tick: Callable[[], None]
+) -> Written:
+    """Writes a shard; the file gets its name when it is complete, and the record of it follows.
+
+    Args:
+        shard: what to write.
+        folder: of the data set.
+        on_bad: at pictures that cannot be decoded: 'skip' leaves them out, 'stop' writes no file.
+        num_classes: of the data set.
+        tick: called before each picture.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    partial = os.path.join(folder, PROGRESS, f'{shard.file_name}.partial')
+    try:
+        kept, converted, bad = _write_records(shard, partial, on_bad, num_classes, tick)
+        if bad and on_bad == 'stop':
+            return Written(shard.digest, kept, converted, 0, '', tuple(bad))
+        with open(partial, 'rb') as f:
+            sha256 = hashlib.file_digest(f, 'sha256').hexdigest()
+            os.fsync(f.fileno())
+        size = os.path.getsize(partial)
+        os.replace(partial, os.path.join(folder, shard.file_name))
+        written = Written(shard.digest, kept, converted, size, sha256, tuple(bad))
+        write_json(record_path(folder, shard), dataclasses.asdict(written))
+    except OSError as e:
+        raise InputError(f'cannot write {shard.file_name} in {folder}: {e.strerror or one_line(e)}') from e
+    finally:
+        with suppress(OSError):
+            os.unlink(partial)
+    return written
+
+
+def record_path(folder: str, shard: Shard) -> str:
+    """Returns where it is noted that a shard is written."""
+    return os.path.join(folder, PROGRESS, f'{shard.file_name}.json')
+
+
+def write_json(path: str, content: Any) -> None:
+    """Writes a file that is there in full or not at all."""
+    with open(f'{path}.partial', 'w') as f:
+        json.dump(content, f, indent=2)
+    os.replace(f'{path}.partial', path)
+
+
+def _write_records(shard: Shard, path: str, on_bad: str, num_classes: int, tick: Callable[[], None]) -> Any:
+    from array_record.python.array_record_module import ArrayRecordWriter
+    from tensorflow_datasets.core.example_serializer import ExampleSerializer
+
+    encoder = features(num_classes)
+    serializer = ExampleSerializer(encoder.get_serialized_info())
+    kept, converted, bad = 0, 0, []
+    with _Reader() as reader, warnings.catch_warnings(), _array_record_errors():
+        warnings.simplefilter('ignore')  # of odd metadata
+        warnings.simplefilter('error', Image.DecompressionBombWarning)
+        writer = ArrayRecordWriter(path, 'group_size:1')
+        try:
+            for item, label, name in zip(shard.items, shard.labels, shard.names, strict=True):
+                tick()
+                try:
+                    jpeg, as_it_was = as_jpeg(reader.read(item))
+                except BadImageError as e:
+                    bad.append((name, str(e)))
+                    continue
+                if bad and on_bad == 'stop':
+                    continue  # only looking for more of them
+                example = {'image': io.BytesIO(jpeg), 'label': label, 'file_name': os.fsencode(item.name)}
+                proto = serializer.get_tf_example(encoder.encode_example(example))
+                writer.write(proto.SerializeToString(deterministic=True))  # the same checksums every time
+                kept, converted = kept + as_it_was, converted + (not as_it_was)
+        finally:
+            if writer.is_open():
+                writer.close()
+    return kept, converted, bad
+
+
+@contextmanager
+def _array_record_errors() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as e:  # what its writer raises when the disk is full
+        raise OSError(one_line(e)) from e
+
+
+class _Reader:
+    """Reads pictures; the tar that the last one was in stays open."""
+
+    def __init__(self):
+        self._path, self._tar = '', None
+
+    def __enter__(self) -> '_Reader':
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._tar:
+            self._tar.close()
+
+    def read(self, item: Item) -> bytes:
+        """Returns a picture's bytes.
+
+        Raises:
+            BadImageError: it cannot be read, or the tar ends within it.
+        """
+        try:
+            if item.offset < 0:
+                with open(os.path.join(item.container, item.name), 'rb') as f:
+                    return f.read()
+            tar = self._open(item.container)
+            tar.seek(item.offset)
+            image = tar.read(item.size)
+        except OSError as e:
+            raise BadImageError(f'cannot read the image: {e.strerror or e}') from e
+        if len(image) < item.size:
+            raise BadImageError('cannot read the image: the tar ends within it')
+        return image
+
+    def _open(self, path: str) -> BinaryIO:
+        if self._tar is None or path != self._path:
+            if self._tar:
+                self._tar.close()
+            self._path, self._tar = path, open(path, 'rb')  # noqa: SIM115 (closed on exit)
+        return self._tar

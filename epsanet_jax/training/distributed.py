@@ -1,0 +1,157 @@
+"""Many processes as one run: joining them, and what they must agree on. Bounded waits, errors in one line."""
+
+import hashlib
+import json
+import os
+import secrets
+import sys
+import threading
+import time
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from epsanet_jax.errors import InputError, TrainingError, one_line
+from epsanet_jax.training import liveness
+
+TIMEOUT = 300  # seconds in which all processes must have joined
+
+
+def join(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int = TIMEOUT
+) -> None:
+    """Joins the processes of a run; to be called before anything asks for a device.
+
+    Without arguments the processes are found by what JAX knows of clusters (Cloud TPU, SLURM, Open MPI,
+    Kubernetes); where there is nothing to be found, this process is the only one.
+
+    Args:
+        coordinator: host:port of process 0, as the others reach it.
+        num_processes: how many there are.
+        process_id: which of them this is, from 0.
+        timeout: seconds to wait for the others.
+
+    Raises:
+        InputError: some of the arguments are missing or out of range.
+        TrainingError: the processes cannot be joined. If the others do not come in time, the process ends.
+    """
+    given = {'--coordinator': coordinator, '--num_processes': num_processes, '--process_id': process_id}
+    missing = [name for name, value in given.items() if value is None]
+    explicit = len(missing) < len(given)
+    if explicit:
+        _check(missing, coordinator, num_processes, process_id)
+        if num_processes == 1:
+            return
+        wanted = f'{num_processes} processes at {coordinator}, this is {process_id}'
+        print(f'waiting up to {timeout} s for {wanted}', file=sys.stderr, flush=True)
+    # The run takes signals itself (training.signals), and JAX would take SIGTERM away from it.
+    jax.config.update('jax_enable_preemption_service', False)
+    # JAX would end the process with a stack trace instead of an error, 10 seconds later.
+    late = threading.Timer(timeout, _not_joined, [timeout])
+    late.daemon = True
+    late.start()
+    try:
+        jax.distributed.initialize(
+            coordinator_address=coordinator,
+            num_processes=num_processes,
+            process_id=process_id,
+            cluster_detection_method='deactivate' if explicit else None,
+            initialization_timeout=timeout + 10,
+        )
+    except ValueError as e:
+        if not explicit and 'coordinator_address should be defined' in str(e):
+            return  # no cluster
+        raise InputError(f'cannot join the processes of this run: {one_line(e)}') from e
+    except RuntimeError as e:
+        raise TrainingError(f'the processes of this run cannot be joined: {one_line(e)}') from e
+    finally:
+        late.cancel()
+    if jax.process_count() > 1:
+        liveness.Watch()
+
+
+def _not_joined(timeout: int) -> None:
+    print(
+        f'error: not all processes joined within {timeout} s; start all processes again',
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)
+
+
+def _check(
+    missing: list[str], coordinator: str | None, num_processes: int | None, process_id: int | None
+) -> None:
+    if missing or coordinator is None or num_processes is None or process_id is None:
+        raise InputError(f'--coordinator, --num_processes, --process_id go together: {missing[0]} is missing')
+    host, _, port = coordinator.rpartition(':')
+    if not host or not port.isdecimal():
+        raise InputError(f'--coordinator={coordinator} must be HOST:PORT')
+    if not 0 <= process_id < num_processes:
+        raise InputError(f'--process_id={process_id} must be at least 0 and below {num_processes}')
+
+
+def check_agreement(facts: dict[str, Any]) -> None:
+    """Raises InputError if another process has other facts; each is a value that JSON knows."""
+    if jax.process_count() == 1:
+        return
+    digests = [
+        hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest() for value in facts.values()
+    ]
+    own = np.frombuffer(b''.join(digests), np.uint8).reshape(len(facts), -1)
+    everyone = multihost_utils.process_allgather(own)  # [P, facts, 32]
+    for process, other in enumerate(everyone):
+        differing = [
+            name for name, same in zip(facts, (other == everyone[0]).all(axis=-1), strict=True) if not same
+        ]
+        if differing:
+            raise InputError(
+                f'processes 0 and {process} differ in {", ".join(differing)}: give all of them the same '
+                'recipe, options and data'
+            )
+
+
+def check_shared(workdir: epath.Path, timeout: float = 20) -> None:
+    """Raises InputError unless what process 0 writes into a folder is seen by all processes."""
+    if jax.process_count() == 1:
+        return
+    token = int(multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32))))
+    probe = workdir / f'.seen-by-all-{token}'
+    if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+    barrier('probe')
+    until = time.monotonic() + timeout  # network file systems show new files late
+    while not probe.exists() and time.monotonic() < until:
+        time.sleep(0.5)
+    seen = multihost_utils.process_allgather(np.asarray(probe.exists()))
+    if jax.process_index() == 0:
+        probe.unlink()
+    if not seen.all():
+        raise InputError(
+            f'--workdir={workdir} of process 0 is not seen by process {int(np.argmin(seen))}: a run of many '
+            'hosts needs a folder that all of them share, such as gs://BUCKET/RUN or a network file system'
+        )
+
+
+def all_agree(ok: bool) -> bool:
+    """Returns whether `ok` is true in every process."""
+    return jax.process_count() == 1 or bool(multihost_utils.process_allgather(np.asarray(ok)).all())
+
+
+def barrier(name: str) -> None:
+    """Waits for all processes."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process, at once where others would be waited for, who may be waiting for this one."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.distributed.is_initialized() and status:
+        os._exit(status)
+    sys.exit(status)

@@ -1,0 +1,81 @@
+"""Stopping in order: SIGTERM and SIGINT as a request that is granted after the step under way."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from types import TracebackType
+from typing import NoReturn, Self
+
+from epsanet_jax.errors import INTERRUPTED
+from epsanet_jax.training import liveness
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class StopSignals:
+    """Takes note of SIGTERM and SIGINT while entered; a second SIGINT ends the process at once.
+
+    A thread takes the note, since Python's own handlers wait while the main thread compiles. As long as
+    nothing is unsaved there is nothing to wait for: the thread then ends the process with status 75.
+    Outside of the main thread signals cannot be caught, and are left as they are.
+
+    Attributes:
+        requested: whether the run should stop.
+        unsaved: whether the process has made steps that would be lost; set by the run.
+    """
+
+    def __init__(self):
+        self.requested = False
+        self.unsaved = False
+        self._handlers: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is not threading.main_thread():
+            return self
+        self._read, self._write = os.pipe()
+        os.set_blocking(self._write, False)
+        # Python writes the signal's number into the pipe at once, whatever the main thread does.
+        self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        self._handlers = {s: signal.signal(s, lambda *_: None) for s in _SIGNALS}
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        if not self._handlers:
+            return
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+        self._handlers = {}
+        signal.set_wakeup_fd(self._wakeup)
+        os.write(self._write, b'\0')
+        self._thread.join()
+        os.close(self._read)
+        os.close(self._write)
+
+    def _watch(self) -> None:
+        while number := os.read(self._read, 1)[0]:
+            if number not in _SIGNALS:
+                continue
+            name = signal.Signals(number).name
+            if not self.unsaved:
+                _end(f'{name}: stopped, nothing was unsaved; the same command continues')
+            if self.requested and number == signal.SIGINT:
+                _end(
+                    f'{name} again: stopped without saving; the same command continues at the last checkpoint'
+                )
+            if not self.requested:
+                print(f'{name}: saving after the step under way ...', file=sys.stderr, flush=True)
+            self.requested = True
+
+
+def _end(message: str) -> NoReturn:
+    print(message, file=sys.stderr, flush=True)
+    liveness.leave_first(message)
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(INTERRUPTED)

@@ -1,0 +1,48 @@
+#!/usr/bin/env bash
+# A training on a Cloud TPU slice, step by step; docs/tpu_pod.md explains. Untested: no TPU was at hand.
+#
+#   export NAME=epsanet ZONE=us-west4-a TYPE=v5litepod-256 RUNTIME=v2-alpha-tpuv5-lite
+#   export WORKDIR=gs://BUCKET/runs/first DATA=/mnt/disks/data/tensorflow_datasets
+#   launch/tpu_pod.sh create [--spot]        the slice
+#   launch/tpu_pod.sh install GIT_URL        Python packages on all workers
+#   launch/tpu_pod.sh start OPTIONS...       train.py on all workers; OPTIONS as --config=configs/imagenet.py:...
+#   launch/tpu_pod.sh watch                  worker 0's log, followed
+#   launch/tpu_pod.sh stop                   SIGTERM: saves and ends; `start` with the same options continues
+#   launch/tpu_pod.sh delete
+set -euo pipefail
+: "${NAME:?}" "${ZONE:?}"
+command=${1:?create, install, start, watch, stop or delete}
+shift
+
+on() { # WORKER COMMAND
+    gcloud compute tpus tpu-vm ssh "$NAME" --zone="$ZONE" --worker="$1" --command="$2"
+}
+
+case $command in
+create)
+    gcloud compute tpus tpu-vm create "$NAME" --zone="$ZONE" --accelerator-type="${TYPE:?}" --version="${RUNTIME:?}" "$@"
+    ;;
+install)
+    on all "git clone ${1:?the address of the repository} epsanet_jax && cd epsanet_jax &&
+        python3 -m venv .venv && .venv/bin/pip install --quiet --upgrade pip &&
+        .venv/bin/pip install --quiet 'jax[tpu]' gcsfs --editable ."
+    ;;
+start)
+    options=$(printf '%q ' "$@")
+    on all "cd epsanet_jax && nohup setsid launch/keep_going.sh .venv/bin/python -u train.py $options \
+        --workdir=${WORKDIR:?} --config.data.dir=${DATA:?} > train.log 2>&1 < /dev/null & echo started"
+    ;;
+watch)
+    on 0 'tail -n 50 -f epsanet_jax/train.log'
+    ;;
+stop)
+    on all 'pkill -TERM -f [k]eep_going.sh'
+    ;;
+delete)
+    gcloud compute tpus tpu-vm delete "$NAME" --zone="$ZONE"
+    ;;
+*)
+    echo "error: no command $command; create, install, start, watch, stop or delete" >&2
+    exit 2
+    ;;
+esac

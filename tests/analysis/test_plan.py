@@ -1,0 +1,164 @@
+"""`epsanet plan`: the step compiled for devices, what it communicates and whether it fits."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import pytest
+from command import run
+
+from epsanet_jax.analysis import plan, topology
+from epsanet_jax.errors import InputError
+from epsanet_jax.training.config import Config, ModelConfig, build_model
+from epsanet_jax.training.flags import read_config
+
+RECIPE = """
+from epsanet_jax.training.config import *
+def get_config(bn_group='8'):
+    model = ModelConfig(
+        layers=(1,), planes=(16,), expansion=2, groups=(1, 1, 2, 4), reduction=4, bn_group=int(bn_group)
+    )
+    data = DataConfig(dir='/nowhere', image_size=32, resize_size=32)
+    return Config(batch_size=64, model=model, data=data)
+"""
+
+
+@pytest.fixture(scope='module')
+def recipe(tmp_path_factory):
+    path = tmp_path_factory.mktemp('recipe') / 'recipe.py'
+    path.write_text(RECIPE)
+    return path
+
+
+def gradient_and_statistics_bytes(config):
+    model = build_model(config.model, 1000)
+    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), 'float32'))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
+
+
+@pytest.mark.parametrize(('devices', 'microbatches'), [(8, 1), (8, 2), (256, 1)])
+def test_gradients_statistics_and_metrics_are_all_that_is_communicated(recipe, devices, microbatches):
+    arguments = [f'--config={recipe}', f'--topology=cpu:{devices}', f'--batch={devices * 16}', '--json']
+    arguments += [f'--config.gradient_accumulation_steps={microbatches}']
+    environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+    done = subprocess.run(
+        [sys.executable, '-m', 'epsanet_jax', 'plan', *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=True,
+    )
+    found = json.loads(done.stdout)
+    assert (found['devices'], found['batch'], found['fits']) == (devices, devices * 16, True)
+    assert list(found['collectives']) == ['all-reduce']
+    expected = gradient_and_statistics_bytes(read_config([f'--config={recipe}']))
+    assert found['collectives']['all-reduce']['bytes'] == pytest.approx(expected, rel=0.01)
+
+
+def test_groups_over_several_devices_add_their_statistics_alone(recipe, capsys):
+    """Forward and backward of 3 BatchNorms with 8 devices' partial sums: thousands of bytes."""
+    status, out, _ = run(capsys, 'plan', f'--config={recipe}:64', '--topology=cpu:8', '--json')
+    assert status == 0
+    found = json.loads(out)['collectives']
+    assert list(found) == ['all-reduce']
+    expected = gradient_and_statistics_bytes(read_config([f'--config={recipe}']))
+    assert expected < found['all-reduce']['bytes'] < 1.1 * expected
+
+
+def test_a_plan_for_people(recipe, capsys):
+    status, out, err = run(capsys, 'plan', f'--config={recipe}', '--topology=cpu:8', '--batch=128')
+    assert status == 0
+    for part in ('8 devices, batch 128, 16 rows each', 'a device: fits', 'all-reduce:', 'compiled in'):
+        assert part in out
+    assert 'compiling for cpu:8' in err
+
+
+def small_memory(size):
+    return dataclasses.replace(topology.open_topology('cpu:8'), memory=size)
+
+
+def test_the_largest_batch_fits_and_a_larger_one_does_not(recipe):
+    config = read_config([f'--config={recipe}'])
+    limit = 2 * plan.make_plan(config, small_memory(2**40), 512).bytes_per_device
+    most, plans = plan.find_batch(config, small_memory(limit), 512)
+    assert [p.batch for p in plans] == [256, 512]
+    assert most % 64 == 0
+    assert plan.make_plan(config, small_memory(limit), most - most // 10 // 64 * 64).fits
+    assert plan.make_plan(config, small_memory(limit), most + most // 5 // 64 * 64).fits is False
+
+
+def test_what_does_not_fit_ends_with_status_1(recipe, capsys, monkeypatch):
+    too_small = small_memory(1000)
+    monkeypatch.setattr(topology, 'open_topology', lambda name: too_small)
+    status, out, _ = run(capsys, 'plan', f'--config={recipe}', '--topology=cpu:8')
+    assert status == 1
+    assert 'DOES NOT FIT' in out
+
+
+def test_the_tpu_compilers_error_tells_how_much_is_missing():
+    error = RuntimeError(
+        'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required '
+        'for HLO temporaries (32.03G) exceeds available HBM (15.75G). HLO module: jit_f.'
+    )
+    assert plan._out_of_memory(error) == (int(32.03 * 2**30), int(15.75 * 2**30))
+    with pytest.raises(RuntimeError, match='something else'):
+        plan._out_of_memory(RuntimeError('INTERNAL: something else'))
+
+
+@pytest.mark.parametrize(
+    ('kind', 'sides', 'rate'),
+    [
+        ('v5e', (16, 16), 200e9),  # the documentation's all-reduce bandwidth of a pod: 51.2 TB/s by 256
+        ('v5e', (2, 4), 100e9),
+        ('v5e', (1, 4), 50e9),
+        ('v5e', (16, 8), 150e9),
+        ('v5p', (4, 4, 8), 600e9),
+        ('v5p', (2, 2, 1), 200e9),
+        ('v5e', (1, 1), None),
+    ],
+)
+def test_a_slice_that_closes_no_ring_reduces_at_half_the_rate(kind, sides, rate):
+    found = topology.reduce_rate(topology.CHIPS[kind], sides)
+    assert found == (rate if rate is None else pytest.approx(rate))
+
+
+def test_an_all_reduce_goes_around_twice():
+    ring = topology.Topology('v5e:2x4', [None] * 8, None, 100e9)
+    assert plan._transfer('all-reduce', 10**9, ring) == pytest.approx(2 * 7 / 8 * 0.01)
+    assert plan._transfer('all-gather', 10**9, ring) == pytest.approx(7 / 8 * 0.01)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--topology=v9:2x2'], "no TPU 'v9' is known"),
+        (['--topology=cpu:2x2'], 'cpu:N with a single number'),
+        (['--topology=cpu:0'], '--topology=cpu:0 must be'),
+        (['--topology=v5e'], '--topology=v5e must be cpu:N'),
+        (['--topology=cuda:8'], '--topology=cuda:8: nothing here compiles for it'),
+        (['--topology=cpu:7'], 'batch_size 64 does not divide among 7 devices'),
+        (['--topology=cpu:8', '--config.optimizer.lrr=1'], "did you mean 'optimizer.lr'"),
+        (['--topology=cpu:8', '--lr=1'], 'unrecognized arguments: --lr=1'),
+        (['--topology=cpu:8', '--find-batch', '--batch=8'], 'one of half the size: 8 has none'),
+    ],
+)
+def test_what_cannot_be_planned_is_told_in_one_line(recipe, capsys, arguments, message):
+    status, _, err = run(capsys, 'plan', f'--config={recipe}', *arguments)
+    assert status == 2
+    assert message in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith('error: ')
+
+
+def test_without_a_recipe_there_is_no_plan(capsys):
+    status, _, err = run(capsys, 'plan', '--topology=cpu:8')
+    assert (status, err) == (2, 'error: no --config=FILE is given, for example --config=configs/digits.py\n')
+
+
+def test_the_batch_must_hold_whole_groups():
+    config = Config(batch_size=64, model=ModelConfig(bn_group=48))
+    config.data.dir = '/nowhere'
+    with pytest.raises(InputError, match='BatchNorm groups of 48'):
+        plan.make_plan(config, topology.open_topology('cpu:8'))

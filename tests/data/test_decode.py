@@ -1,0 +1,197 @@
+"""What becomes of each odd or broken file: the right picture, or a refusal with a reason."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from epsanet_jax.data import decode as decoding
+from epsanet_jax.data.decode import BadImageError, Reduced, decode
+
+ORIENTATION = 0x0112
+
+
+@pytest.fixture(scope='module')
+def original():
+    """A smooth picture, so that JPEG changes little: red to the right, green downwards, a bright corner."""
+    y, x = np.mgrid[0:60, 0:80]
+    pixels = np.stack([40 + 2 * x, 40 + 3 * y, np.full_like(x, 90)], -1)
+    pixels[:15, :20] = 230
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def encoded(picture, kind, **options):
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+def gray_as_rgb(picture):
+    return picture.convert('L').convert('RGB')
+
+
+def sixteen_bits(picture):
+    return Image.fromarray(np.asarray(picture.convert('L')).astype(np.uint16) * 257)
+
+
+def with_alpha(picture, mode):
+    alpha = Image.new('L', picture.size, 128)
+    picture = picture.convert(mode[:-1])
+    picture.putalpha(alpha)
+    return picture
+
+
+def palette_with_transparency(picture):
+    return encoded(picture.quantize(256), 'PNG', transparency=bytes([0, 128] * 128))
+
+
+# name: (file, the picture it must become, mean difference allowed in grey levels)
+SAME, GRAY = (lambda p: p), gray_as_rgb
+KINDS = {
+    'jpeg': (lambda p: encoded(p, 'JPEG', quality=95), SAME, 2),
+    'progressive jpeg': (lambda p: encoded(p, 'JPEG', quality=95, progressive=True), SAME, 2),
+    'gray jpeg': (lambda p: encoded(p.convert('L'), 'JPEG', quality=95), GRAY, 2),
+    'cmyk jpeg': (lambda p: encoded(p.convert('CMYK'), 'JPEG', quality=95), SAME, 3),
+    'jpeg with rubbish behind it': (lambda p: encoded(p, 'JPEG', quality=95) + b'x' * 3000, SAME, 2),
+    'png': (lambda p: encoded(p, 'PNG'), SAME, 0),
+    'png of 16 bits': (lambda p: encoded(sixteen_bits(p), 'PNG'), GRAY, 0),
+    'png with alpha': (lambda p: encoded(with_alpha(p, 'RGBA'), 'PNG'), SAME, 0),
+    'gray png with alpha': (lambda p: encoded(with_alpha(p, 'LA'), 'PNG'), GRAY, 0),
+    'png with a palette': (lambda p: encoded(p.quantize(256), 'PNG'), SAME, 6),
+    'png with a transparent palette': (palette_with_transparency, SAME, 6),
+    'png of 1 bit': (
+        lambda p: encoded(p.convert('1', dither=Image.Dither.NONE), 'PNG'),
+        lambda p: p.convert('1', dither=Image.Dither.NONE).convert('RGB'),
+        0,
+    ),
+    'webp': (lambda p: encoded(p, 'WEBP', lossless=True), SAME, 0),
+    'gif': (lambda p: encoded(p, 'GIF'), SAME, 6),
+    'gif of several frames': (
+        lambda p: encoded(p, 'GIF', save_all=True, append_images=[Image.new('RGB', p.size)]),
+        SAME,
+        6,
+    ),
+    'bmp': (lambda p: encoded(p, 'BMP'), SAME, 0),
+    'tiff': (lambda p: encoded(p, 'TIFF'), SAME, 0),
+    'tiff of 16 bits': (lambda p: encoded(sixteen_bits(p), 'TIFF'), GRAY, 0),
+}
+
+
+@pytest.fixture(params=['simplejpeg', 'Pillow alone'])
+def decoder(request, monkeypatch):
+    if request.param == 'Pillow alone':
+        monkeypatch.setattr(decoding, 'simplejpeg', None)
+    else:
+        assert decoding.simplejpeg is not None
+
+
+@pytest.mark.usefixtures('decoder')
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_right_picture(original, kind):
+    make, expected, allowed = KINDS[kind]
+    picture = decode(make(original))
+    assert picture.mode == 'RGB'
+    difference = np.abs(np.asarray(picture, float) - np.asarray(expected(original), float))
+    assert difference.mean() <= allowed
+
+
+def png_declaring(width, height):
+    header = b'IHDR' + struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)
+    body = struct.pack('>I', 13) + header + struct.pack('>I', zlib.crc32(header))
+    return (
+        b'\x89PNG\r\n\x1a\n' + body + struct.pack('>I', 0) + b'IDAT' + struct.pack('>I', zlib.crc32(b'IDAT'))
+    )
+
+
+def half(data):
+    return data[: len(data) // 2]
+
+
+def zeros_behind(data):
+    return half(data) + bytes(len(data) - len(data) // 2)
+
+
+def with_a_thumbnail(data):
+    """Another JPEG with an end of its own in a segment before the scan."""
+    thumbnail = data[:200] + b'\xff\xd9'
+    return data[:2] + b'\xff\xe2' + struct.pack('>H', len(thumbnail) + 2) + thumbnail + data[2:]
+
+
+BROKEN = {
+    'empty': (lambda jpeg: b'', 'the file is empty'),
+    'text': (lambda jpeg: b'no picture at all', 'no kind of image known'),
+    'a page': (lambda jpeg: b'<!DOCTYPE html><html></html>' * 20, 'no kind of image known'),
+    'a pointer': (lambda jpeg: b'version https://git-lfs.github.com/spec/v1\n', 'no kind of image known'),
+    'cut in half': (half, 'has no end'),
+    'zeros for its second half': (zeros_behind, 'has no end'),
+    'zeros, and a whole thumbnail': (lambda jpeg: with_a_thumbnail(zeros_behind(jpeg)), 'has no end'),
+    'only a header': (lambda jpeg: jpeg[:60], 'cannot decode the image: '),
+    'a bomb': (lambda jpeg: png_declaring(100_000, 100_000), 'decompression bomb'),
+    'a smaller bomb': (lambda jpeg: png_declaring(10_000, 10_000), 'decompression bomb'),
+    'floats': (lambda jpeg: encoded(Image.new('F', (8, 8), 0.5), 'TIFF'), 'no known range'),
+    'integers': (lambda jpeg: encoded(Image.new('I', (8, 8), 10**6), 'TIFF'), 'values of 1000000 to 1000000'),
+}
+
+
+@pytest.mark.usefixtures('decoder')
+@pytest.mark.parametrize('kind', BROKEN)
+def test_refused_with_a_reason(original, kind):
+    make, reason = BROKEN[kind]
+    data = make(encoded(original, 'JPEG', quality=95))
+    with pytest.raises(BadImageError, match=reason) as error:
+        decode(data)
+    assert '\n' not in str(error.value)
+    with pytest.raises(BadImageError):
+        Reduced(data, 8).crop((0, 0, 60, 60))
+
+
+@pytest.mark.usefixtures('decoder')
+def test_a_thumbnail_with_an_end_does_no_harm(original):
+    jpeg = encoded(original, 'JPEG', quality=95)
+    assert np.array_equal(np.asarray(decode(with_a_thumbnail(jpeg))), np.asarray(decode(jpeg)))
+
+
+TURNS = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: a.transpose(1, 0, 2)[:, ::-1],
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: a.transpose(1, 0, 2)[::-1],
+}
+
+
+@pytest.mark.parametrize('orientation', [*TURNS, 0, 9])
+@pytest.mark.parametrize('kind', ['PNG', 'JPEG', 'TIFF'])
+def test_pictures_are_turned_as_exif_says_or_not(original, orientation, kind):
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    data = encoded(original, kind, exif=exif, **({'quality': 95} if kind == 'JPEG' else {}))
+    upright = TURNS.get(orientation, TURNS[1])(np.asarray(original)).astype(float)
+    turned = np.asarray(decode(data), float)
+    assert turned.shape == upright.shape
+    assert np.abs(turned - upright).mean() < 2
+    reduced = Reduced(data, 1000)
+    assert (reduced.height, reduced.width) == upright.shape[:2]
+    assert np.array_equal(np.asarray(reduced.crop((0, 0, reduced.width, reduced.height))), turned)
+    if kind != 'TIFF':  # which Pillow turns by itself
+        as_it_is = np.asarray(decode(data, exif_orientation=False), float)
+        assert np.abs(as_it_is - np.asarray(original, float)).mean() < 2
+
+
+def test_a_large_jpeg_is_decoded_no_larger_than_the_crop_needs(original):
+    large = original.resize((1600, 1200), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    picture = Reduced(encoded(large, 'JPEG', quality=95, exif=exif), 100)
+    assert (picture.width, picture.height) == (1200, 1600)
+    part = picture.crop((200, 400, 1000, 1500))
+    assert part.size == (100, 138)  # an eighth
+    upright = Image.fromarray(TURNS[6](np.asarray(large)))
+    expected = upright.crop((200, 400, 1000, 1500)).resize(part.size, Image.Resampling.BOX)
+    assert np.abs(np.asarray(part, float) - np.asarray(expected, float)).mean() < 2
