@@ -23,9 +23,10 @@ create)
     gcloud compute tpus tpu-vm create "$NAME" --zone="$ZONE" --accelerator-type="${TYPE:?}" --version="${RUNTIME:?}" "$@"
     ;;
 install)
-    on all "git clone ${1:?the address of the repository} epsanet_jax && cd epsanet_jax &&
-        python3 -m venv .venv && .venv/bin/pip install --quiet --upgrade pip &&
-        .venv/bin/pip install --quiet 'jax[tpu]' gcsfs --editable ."
+    # The images' own Python may be older than 3.11; uv brings one.
+    on all "([ -d epsanet_jax ] || git clone ${1:?the address of the repository} epsanet_jax) && cd epsanet_jax &&
+        python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python 3.11 .venv &&
+        python3 -m uv pip install --quiet --python .venv/bin/python 'jax[tpu]' gcsfs --editable ."
     ;;
 start)
     options=$(printf '%q ' "$@")

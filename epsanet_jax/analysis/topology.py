@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ class Chip:
     """A TPU generation. Source: Google Cloud's documentation, the page of each version, 'key specifications'.
 
     Attributes:
-        memory: HBM, bytes.
+        memory: HBM, bytes; of v5e what libtpu leaves to programs, 15.75 of 16 GiB.
         link_rate: of all of a chip's links together, one way, bytes per second.
         axes: of the torus.
         wraps_at: slices whose axis is a multiple of this close it to a ring.
@@ -37,7 +38,7 @@ class Chip:
 
 CHIPS = {
     'v4': Chip(32 * GIB, 300e9, 3, 4, 1.05e9),
-    'v5e': Chip(16 * GIB, 200e9, 2, 16, 1.5e9),
+    'v5e': Chip(int(15.75 * GIB), 200e9, 2, 16, 1.5e9),
     'v5p': Chip(95 * GIB, 600e9, 3, 4, 1.75e9),
     'v6e': Chip(32 * GIB, 400e9, 2, 16, None),
     'tpu7x': Chip(192 * GIB, 600e9, 3, 4, None),
@@ -124,7 +125,9 @@ def _tpu(name: str, chip: Chip, sides: list[int]) -> Topology:
         devices = list(topologies.get_topology_desc(topology_name=name, platform='tpu').devices)
     except Exception as e:
         raise InputError(f'--topology={name}: libtpu has no such slice: {one_line(e)}') from e
-    return Topology(name, devices, chip.memory, reduce_rate(chip, sides), chip.clock)
+    share = math.prod(sides) / len(devices)  # of a chip: some are several devices
+    rate = reduce_rate(chip, sides)
+    return Topology(name, devices, int(chip.memory * share), rate and rate * share, chip.clock)
 
 
 def reduce_rate(chip: Chip, sides: Sequence[int]) -> float | None:

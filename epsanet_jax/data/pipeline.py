@@ -5,8 +5,11 @@ augmentation for any number of processes, worker processes and threads, and afte
 """
 
 import dataclasses
+import errno
 import functools
+import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -19,14 +22,15 @@ from absl import flags
 from PIL import Image
 
 from epsanet_jax.data.decode import BadImageError, Reduced, decode
-from epsanet_jax.data.sources import Source
+from epsanet_jax.data.sources import Record, Source
 from epsanet_jax.data.transforms import CentreCrop, TrainTransform
-from epsanet_jax.errors import InputError, one_line
+from epsanet_jax.errors import InputError, TrainingError, one_line
 
 _Picture = TypeVar('_Picture')
 Batch = dict[str, np.ndarray]
 NOT_BAD = -1
 _MOST_REPLACEMENTS = 100
+_PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
 _LARGE, _KEPT = 2**12, 32  # bytes of a row from which on memory is used again; batches to keep for that
 
 
@@ -63,6 +67,13 @@ class Rows:
         return (microbatch * self.processes + self.process) * rows + row
 
 
+def _cores() -> int:
+    """Returns the processors that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Reading:
     """How pictures are read.
@@ -84,17 +95,16 @@ class Reading:
 
     def processes(self) -> int:
         """Returns the number of worker processes; Python's lock lets one use about 8 processors."""
-        cores = os.cpu_count() or 1
+        cores = _cores()
         return self.workers if self.workers >= 0 else (cores // 8 if cores > 8 else 0)
 
     def threads_each(self) -> int:
         """Returns the number of threads in this process, or in each worker."""
-        cores = os.cpu_count() or 1
-        return self.threads or min(16, max(1, cores // max(1, self.processes())))
+        return self.threads or min(16, max(1, _cores() // max(1, self.processes())))
 
     def at_once(self) -> int:
         """Returns how many pictures are read at once."""
-        return min(os.cpu_count() or 1, max(1, self.processes()) * self.threads_each())
+        return min(_cores(), max(1, self.processes()) * self.threads_each())
 
 
 def train_batches(
@@ -171,7 +181,7 @@ def _until_killed(iterator: Iterator[Any]) -> Iterator[Any]:
     except RuntimeError as e:
         if 'terminated unexpectedly' not in str(e):
             raise
-        raise InputError(
+        raise TrainingError(
             f'a worker that reads pictures was killed, for want of memory perhaps: {one_line(e)}; set '
             'config.data.workers to fewer'
         ) from e
@@ -238,7 +248,32 @@ class _LocalRows(grain.MapDataset):
         return f'LocalRows({self._rows})'
 
 
-class _LoadForTraining(grain.transforms.RandomMap):
+class _InWorkers:
+    """Settles down in each worker process that it is sent to.
+
+    A signal to the whole group, Ctrl-C say, is for the run to take, which still needs its pictures; and a
+    worker whose run is gone, however it went, ends too.
+    """
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if (
+            multiprocessing.parent_process() is None
+            or threading.current_thread() is not threading.main_thread()
+        ):
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(2)
+    os._exit(1)
+
+
+class _LoadForTraining(_InWorkers, grain.transforms.RandomMap):
     def __init__(self, source: Source, transform: TrainTransform, reading: Reading):
         self._source, self._transform, self._reading = source, transform, reading
 
@@ -271,7 +306,7 @@ class _LoadForTraining(grain.transforms.RandomMap):
         )
 
 
-class _LoadForEvaluation(grain.transforms.Map):
+class _LoadForEvaluation(_InWorkers, grain.transforms.Map):
     def __init__(self, source: Source, crop: CentreCrop, reading: Reading):
         self._source, self._crop, self._reading = source, crop, reading
 
@@ -296,10 +331,22 @@ class _LoadForEvaluation(grain.transforms.Map):
         }
 
 
+def _patiently(source: Source, index: int, tries: int = 4) -> Record:
+    """Returns a record; what a network file system fails to give once is asked for again."""
+    for left in reversed(range(tries)):
+        try:
+            return source[index]
+        except OSError as e:
+            if e.errno not in _PASSING or not left:
+                raise
+            time.sleep(0.5)
+    raise AssertionError('unreachable')
+
+
 def _load(source: Source, index: int, read: Callable[[bytes | np.ndarray], _Picture]) -> tuple[_Picture, int]:
     """Returns the picture, as `read` makes it of the record's, and its label; errors name the record."""
     try:
-        record = source[index]
+        record = _patiently(source, index)
         picture, label = read(record['image']), record['label']
     except (BadImageError, OSError) as e:
         reason = str(e) if isinstance(e, BadImageError) else f'cannot read the image: {e.strerror or e}'

@@ -8,6 +8,7 @@ from typing import Any, Protocol, TypedDict
 import numpy as np
 
 from epsanet_jax.data import tfrecord
+from epsanet_jax.data.decode import BadImageError
 from epsanet_jax.errors import InputError, one_line
 
 _INFO_FILE = 'dataset_info.json'
@@ -142,12 +143,23 @@ class Tfds:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Record:
-        record = self._records[index]
+        record = self._record(index)
         return {'image': record[self._image], 'label': int(record[self._label])}
+
+    def _record(self, index: int) -> dict[str, Any]:
+        try:
+            return self._records[index]
+        except (IndexError, OSError):
+            raise
+        except Exception as e:  # what damage makes of it: a checksum, or something that cannot be parsed
+            raise BadImageError(f'the record is damaged: {_line(e)}') from e
 
     def name_of(self, index: int) -> str:
         """Returns what to call record `index` in a message."""
-        name = self._records[index].get('file_name', b'')
+        try:
+            name = self._record(index).get('file_name', b'')
+        except (BadImageError, OSError):
+            name = b''
         name = name.decode(errors='replace') if isinstance(name, bytes) else str(name)
         return f'{self._name} record {index}{f" ({name})" if name else ""}'
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import secrets
 import sys
 import threading
@@ -74,12 +73,7 @@ def join(
 
 
 def _not_joined(timeout: int) -> None:
-    print(
-        f'error: not all processes joined within {timeout} s; start all processes again',
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(1)
+    liveness.end_now(f'error: not all processes joined within {timeout} s; start all processes again', 1)
 
 
 def _check(
@@ -148,10 +142,11 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def leave(status: int) -> NoReturn:
-    """Ends this process, at once where others would be waited for, who may be waiting for this one."""
+def leave(message: str, status: int) -> NoReturn:
+    """Ends this process with a line on stderr, and with it the others, who would wait for it."""
     sys.stdout.flush()
-    sys.stderr.flush()
-    if jax.distributed.is_initialized() and status:
-        os._exit(status)
+    liveness.leave_first(message, status)
+    if jax.distributed.is_initialized():
+        liveness.end_now(message, status)
+    print(message, file=sys.stderr)
     sys.exit(status)

@@ -55,14 +55,15 @@ def evaluate(
         feed.close()
     for index in feed.bad:
         say(f'skipped: {pipeline.bad_image_message(source, index)}')
-    if len(feed.bad) > data.max_bad_images:
-        raise InputError(
-            f'{len(feed.bad)} pictures to evaluate cannot be decoded, more than '
-            f'config.data.max_bad_images={data.max_bad_images}'
-        )
     counted = jax.device_get(sums)
     added = {k: sum(float(s[k]) for s in counted) for k in counted[0] if k != 'requests'}
     if not added['count']:
         raise InputError(f'none of the {len(source)} pictures to evaluate can be decoded')
+    skipped = len(source) - round(added['count'])  # by all processes
+    if skipped > data.max_bad_images:
+        raise InputError(
+            f'{skipped} pictures to evaluate cannot be decoded, more than '
+            f'config.data.max_bad_images={data.max_bad_images}'
+        )
     means = metrics.averages(added)
-    return {**means, 'skipped': len(feed.bad)} if feed.bad else means
+    return {**means, 'skipped': skipped} if skipped else means

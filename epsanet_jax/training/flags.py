@@ -57,7 +57,7 @@ def run(main: Callable[[Config, str], None]) -> None:
             if not jax.distributed.is_initialized():
                 raise
             traceback.print_exc()
-            distributed.leave(1)  # at once: the others wait for this one
+            distributed.leave('error: this process failed, see above', 1)
 
     app.run(guarded, flags_parser=_parse)
 
@@ -153,5 +153,4 @@ def _file(argv: list[str]) -> str | None:
 
 
 def _exit(error: Exception | str, status: int) -> NoReturn:
-    print(f'error: {one_line(error, limit=None)}', file=sys.stderr)
-    distributed.leave(status)
+    distributed.leave(f'error: {one_line(error, limit=None)}', status)

@@ -6,6 +6,7 @@ Each process writes into the run's key-value store every few seconds, and reads 
 import atexit
 import contextlib
 import itertools
+import multiprocessing
 import os
 import sys
 import threading
@@ -14,8 +15,6 @@ from typing import Any, NoReturn
 
 import jax
 from jax._src import distributed as jax_distributed  # the only way to the key-value store of the run
-
-from epsanet_jax.errors import INTERRUPTED
 
 LOST = 30  # seconds of silence after which a process counts as lost
 _BEAT = 5  # seconds between two signs
@@ -50,11 +49,12 @@ class Watch:
                 signs, left = dict(_store().key_value_dir_get(_ALIVE)), _store().key_value_dir_get(_LEFT)
             except RuntimeError:
                 if not self._stopped.is_set():
-                    _end('error: process 0 of this run failed or was lost; start all processes again', 1)
+                    end_now('error: process 0 of this run failed or was lost; start all processes again', 1)
                 return
             for process, message in left:
                 if _number(process) != jax.process_index():
-                    _end(f'process {_number(process)}: {message}', INTERRUPTED)
+                    status, _, message = message.partition(' ')
+                    end_now(f'process {_number(process)}: {message}', int(status))
             seen = {
                 process: seen[process] if seen.get(process, ('', 0.0))[0] == sign else (sign, now)
                 for process, sign in signs.items()
@@ -62,20 +62,22 @@ class Watch:
             lost = sorted(_number(process) for process, (_, when) in seen.items() if now - when > LOST)
             if lost:
                 numbers = ', '.join(map(str, lost))
-                _end(f'error: process {numbers} of this run failed or was lost; start all processes again', 1)
+                end_now(
+                    f'error: process {numbers} of this run failed or was lost; start all processes again', 1
+                )
             if self._stopped.wait(_BEAT):
                 return
 
 
-def leave_first(message: str) -> None:
-    """Tells the other processes that this one ends in order before they do: they end likewise.
+def leave_first(message: str, status: int) -> None:
+    """Tells the other processes that this one ends before they do, and why: they end with the same status.
 
     Returns when they had the time to hear of it: process 0 takes the store with it.
     """
     if not jax.distributed.is_initialized():
         return
     try:
-        _store().key_value_set(f'{_LEFT}/{jax.process_index()}', message, allow_overwrite=True)
+        _store().key_value_set(f'{_LEFT}/{jax.process_index()}', f'{status} {message}', allow_overwrite=True)
     except RuntimeError:
         return  # process 0 is gone
     if jax.process_index() == 0:
@@ -90,6 +92,9 @@ def _number(key: str) -> int:
     return int(key.rpartition('/')[2])
 
 
-def _end(message: str, status: int) -> NoReturn:
+def end_now(message: str, status: int) -> NoReturn:
+    """Prints a line and ends this process and its workers at once, waiting for nobody."""
     print(message, file=sys.stderr, flush=True)
+    for child in multiprocessing.active_children():
+        child.kill()
     os._exit(status)

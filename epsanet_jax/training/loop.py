@@ -98,6 +98,8 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
 
     def save(evaluation: dict[str, float] | None) -> None:
         metadata = {**run.metadata_at(step), 'window': window.sums}
+        report.before_checkpoint()
+        signals.unsaved = True  # an evaluation made late replaces its checkpoint
         checkpoints.save(state, metadata, evaluation)
         saving.done()
 
@@ -138,7 +140,8 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
             window.collect()
             save(None)
         mend = 'remove it, or set --config.data.on_bad=skip' if data.on_bad == 'stop' else 'look at the data'
-        raise InputError(f'{e}; {mend}; the run continues at step {step}') from e
+        place = f'step {step}' if jax.process_count() == 1 else 'its last checkpoint'
+        raise InputError(f'{e}; {mend}; the run continues at {place}') from e
     finally:
         window.close()
         feed.close()
@@ -198,7 +201,7 @@ def _evaluate(
         run.config.data,
         run.mesh,
         run.eval_batch_size,
-        report.say,
+        report.warn,
         lambda: signals.requested,
     )
     if not math.isfinite(means['loss']):

@@ -130,6 +130,11 @@ class Report:
         if self._active:
             write_whole(self._path, ''.join(json.dumps(line) + '\n' for line in self.lines))
 
+    def before_checkpoint(self) -> None:
+        """Writes metrics.jsonl where lines are not appended: a run goes on after those of its checkpoint."""
+        if not self._local:
+            self.flush()
+
     def close(self) -> None:
         """Ends the progress bar and writes metrics.jsonl whole."""
         self._bar.close()

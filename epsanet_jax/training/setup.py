@@ -93,6 +93,10 @@ class Run:
             raise InputError(f'cannot write to --workdir={self.workdir}: {e}') from e
 
 
+# What may differ between the processes of a run.
+_OF_A_HOST = ('data.dir', 'data.workers', 'data.threads', 'data.on_bad', 'data.max_bad_images')
+
+
 def prepare(config: Config, workdir: str) -> Run:
     """Checks a configuration against the data, the devices and the workdir.
 
@@ -122,7 +126,11 @@ def prepare(config: Config, workdir: str) -> Run:
         )
     _check_last_stage(config, model)
     fields = identity(config, train_source.fingerprint, model.num_classes)
-    distributed.check_agreement({'configuration or data': fields, 'workdir': str(folder)})
+    shared = {k: v for k, v in flatten(config).items() if k not in _OF_A_HOST}
+    evaluated = [eval_source.fingerprint, len(eval_source)]
+    distributed.check_agreement(
+        {'configuration or data': [fields, shared, evaluated], 'workdir': str(folder)}
+    )
     _check_identity(folder, fields)
     distributed.check_shared(folder)
 

@@ -1,6 +1,5 @@
 """Stopping in order: SIGTERM and SIGINT as a request that is granted after the step under way."""
 
-import multiprocessing
 import os
 import signal
 import sys
@@ -74,8 +73,5 @@ class StopSignals:
 
 
 def _end(message: str) -> NoReturn:
-    print(message, file=sys.stderr, flush=True)
-    liveness.leave_first(message)
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(INTERRUPTED)
+    liveness.leave_first(message, INTERRUPTED)
+    liveness.end_now(message, INTERRUPTED)

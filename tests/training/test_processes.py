@@ -192,7 +192,16 @@ def test_processes_with_different_recipes_are_refused(recipe, tmp_path):
     port = next(a for a in two[0].args if a.startswith('--coordinator'))
     two += start(recipe, tmp_path, 2, 2, '--config.seed=1', port, only=[1])
     for _, err in finish(two, status=2):
-        assert 'processes 0 and 1 differ in configuration or data' in err.splitlines()[-1]
+        assert 'processes 0 and 1 differ in configuration or data' in err
+
+
+@pytest.mark.parametrize('option', ['--config.steps=30', '--config.data.synthetic_examples=76'])
+def test_what_decides_when_processes_meet_must_agree(recipe, tmp_path, option):
+    two = start(recipe, tmp_path, 2, 1, only=[0])
+    port = next(a for a in two[0].args if a.startswith('--coordinator'))
+    two += start(recipe, tmp_path, 2, 1, option, port, only=[1])
+    for _, err in finish(two, status=2):
+        assert 'processes 0 and 1 differ in configuration or data' in err
 
 
 def test_a_workdir_that_is_not_shared_is_refused(recipe, tmp_path):
@@ -209,7 +218,7 @@ def test_a_workdir_that_is_not_shared_is_refused(recipe, tmp_path):
         pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
         started.append(subprocess.Popen(command, cwd=tmp_path / place, env=environment, **pipes))
     for _, err in finish(started, status=2):
-        assert 'differ in workdir' in err.splitlines()[-1]
+        assert 'differ in workdir' in err
 
 
 @pytest.mark.parametrize(
