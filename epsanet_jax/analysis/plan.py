@@ -1,12 +1,12 @@
 """What a run will need on devices that are not at hand: its very training step, compiled for them."""
 
 import dataclasses
+import functools
 import re
 import time
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
 from epsanet_jax.analysis import hlo
 from epsanet_jax.analysis.topology import GIB, Topology
@@ -69,17 +69,15 @@ def make_plan(config: Config, topology: Topology, batch: int | None = None) -> P
     if batch is not None:
         config = dataclasses.replace(config, batch_size=batch)
     validate(config)
+    devices = len(topology.devices)
+    plan = functools.partial(Plan, config.model.name, topology.name, devices, config.batch_size)
     began = time.perf_counter()
     try:
         compiled = _lower(config, topology).compile()
     except jax.errors.JaxRuntimeError as e:
         needed, there = _out_of_memory(e)
         seconds = time.perf_counter() - began
-        return Plan(
-            config.model.name,
-            topology.name,
-            len(topology.devices),
-            config.batch_size,
+        return plan(
             fits=False,
             bytes_per_device=needed,
             memory_per_device=there,
@@ -90,11 +88,7 @@ def make_plan(config: Config, topology: Topology, batch: int | None = None) -> P
     seconds = time.perf_counter() - began
     needed = _bytes(compiled.memory_analysis())
     found = hlo.analyze(compiled.as_text())
-    return Plan(
-        config.model.name,
-        topology.name,
-        len(topology.devices),
-        config.batch_size,
+    return plan(
         fits=None if topology.memory is None else needed <= topology.memory,
         bytes_per_device=needed,
         memory_per_device=topology.memory,
@@ -148,22 +142,18 @@ def find_batch(config: Config, topology: Topology, batch: int | None = None) -> 
 
 def _divides(config: Config, topology: Topology, batch: int) -> bool:
     try:
-        _mesh(dataclasses.replace(config, batch_size=batch), config.model.bn_group or None, topology)
+        microbatches = config.gradient_accumulation_steps
+        parallel.make_mesh(batch, config.model.bn_group or None, topology.devices, microbatches)
     except InputError:
         return False
     return True
-
-
-def _mesh(config: Config, bn_group: int | None, topology: Topology) -> Mesh:
-    at_once = parallel.microbatch_size(config.batch_size, bn_group, config.gradient_accumulation_steps)
-    return parallel.make_mesh(at_once, bn_group, topology.devices)
 
 
 def _lower(config: Config, topology: Topology) -> Any:
     """Lowers the training step as `training.loop` makes it."""
     model = build_model(config.model, config.model.num_classes or 1000)
     microbatches = config.gradient_accumulation_steps
-    mesh = _mesh(config, model.bn_group, topology)
+    mesh = parallel.make_mesh(config.batch_size, model.bn_group, topology.devices, microbatches)
     schedule = make_schedule(config.schedule, config.optimizer.lr, total_steps=1000, steps_per_epoch=100)
     optimizer = make_optimizer(config.optimizer, schedule)
     step: Any = steps.make_train_step(

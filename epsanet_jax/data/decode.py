@@ -49,7 +49,7 @@ class Reduced:
     """
 
     def __init__(self, image: bytes, least: int, exif_orientation: bool = True):
-        self._image, self._least = image, least
+        self._least = least
         self._picture = open_picture(image)
         self._orientation = _orientation(self._picture) if exif_orientation else 1
         sizes = self._picture.size if self._orientation < 5 else self._picture.size[::-1]
@@ -63,9 +63,8 @@ class Reduced:
         """
         times = min(box[2] - box[0], box[3] - box[1]) // self._least
         with _told_in_one_line():
-            if times < 2 or self._picture.format != 'JPEG':
-                return _turned(_to_rgb_fast(self._image, self._picture), self._orientation).crop(box)
-            self._picture.draft(None, (self._picture.width // times, self._picture.height // times))
+            if times > 1:  # else, and for other kinds than JPEG, everything is decoded
+                self._picture.draft(None, (self._picture.width // times, self._picture.height // times))
             self._picture.load()
             rgb = _turned(to_rgb(self._picture), self._orientation)
         x, y = rgb.width / self.width, rgb.height / self.height
@@ -94,7 +93,8 @@ def decode(image: bytes | np.ndarray, exif_orientation: bool = True) -> Image.Im
     with _told_in_one_line():
         picture = open_picture(image)
         orientation = _orientation(picture) if exif_orientation else 1
-        return _turned(_to_rgb_fast(image, picture), orientation)
+        picture.load()
+        return _turned(to_rgb(picture), orientation)
 
 
 def open_picture(image: bytes) -> Image.Image:
@@ -138,19 +138,10 @@ def _plain_jpeg(image: bytes) -> Image.Image | None:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
-    except ValueError:
-        return None
-    if colours not in ('YCbCr', 'Gray') or int(height) * int(width) > (Image.MAX_IMAGE_PIXELS or 0):
-        return None
-    return _simplejpeg(image)
-
-
-def _simplejpeg(image: bytes) -> Image.Image | None:
-    """Returns the pixels that Pillow would, with less around it; None if Pillow has to decide."""
-    assert simplejpeg is not None
-    try:
+        if colours not in ('YCbCr', 'Gray') or int(height) * int(width) > (Image.MAX_IMAGE_PIXELS or 0):
+            return None
         pixels = simplejpeg.decode_jpeg(image, 'RGB', fastdct=False, fastupsample=False)
-    except ValueError:  # it is stricter
+    except ValueError:  # it is stricter than Pillow, which then decides
         return None
     return Image.frombuffer('RGB', pixels.shape[1::-1], pixels, 'raw', 'RGB', 0, 1)
 
@@ -165,17 +156,6 @@ def _orientation(picture: Image.Image) -> int:
 
 def _turned(picture: Image.Image, orientation: int) -> Image.Image:
     return picture if orientation == 1 else picture.transpose(_ORIENTATIONS[orientation])
-
-
-def _to_rgb_fast(image: bytes, picture: Image.Image) -> Image.Image:
-    """Decodes, by simplejpeg what it can, where it is installed: the same pixels in half the time."""
-    rgb = None
-    if simplejpeg is not None and picture.format == 'JPEG' and picture.mode in ('RGB', 'L'):
-        rgb = _simplejpeg(image)
-    if rgb is None:
-        picture.load()
-        rgb = to_rgb(picture)
-    return rgb
 
 
 class _told_in_one_line:  # noqa: N801 (a context manager)

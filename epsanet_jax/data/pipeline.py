@@ -7,14 +7,10 @@ augmentation for any number of processes, worker processes and threads, and afte
 import dataclasses
 import errno
 import functools
-import multiprocessing
 import os
-import signal
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator
+from typing import TypeVar
 
 import grain
 import numpy as np
@@ -23,15 +19,16 @@ from PIL import Image
 
 from epsanet_jax.data.decode import BadImageError, Reduced, decode
 from epsanet_jax.data.sources import Record, Source
+from epsanet_jax.data.stack import Stack
 from epsanet_jax.data.transforms import CentreCrop, TrainTransform
-from epsanet_jax.errors import InputError, TrainingError, one_line
+from epsanet_jax.data.worker import InWorkers, until_killed
+from epsanet_jax.errors import InputError
 
 _Picture = TypeVar('_Picture')
 Batch = dict[str, np.ndarray]
 NOT_BAD = -1
 _MOST_REPLACEMENTS = 100
 _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EMFILE, errno.ENFILE}
-_LARGE, _KEPT = 2**12, 32  # bytes of a row from which on memory is used again; batches to keep for that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,64 +165,10 @@ def _iterate(data: grain.MapDataset, rows: Rows, reading: Reading) -> Iterator[B
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=reading.processes()))
     iterator = iter(batches)
     try:
-        for batch in _until_killed(iterator):
+        for batch in until_killed(iterator):
             yield {k: np.asarray(v) for k, v in batch.items()}
     finally:
         iterator.close()
-
-
-def _until_killed(iterator: Iterator[Any]) -> Iterator[Any]:
-    """Yields the batches; a worker that is gone is told in one line."""
-    try:
-        yield from iterator
-    except RuntimeError as e:
-        if 'terminated unexpectedly' not in str(e):
-            raise
-        raise TrainingError(
-            f'a worker that reads pictures was killed, for want of memory perhaps: {one_line(e)}; set '
-            'config.data.workers to fewer'
-        ) from e
-
-
-def _references(arrays: list[np.ndarray]) -> list[int]:
-    return [sys.getrefcount(array) for array in arrays]
-
-
-_UNUSED = _references([np.empty(1)])[0]  # of an array that only its list knows; depends on Python's version
-
-
-class Stack:
-    """Puts rows together into batches, in memory of earlier ones that nobody looks at any more.
-
-    New memory costs more than the copy into it: the operating system has to find and clear every page.
-    """
-
-    def __init__(self):
-        self._lock, self._free = threading.Lock(), {}
-
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> Batch:
-        """Returns the rows' values stacked, by name."""
-        return {name: self._stack([row[name] for row in rows]) for name in rows[0]}
-
-    def _stack(self, values: list[Any]) -> np.ndarray:
-        first = np.asarray(values[0])
-        if first.nbytes < _LARGE:
-            return np.stack(values)
-        shape = (len(values), *first.shape)
-        with self._lock:
-            owned = self._free.setdefault((shape, first.dtype), [])
-            # Whoever still needs the memory, JAX included, holds a reference.
-            unused = (i for i, count in enumerate(_references(owned)) if count == _UNUSED)
-            place = next(unused, None)
-            batch = None if place is None else owned[place]
-            if batch is None:
-                batch = np.empty(shape, first.dtype)
-                owned.append(batch)
-                del owned[:-_KEPT]
-        return np.stack(values, out=batch)
-
-    def __reduce__(self) -> tuple[type['Stack'], tuple[()]]:
-        return Stack, ()
 
 
 class _LocalRows(grain.MapDataset):
@@ -248,32 +191,7 @@ class _LocalRows(grain.MapDataset):
         return f'LocalRows({self._rows})'
 
 
-class _InWorkers:
-    """Settles down in each worker process that it is sent to.
-
-    A signal to the whole group, Ctrl-C say, is for the run to take, which still needs its pictures; and a
-    worker whose run is gone, however it went, ends too.
-    """
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if (
-            multiprocessing.parent_process() is None
-            or threading.current_thread() is not threading.main_thread()
-        ):
-            return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
-
-
-def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(2)
-    os._exit(1)
-
-
-class _LoadForTraining(_InWorkers, grain.transforms.RandomMap):
+class _LoadForTraining(InWorkers, grain.transforms.RandomMap):
     def __init__(self, source: Source, transform: TrainTransform, reading: Reading):
         self._source, self._transform, self._reading = source, transform, reading
 
@@ -306,7 +224,7 @@ class _LoadForTraining(_InWorkers, grain.transforms.RandomMap):
         )
 
 
-class _LoadForEvaluation(_InWorkers, grain.transforms.Map):
+class _LoadForEvaluation(InWorkers, grain.transforms.Map):
     def __init__(self, source: Source, crop: CentreCrop, reading: Reading):
         self._source, self._crop, self._reading = source, crop, reading
 

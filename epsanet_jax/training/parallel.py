@@ -42,17 +42,24 @@ def microbatch_size(batch_size: int, bn_group: int | None, microbatches: int) ->
     return rows
 
 
-def make_mesh(batch_size: int, bn_group: int | None = None, devices: Sequence[Device] | None = None) -> Mesh:
+def make_mesh(
+    batch_size: int,
+    bn_group: int | None = None,
+    devices: Sequence[Device] | None = None,
+    microbatches: int = 1,
+) -> Mesh:
     """Arranges devices for a global batch, or its microbatches, and their BatchNorm groups.
 
     Args:
-        batch_size: of what is computed at once: the global batch, or one microbatch of it.
+        batch_size: of the global batch.
         bn_group: examples in a BatchNorm group; None: the whole batch.
         devices: None: all of them.
+        microbatches: into which the batch is cut.
 
     Raises:
         InputError: the batch does not divide among devices or groups, or groups would straddle devices.
     """
+    batch_size = microbatch_size(batch_size, bn_group, microbatches)
     devices = jax.devices() if devices is None else devices
     count, group = len(devices), bn_group or batch_size
     if batch_size % count:

@@ -117,8 +117,9 @@ def prepare(config: Config, workdir: str) -> Run:
             f'the data has {classes} classes, more than config.model.num_classes={config.model.num_classes}'
         )
     model = build_model(config.model, classes)
-    at_once = parallel.microbatch_size(config.batch_size, model.bn_group, config.gradient_accumulation_steps)
-    mesh = parallel.make_mesh(at_once, model.bn_group)
+    microbatches = config.gradient_accumulation_steps
+    mesh = parallel.make_mesh(config.batch_size, model.bn_group, microbatches=microbatches)
+    at_once = config.batch_size // microbatches
     if mixing(config) and at_once // mesh.size % 2:
         raise InputError(
             f'mixup and cutmix mix neighbours, and {at_once // mesh.size} rows a device at once are odd: '

@@ -15,8 +15,9 @@ from PIL import Image
 
 from epsanet_jax import InputError
 from epsanet_jax.data.decode import BadImageError
-from epsanet_jax.data.pipeline import Reading, Rows, Stack, bad_image_message, eval_batches, train_batches
+from epsanet_jax.data.pipeline import Reading, Rows, bad_image_message, eval_batches, train_batches
 from epsanet_jax.data.sources import ImageFolder, Records, Synthetic, Tfds
+from epsanet_jax.data.stack import Stack
 from epsanet_jax.data.transforms import CentreCrop, RandomCrop, TrainTransform
 from epsanet_jax.errors import TrainingError
 from epsanet_jax.training import parallel

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import shutil
 import signal
 import socket
@@ -11,7 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from test_faults import IMPORTS, without_timing
+from test_faults import IMPORTS, wait_for, without_timing
 from test_flags import ROOT
 
 from epsanet_jax.training.loading import load
@@ -78,13 +79,6 @@ def finish(processes, status=0):
     return outputs
 
 
-def wait_for(process, text):
-    for line in process.stdout:
-        if text in line:
-            return
-    raise AssertionError(f'{text!r} was never said: {process.stderr.read()}')
-
-
 @pytest.fixture(scope='module')
 def alone(recipe, tmp_path_factory):
     workdir = tmp_path_factory.mktemp('alone') / 'run'
@@ -107,8 +101,8 @@ def test_several_processes_make_the_run_of_one(recipe, alone, tmp_path, processe
     accumulate = f'--config.gradient_accumulation_steps={microbatches}'
     outputs = finish(start(recipe, tmp_path, processes, devices, accumulate))
     assert 'finished at step 20' in outputs[0][0]
-    said = [line for out, _ in outputs[1:] for line in out.splitlines() if not line.startswith('[Gloo]')]
-    assert not said
+    for out, _ in outputs[1:]:  # Gloo's own lines are there, of several threads at once
+        assert not re.search('step|loss|eval|images|finished', out), out
     assert f'waiting up to 300 s for {processes} processes' in outputs[0][1]
     assert_equal_up_to_rounding(tmp_path, alone)
 

@@ -41,8 +41,7 @@ def fresh_state(model):
 
 
 def sharded(model, data, devices, n_steps=2, microbatches=1, mixing=None):
-    at_once = parallel.microbatch_size(len(data['label']), model.bn_group, microbatches)
-    mesh = parallel.make_mesh(at_once, model.bn_group, devices)
+    mesh = parallel.make_mesh(len(data['label']), model.bn_group, devices, microbatches)
     step = steps.make_train_step(
         model,
         OPTIMIZER,
