@@ -1,7 +1,5 @@
 """Trains an EPSANet: python train.py --config=configs/digits.py --workdir=DIR [--config.FIELD=VALUE ...]."""
 
-import shlex
-
 import jax
 
 from epsanet_jax.training import flags, loop
@@ -16,7 +14,6 @@ def main(config: Config, workdir: str) -> None:
     if jax.process_index() > 0:
         return
     print(result)
-    print(f'evaluate it: epsanet evaluate {shlex.quote(workdir)}')
     print(f'train it on: the same command with --config.{"steps" if config.steps else "epochs"} raised')
 
 

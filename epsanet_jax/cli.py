@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_plan(commands)
     _add_prepare(commands)
+    _add_plot(commands)
     return parser
 
 
@@ -92,6 +93,9 @@ def _add_evaluate(commands: Any) -> None:
     evaluate.add_argument('--batch-size', type=_positive, default=64, metavar='N')
     evaluate.add_argument('--step', default='latest', help="'latest' (default), 'best' or a number")
     evaluate.add_argument(
+        '--no-ema', action='store_true', help='the weights themselves, not their moving average'
+    )
+    evaluate.add_argument(
         '--on-bad', choices=('stop', 'skip'), default='stop', help='at a picture that cannot be decoded'
     )
     evaluate.add_argument('--json', action='store_true', help='print JSON')
@@ -117,6 +121,9 @@ def _add_convert(commands: Any) -> None:
         help='a classifier of another size is replaced',
     )
     convert.add_argument('--step', default='latest', help="of a workdir: 'latest', 'best' or a number")
+    convert.add_argument(
+        '--no-ema', action='store_true', help='of a workdir: the weights themselves, not their moving average'
+    )
     convert.add_argument(
         '--verify',
         action='store_true',
@@ -171,6 +178,20 @@ def _add_prepare(commands: Any) -> None:
     prepare.set_defaults(run=_prepare)
 
 
+def _add_plot(commands: Any) -> None:
+    plot = commands.add_parser(
+        'plot',
+        help='curves of runs',
+        description='Draws loss, accuracy, learning rate and images per second of one or several runs.',
+        epilog='example: epsanet plot runs/a runs/b --out curves.png',
+    )
+    plot.add_argument('workdirs', nargs='+', metavar='WORKDIR')
+    plot.add_argument(
+        '--out', metavar='FILE', help=".png, .svg or .pdf; default: 'curves.png' in the first workdir"
+    )
+    plot.set_defaults(run=_plot)
+
+
 def _positive(text: str) -> int:
     try:
         value = int(text)
@@ -184,7 +205,10 @@ def _positive(text: str) -> int:
 def _convert(args: argparse.Namespace) -> None:
     from epsanet_jax.convert import command
 
-    for line in command.convert(args.src, args.dst, args.model, args.num_classes, args.step, args.verify):
+    lines = command.convert(
+        args.src, args.dst, args.model, args.num_classes, args.step, args.verify, ema=not args.no_ema
+    )
+    for line in lines:
         print(line)
 
 
@@ -226,7 +250,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from epsanet_jax.training.config import Config, DataConfig
 
     use_persistent_cache()
-    loaded = pretrained.load(args.checkpoint, args.step)
+    loaded = pretrained.load(args.checkpoint, args.step, ema=not args.no_ema)
     config = loaded.metadata['config'] or dataclasses.asdict(Config())
     trained_on = DataConfig(**{**config['data'], **loaded.metadata['preprocessing']})
     data = inputs.evaluation_data(trained_on, args.data, args.split, args.data_dir, args.on_bad)
@@ -272,6 +296,15 @@ def _plan(args: argparse.Namespace) -> int:
         if args.find_batch:
             print(f'\nlargest batch that fits: {most}, by a straight line through these two')
     return int(most == 0 if args.find_batch else plans[0].fits is False)
+
+
+def _plot(args: argparse.Namespace) -> None:
+    from epsanet_jax.analysis import plot
+
+    out = args.out or os.path.join(args.workdirs[0], 'curves.png')
+    for line in plot.plot(args.workdirs, out):
+        print(line)
+    print(f'written: {out}')
 
 
 def _prepare(args: argparse.Namespace) -> None:

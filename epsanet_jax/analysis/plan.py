@@ -11,8 +11,9 @@ import jax
 from epsanet_jax.analysis import hlo
 from epsanet_jax.analysis.topology import GIB, Topology
 from epsanet_jax.errors import InputError
-from epsanet_jax.training import inputs, parallel, steps
-from epsanet_jax.training.config import Config, build_model, mixing
+from epsanet_jax.training import parallel
+from epsanet_jax.training.compilation import trace_train_step
+from epsanet_jax.training.config import Config, build_model, with_frozen_bn
 from epsanet_jax.training.optimizer import make_optimizer, make_schedule
 from epsanet_jax.training.state import create_state
 from epsanet_jax.training.validation import validate
@@ -151,25 +152,15 @@ def _divides(config: Config, topology: Topology, batch: int) -> bool:
 
 def _lower(config: Config, topology: Topology) -> Any:
     """Lowers the training step as `training.loop` makes it."""
-    model = build_model(config.model, config.model.num_classes or 1000)
+    model = build_model(with_frozen_bn(config), config.model.num_classes or 1000)
     microbatches = config.gradient_accumulation_steps
     mesh = parallel.make_mesh(config.batch_size, model.bn_group, topology.devices, microbatches)
     schedule = make_schedule(config.schedule, config.optimizer.lr, total_steps=1000, steps_per_epoch=100)
-    optimizer = make_optimizer(config.optimizer, schedule)
-    step: Any = steps.make_train_step(
-        model,
-        optimizer,
-        mesh,
-        smoothing=config.label_smoothing,
-        mean=config.data.mean,
-        std=config.data.std,
-        microbatches=microbatches,
-        mixing=mixing(config),
-    )
-    size = config.data.image_size
-    state = jax.eval_shape(lambda key: create_state(model, optimizer, key, size), jax.random.key(0))
-    batch = inputs.abstract_batch(config.batch_size, size, microbatches, requests=2)
-    return step.trace(state, batch).lower(lowering_platforms=(topology.platform,))
+    optimizer = make_optimizer(config.optimizer, schedule, config.freeze)
+    size, ema = config.data.image_size, config.ema_decay > 0
+    state = jax.eval_shape(lambda key: create_state(model, optimizer, key, size, ema), jax.random.key(0))
+    traced = trace_train_step(config, model, optimizer, mesh, state)
+    return traced.lower(lowering_platforms=(topology.platform,))
 
 
 def _bytes(memory: Any) -> int:

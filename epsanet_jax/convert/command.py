@@ -23,7 +23,13 @@ _OTHER_SUFFIXES = ('.ckpt', '.bin', '.safetensor', '.tar', '.pkl', '.h5', '.npz'
 
 
 def convert(
-    src: str, dst: str, name: str | None, num_classes: int | None, step: str, verify: bool
+    src: str,
+    dst: str,
+    name: str | None,
+    num_classes: int | None,
+    step: str,
+    verify: bool,
+    ema: bool = True,
 ) -> Iterator[str]:
     """Converts weights and yields the lines of the report.
 
@@ -34,6 +40,7 @@ def convert(
         num_classes: of the classifier; one of another size is replaced by a new one.
         step: which checkpoint of a workdir.
         verify: whether to compare logits with PyTorch's before anything is written.
+        ema: whether to take the moving averages where a run kept any.
 
     Raises:
         InputError: SRC cannot be read, does not fit the model, or DST cannot be written.
@@ -43,7 +50,7 @@ def convert(
     if name is not None:
         get_variant(name)
     named = None if name is None else ModelConfig(name=name, num_classes=num_classes or 1000)
-    weights = pretrained.read(src, step, named)
+    weights = pretrained.read(src, step, named, ema)
     settings = _settings(weights, name, num_classes, src)
     state_dict, old = weights.content.state_dict, weights.metadata['model']['num_classes']
     replaced = num_classes is not None and num_classes != old
@@ -54,7 +61,8 @@ def convert(
     model = build_model(settings, settings.num_classes)
     variables = from_torch(state_dict, model, new_head=jax.random.key(0) if replaced else None)
 
-    yield f'{src}: {_kind(weights.content)}, {len(state_dict)} tensors'
+    averaged = ', moving averages' if weights.averaged else ''
+    yield f'{src}: {_kind(weights.content)}, {len(state_dict)} tensors{averaged}'
     yield f'model: {_describe(settings)}'
     parameters, statistics = (
         sum(leaf.size for leaf in jax.tree.leaves(variables[part])) for part in ('params', 'batch_stats')

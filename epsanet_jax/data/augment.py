@@ -10,11 +10,10 @@ from epsanet_jax.models.dtypes import Dtype, at_least_float32
 
 
 class Mixing(NamedTuple):
-    """mixup and cutmix, see `mix`; `seed` of the run, with the step, decides what is drawn."""
+    """mixup and cutmix, see `mix`."""
 
     mixup_alpha: float
     cutmix_alpha: float
-    seed: int
 
 
 def normalize(

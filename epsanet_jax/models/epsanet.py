@@ -28,7 +28,7 @@ class EPSABlock(nn.Module):
         downsample: whether the shortcut is a 1x1 conv with BatchNorm instead of the input itself.
         middle: 'psa', or 'conv3x3' for ResNet's plain bottleneck.
         kernels, groups, reduction, psa_bias: of the PSA module.
-        bn_group, bn_axis: of BatchNorm (`group`, `axis_name`).
+        bn_group, bn_axis, frozen_bn: of BatchNorm (`group`, `axis_name`, `frozen`).
         conv: algorithm, see `epsanet_jax.ops.grouped_conv`.
         dtype: of the computation and the result.
         param_dtype: of the parameters.
@@ -45,6 +45,7 @@ class EPSABlock(nn.Module):
     psa_bias: bool = False
     bn_group: int | None = None
     bn_axis: str | None = None
+    frozen_bn: str = ''
     conv: str = 'auto'
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -52,7 +53,9 @@ class EPSABlock(nn.Module):
     def setup(self):
         dtypes = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
         conv = functools.partial(Conv, conv=self.conv, **dtypes)
-        norm = functools.partial(BatchNorm, group=self.bn_group, axis_name=self.bn_axis, **dtypes)
+        norm = functools.partial(
+            BatchNorm, group=self.bn_group, axis_name=self.bn_axis, frozen=self.frozen_bn, **dtypes
+        )
         width = self.planes * self.expansion
         self.conv1, self.bn1 = conv(self.planes, 1), norm()
         if self.middle == 'psa':
@@ -73,12 +76,20 @@ class EPSABlock(nn.Module):
         if self.downsample:
             self.downsample_0, self.downsample_1 = conv(width, 1, stride=self.stride), norm()
 
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
-        """Maps [N, H, W, C] to [N, ceil(H / stride), ceil(W / stride), planes * expansion]."""
+    def __call__(self, x: jax.Array, train: bool = False, keep: jax.Array | None = None) -> jax.Array:
+        """Maps [N, H, W, C] to [N, ceil(H / stride), ceil(W / stride), planes * expansion].
+
+        Args:
+            x: the activation.
+            train: whether BatchNorm normalises by the batch.
+            keep: factor [N] of each row's residual branch, for stochastic depth.
+        """
         y = nn.relu(self.bn1(self.conv1(x), train))  # [N, H, W, P]
         y = self.conv2.weighted(y) if self.middle == 'psa' else self.conv2(y)
         y = nn.relu(self.bn2(y, train))  # [N, H/s, W/s, P]
         y = self.bn3(self.conv3(y), train)  # [N, H/s, W/s, P*e]
+        if keep is not None:
+            y = y * keep.astype(y.dtype)[:, None, None, None]
         shortcut = self.downsample_1(self.downsample_0(x), train) if self.downsample else x
         return nn.relu(y + shortcut)
 
@@ -95,6 +106,8 @@ class EPSANet(nn.Module):
         kernels, groups, reduction, psa_bias: of the PSA modules.
         bn_group: examples in a BatchNorm group (consecutive rows of the batch); None: the whole batch.
         bn_axis: mesh axis over which one BatchNorm group is spread; set by `training.parallel`.
+        frozen_bn: regular expression for the BatchNorms that keep to their running statistics in training,
+            by the name of their scale: '^bn1|^layer1' the first ones, '.' all.
         conv: algorithm of the convolutions, see `epsanet_jax.ops.grouped_conv`.
         remat: recompute each block's activations in the backward pass instead of storing them.
         dtype: of the computation.
@@ -112,6 +125,7 @@ class EPSANet(nn.Module):
     psa_bias: bool = False
     bn_group: int | None = None
     bn_axis: str | None = None
+    frozen_bn: str = ''
     conv: str = 'auto'
     remat: bool = False
     dtype: Dtype = jnp.float32
@@ -120,7 +134,7 @@ class EPSANet(nn.Module):
     def setup(self):
         dtypes = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
         self.conv1 = Conv(STEM_WIDTH, 7, stride=2, conv=self.conv, **dtypes)
-        self.bn1 = BatchNorm(group=self.bn_group, axis_name=self.bn_axis, **dtypes)
+        self.bn1 = BatchNorm(group=self.bn_group, axis_name=self.bn_axis, frozen=self.frozen_bn, **dtypes)
         block = nn.remat(EPSABlock, static_argnums=(2,)) if self.remat else EPSABlock
         width = STEM_WIDTH
         for stage, (count, planes) in enumerate(zip(self.layers, self.planes, strict=True)):
@@ -140,6 +154,7 @@ class EPSANet(nn.Module):
                         psa_bias=self.psa_bias,
                         bn_group=self.bn_group,
                         bn_axis=self.bn_axis,
+                        frozen_bn=self.frozen_bn,
                         conv=self.conv,
                         **dtypes,
                     )
@@ -148,12 +163,16 @@ class EPSANet(nn.Module):
             setattr(self, f'layer{stage + 1}', blocks)
         self.fc = Linear(self.num_classes, **dtypes)
 
-    def features(self, images: jax.Array, train: bool = False) -> dict[str, jax.Array]:
+    def features(
+        self, images: jax.Array, train: bool = False, keep: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
         """Returns the activations after the stem and each stage.
 
         Args:
             images: [N, H, W, 3], normalised; H and W at least 32.
             train: whether BatchNorm normalises by the batch (and updates 'batch_stats').
+            keep: factors [N, blocks] of the residual branches, for stochastic depth
+                (`training.stochastic_depth.draw_keep`); None: all are kept as they are.
 
         Returns:
             'stem' [N, H/4, W/4, 64], and 'layer1' .. 'layer4' [N, H/s, W/s, planes * expansion] with
@@ -167,18 +186,20 @@ class EPSANet(nn.Module):
         x = nn.relu(self.bn1(self.conv1(x), train))  # [N, H/2, W/2, 64]
         x = max_pool(x)  # [N, H/4, W/4, 64]
         outputs = {'stem': x}
+        number = 0
         for stage in range(1, len(self.layers) + 1):
             for block in getattr(self, f'layer{stage}'):
-                x = block(x, train)
+                x = block(x, train, None if keep is None else keep[:, number])
+                number += 1
             outputs[f'layer{stage}'] = x
         return outputs
 
-    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, images: jax.Array, train: bool = False, keep: jax.Array | None = None) -> jax.Array:
         """Returns logits [N, num_classes], of `dtype` or float32 if that is wider.
 
         Args and errors are those of `features`.
         """
-        x = self.features(images, train)[f'layer{len(self.layers)}']  # [N, H/32, W/32, C]
+        x = self.features(images, train, keep)[f'layer{len(self.layers)}']  # [N, H/32, W/32, C]
         wide = at_least_float32(self.dtype)
         x = x.mean(axis=(1, 2), dtype=wide)  # [N, C]
         return self.fc(x).astype(wide)

@@ -1,6 +1,7 @@
 """Batch normalisation over groups of examples."""
 
 import itertools
+import re
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -59,6 +60,8 @@ class BatchNorm(nn.Module):
         epsilon: added to the variance.
         dtype: of the result.
         param_dtype: of scale and bias. The running statistics are float32, or wider if this is.
+        frozen: regular expression; where it is found in the name of the scale, 'layer1_0/bn1/scale' say,
+            training normalises by the running statistics too, and keeps them.
     """
 
     group: int | None = None
@@ -67,6 +70,7 @@ class BatchNorm(nn.Module):
     epsilon: float = 1e-5
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
+    frozen: str = ''
 
     @nn.compact
     def __call__(self, x: jax.Array | Weighted, train: bool = False) -> jax.Array:
@@ -83,6 +87,8 @@ class BatchNorm(nn.Module):
         rows, height, width, _ = parts[0].shape
         channels = sum(part.shape[-1] for part in parts)
         stats_dtype = at_least_float32(self.param_dtype)
+        if self.frozen and re.search(self.frozen, '/'.join((*self.path, 'scale'))):
+            train = False
         scale = self.param('scale', nn.initializers.ones, (channels,), self.param_dtype)
         bias = self.param('bias', nn.initializers.zeros, (channels,), self.param_dtype)
         running_mean = self.variable('batch_stats', 'mean', jnp.zeros, (channels,), stats_dtype)

@@ -1,6 +1,7 @@
 """The table of published networks, and `create_model`."""
 
 import dataclasses
+import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -127,6 +128,7 @@ def create_model(
     reduction: int = 16,
     psa_bias: bool = False,
     bn_group: int | None = None,
+    frozen_bn: str = '',
     conv: str = 'auto',
     remat: bool = False,
 ) -> EPSANet:
@@ -146,6 +148,8 @@ def create_model(
         psa_bias: whether the pyramid's convolutions have biases (as in the paper's listing; the reference
             repository has none).
         bn_group: examples in a BatchNorm group, consecutive rows of the batch; None: the whole batch.
+        frozen_bn: regular expression for the BatchNorms that keep to their running statistics in training,
+            by the name of their scale, as 'layer1_0/bn1/scale'; '.' for all.
         conv: 'auto', or one convolution algorithm for all (`epsanet_jax.ops.ALGORITHMS`).
         remat: recompute each block's activations in the backward pass, for less memory.
 
@@ -169,6 +173,7 @@ def create_model(
         reduction=reduction,
         psa_bias=psa_bias,
         bn_group=bn_group,
+        frozen_bn=frozen_bn,
         conv=conv,
         remat=remat,
         dtype=dtype,
@@ -195,6 +200,10 @@ def check_settings(model: EPSANet) -> None:
             raise InputError(f'{field} must hold numbers of at least 1, got {value}')
     if model.bn_group is not None and model.bn_group < 1:
         raise InputError(f'bn_group must be at least 1, or None for the whole batch, got {model.bn_group}')
+    try:
+        re.compile(model.frozen_bn)
+    except re.error as e:
+        raise InputError(f'frozen_bn must be a regular expression, got {model.frozen_bn!r}: {e}') from e
     if len(model.layers) != len(model.planes):
         raise InputError(
             f'layers and planes must have one number a stage each, got {model.layers} and {model.planes}'

@@ -1,7 +1,8 @@
 """The checkpoints of a run. Nothing but this module and `loading`, its other half, knows Orbax.
 
-A checkpoint holds the variables ('model'), the optimizer's state and step ('optimizer'), and everything that
-use of the weights needs ('metadata'): model, class names, preprocessing, configuration, package version.
+A checkpoint holds the variables ('model'), their moving averages if the run keeps any ('ema'), the
+optimizer's state and step ('optimizer'), and everything that use of the weights needs ('metadata'): model,
+class names, preprocessing, configuration, package version.
 """
 
 import contextlib
@@ -17,16 +18,12 @@ from orbax.checkpoint import checkpoint_managers
 
 from epsanet_jax.errors import InputError, Interrupted, TrainingError, one_line
 from epsanet_jax.training import distributed
+from epsanet_jax.training.metrics import best_by
 from epsanet_jax.training.one_error import OneError
 from epsanet_jax.training.state import TrainState
 
 FOLDER = 'checkpoints'
 DAMAGED = 'checkpoints-damaged'
-
-
-def best_by(metrics: dict[str, float]) -> float:
-    """Returns what makes a checkpoint the best."""
-    return metrics.get('top1', -1.0)  # a checkpoint between two evaluations has no metrics
 
 
 class Checkpoints:
@@ -74,13 +71,15 @@ class Checkpoints:
             if not metrics or self._manager.metrics(step) or len(self._manager.all_steps()) < 2:
                 return
             self._manager.delete(step)  # to be written anew, with the metrics of an evaluation made late
-        args = ocp.args.Composite(
-            model=ocp.args.StandardSave(state.variables),
-            optimizer=ocp.args.StandardSave({'step': state.step, 'state': state.opt_state}),
-            metadata=ocp.args.JsonSave(metadata),
-        )
+        items = {
+            'model': ocp.args.StandardSave(state.variables),
+            'optimizer': ocp.args.StandardSave({'step': state.step, 'state': state.opt_state}),
+            'metadata': ocp.args.JsonSave(metadata),
+        }
+        if state.ema is not None:
+            items['ema'] = ocp.args.StandardSave(state.ema)
         with self._saving():
-            self._manager.save(step, args=args, metrics=metrics or {})
+            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or {})
 
     def check(self) -> None:
         """Raises TrainingError if what was to be written in the background could not be."""
@@ -129,6 +128,7 @@ class Checkpoints:
                 params=saved['model']['params'],
                 batch_stats=saved['model']['batch_stats'],
                 opt_state=saved['optimizer']['state'],
+                ema=saved.get('ema'),
             )
             return state, saved['metadata']
         newest = max(damaged)
@@ -143,6 +143,8 @@ class Checkpoints:
             'optimizer': ocp.args.StandardRestore(optimizer),
             'metadata': ocp.args.JsonRestore(),
         }
+        if abstract.ema is not None:
+            items['ema'] = ocp.args.StandardRestore(abstract.ema)
         return self._manager.restore(step, args=ocp.args.Composite(**items))
 
     def _set_aside(self, numbers: list[int]) -> None:

@@ -31,6 +31,7 @@ class ModelConfig:
     reduction: int = 16
     psa_bias: bool = False
     bn_group: int = 0
+    frozen_bn: str = ''
     conv: str = 'auto'
     remat: bool = False
     dtype: str = 'float32'
@@ -50,6 +51,7 @@ class DataConfig:
         train_split: folder or TFDS split to train on.
         eval_split: folder or TFDS split to evaluate on.
         image_size: height and width that the network sees, pixels.
+        eval_image_size: the same in evaluation and use; 0: `image_size`.
         resize_size: shorter side before the centre crop of evaluation, pixels.
         crop_scale: share of a picture's area that a training crop takes, smallest and largest.
         crop_ratio: width / height of a training crop, smallest and largest.
@@ -77,6 +79,7 @@ class DataConfig:
     train_split: str = 'train'
     eval_split: str = 'val'
     image_size: int = 224
+    eval_image_size: int = 0
     resize_size: int = 256
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
@@ -96,15 +99,44 @@ class DataConfig:
     synthetic_examples: int = 1280
     synthetic_classes: int = 10
 
+    @property
+    def size_in_use(self) -> int:
+        """Height and width in evaluation and use, pixels."""
+        return self.eval_image_size or self.image_size
+
 
 @dataclasses.dataclass(slots=True)
 class OptimizerConfig:
-    """SGD: learning rate, momentum, Nesterov's variant, weight decay (coupled, on all parameters)."""
+    """The optimizer, see `training.optimizer.make_optimizer`.
+
+    Attributes:
+        lr: the schedule's peak.
+        momentum: of SGD and LARS.
+        nesterov: Nesterov's variant of it.
+        weight_decay: coupled with SGD and LARS, decoupled with AdamW and LAMB.
+        name: 'sgd', 'adamw', 'lamb' or 'lars'.
+        lr_batch: batch size that `lr` is meant for, which is scaled linearly to `batch_size`; 0: not scaled.
+        b1: of AdamW and LAMB: decay of the gradient's mean.
+        b2: likewise, of its square's mean.
+        eps: likewise, added to the root of that.
+        trust_coefficient: of LARS.
+        decay_norm_and_bias: whether weight decay (and LARS's trust ratio) are for BatchNorm's parameters and
+            biases too.
+        clip_norm: largest norm of the whole gradient; larger ones are scaled down. 0: any.
+    """
 
     lr: float = 0.1
     momentum: float = 0.9
     nesterov: bool = False
     weight_decay: float = 1e-4
+    name: str = 'sgd'
+    lr_batch: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    trust_coefficient: float = 0.001
+    decay_norm_and_bias: bool = True
+    clip_norm: float = 0.0
 
 
 @dataclasses.dataclass(slots=True)
@@ -115,6 +147,7 @@ class ScheduleConfig:
     warmup_epochs: float = 0.0
     step_epochs: float = 30.0
     step_factor: float = 0.1
+    end_factor: float = 0.0
 
 
 @dataclasses.dataclass(slots=True)
@@ -133,6 +166,14 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(slots=True)
+class ProfileConfig:
+    """A window of steps whose trace is written to profile/ in the workdir; `steps` 0: none."""
+
+    start: int = 10
+    steps: int = 0
+
+
+@dataclasses.dataclass(slots=True)
 class Config:
     """A run.
 
@@ -146,12 +187,20 @@ class Config:
         label_smoothing: in training and evaluation.
         mixup_alpha: of mixup's Beta distribution; 0: no mixup.
         cutmix_alpha: of cutmix's; with both, each picture takes one of them, evenly.
+        stochastic_depth: probability that the last block is skipped for a picture in training; it grows
+            linearly from the first block's, which is none.
+        ema_decay: of the moving average of parameters and BatchNorm statistics, which is evaluated beside
+            them and then is what is used; 0: none is kept.
         log_every_steps: how often a line of metrics is written.
         eval_every_epochs: how often to evaluate; 0: only at the end.
         eval_batch_size: 0: batch_size. Rounded up to divide among the devices.
         init_from: weights to start from: a PyTorch or safetensors file, a workdir or a checkpoint. A
             classifier of another size is replaced by a new one.
         init_optimizer: go on from the file's momentum, epoch and learning rate too.
+        freeze: regular expression; parameters in whose names it is found ('layer1_0/conv1/kernel') stay as
+            they are, and so do the BatchNorms there: '^conv1|^bn1|^layer[12]', or '^(?!fc)' for all but the
+            classifier.
+        tensorboard: whether to write events for TensorBoard into the workdir.
     """
 
     seed: int = 0
@@ -162,23 +211,34 @@ class Config:
     label_smoothing: float = 0.1
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
+    stochastic_depth: float = 0.0
+    ema_decay: float = 0.0
     log_every_steps: int = 50
     eval_every_epochs: float = 1.0
     eval_batch_size: int = 0
     init_from: str = ''
     init_optimizer: bool = False
+    freeze: str = ''
+    tensorboard: bool = True
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    profile: ProfileConfig = dataclasses.field(default_factory=ProfileConfig)
+
+
+def with_frozen_bn(config: Config) -> ModelConfig:
+    """Returns the model's configuration, with the BatchNorms frozen whose parameters `freeze` finds."""
+    patterns = [f'(?:{pattern})' for pattern in (config.model.frozen_bn, config.freeze) if pattern]
+    return dataclasses.replace(config.model, frozen_bn='|'.join(patterns))
 
 
 def mixing(config: Config) -> Mixing | None:
     """Returns mixup and cutmix of a run, or None if it has neither."""
     if not config.mixup_alpha and not config.cutmix_alpha:
         return None
-    return Mixing(config.mixup_alpha, config.cutmix_alpha, config.seed)
+    return Mixing(config.mixup_alpha, config.cutmix_alpha)
 
 
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16, 'float64': jnp.float64}
@@ -192,6 +252,8 @@ _FREE = (
     'eval_every_epochs',
     'eval_batch_size',
     'checkpoint.',
+    'profile.',
+    'tensorboard',
     'data.dir',
     'data.workers',
     'data.threads',
@@ -244,6 +306,7 @@ def build_model(config: ModelConfig, num_classes: int) -> EPSANet:
         reduction=config.reduction,
         psa_bias=config.psa_bias,
         bn_group=config.bn_group or None,
+        frozen_bn=config.frozen_bn,
         conv=config.conv,
         remat=config.remat,
         dtype=DTYPES[config.dtype],

@@ -86,7 +86,7 @@ def _train_transform(data: DataConfig) -> TrainTransform:
 
 def eval_batches(data: DataConfig, source: Source, batch_size: int) -> Iterator[pipeline.Batch]:
     """Returns this process's rows of the evaluation batches."""
-    crop = CentreCrop(data.image_size, data.resize_size)
+    crop = CentreCrop(data.size_in_use, data.resize_size)
     return pipeline.eval_batches(source, crop, _rows(batch_size), reading(data))
 
 

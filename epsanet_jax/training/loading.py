@@ -13,13 +13,14 @@ from etils import epath
 
 from epsanet_jax.errors import InputError, one_line
 from epsanet_jax.models.epsanet import EPSANet
-from epsanet_jax.training.checkpoint import FOLDER, best_by
+from epsanet_jax.training.checkpoint import FOLDER
 from epsanet_jax.training.config import (
     OptimizerConfig,
     build_model,
     model_config,
 )
 from epsanet_jax.training.metadata import check_metadata
+from epsanet_jax.training.metrics import best_by
 from epsanet_jax.training.one_error import OneError
 from epsanet_jax.training.optimizer import make_optimizer
 from epsanet_jax.training.paths import resolve
@@ -54,10 +55,11 @@ class Loaded:
 
     Attributes:
         model: the network.
-        variables: its parameters and statistics.
+        variables: its parameters and statistics, or their moving averages.
         metadata: from `metadata.make_metadata`; those of a run have its 'epoch' and 'lr' too.
         step: at which it was saved.
         momentum: SGD's buffers, a tree like the parameters; None if not asked for, or if there are none.
+        averaged: whether the variables are averages.
     """
 
     model: EPSANet
@@ -65,15 +67,17 @@ class Loaded:
     metadata: dict[str, Any]
     step: int
     momentum: Any = None
+    averaged: bool = False
 
 
-def load(path: str, step: str = 'latest', with_momentum: bool = False) -> Loaded:
+def load(path: str, step: str = 'latest', with_momentum: bool = False, ema: bool = True) -> Loaded:
     """Reads a checkpoint for use, onto one device.
 
     Args:
         path: a workdir, its folder 'checkpoints', or one checkpoint in it.
         step: 'latest', 'best' (by top-1) or a number, where the path leaves the choice.
         with_momentum: whether to read SGD's buffers too, where there are any.
+        ema: whether to take the moving averages where the run kept any.
 
     Raises:
         InputError: there is no such checkpoint, or it is not one of this package.
@@ -81,14 +85,14 @@ def load(path: str, step: str = 'latest', with_momentum: bool = False) -> Loaded
     folder, number = _locate(resolve(path), step)
     try:
         with OneError():
-            return _load(folder, number, step, with_momentum)
+            return _load(folder, number, step, with_momentum, ema)
     except InputError:
         raise
     except Exception as e:  # damaged files make Orbax raise anything
         raise InputError(f'no readable checkpoint in {folder}: {one_line(e)}') from e
 
 
-def _load(folder: epath.Path, number: int | None, step: str, with_momentum: bool) -> Loaded:
+def _load(folder: epath.Path, number: int | None, step: str, with_momentum: bool, ema: bool) -> Loaded:
     options = ocp.CheckpointManagerOptions(best_fn=best_by, best_mode='max', create=False)
     with ocp.CheckpointManager(folder, options=options) as manager:
         steps = sorted(manager.all_steps())
@@ -107,8 +111,9 @@ def _load(folder: epath.Path, number: int | None, step: str, with_momentum: bool
         size = metadata['preprocessing']['image_size']
         images = jax.ShapeDtypeStruct((1, size, size, 3), model.dtype)
         abstract = _on_one_device(jax.eval_shape(model.init, jax.random.key(0), images))
-        items = {'model': ocp.args.StandardRestore(abstract)}
-        if with_momentum and metadata['config'] is not None and (place / 'optimizer').exists():
+        weights = 'ema' if ema and (place / 'ema').exists() else 'model'
+        items = {weights: ocp.args.StandardRestore(abstract)}
+        if with_momentum and _has_momentum(metadata['config']) and (place / 'optimizer').exists():
             optimizer = make_optimizer(OptimizerConfig(**metadata['config']['optimizer']), lambda step: 0.0)
             state = jax.eval_shape(optimizer.init, abstract['params'])
             counter = jax.ShapeDtypeStruct((), jnp.int32)
@@ -117,7 +122,12 @@ def _load(folder: epath.Path, number: int | None, step: str, with_momentum: bool
     momentum = None
     if 'optimizer' in items:
         momentum = optax.tree_utils.tree_get(read['optimizer']['state'], 'trace', None)
-    return Loaded(model, read['model'], metadata, number, momentum)
+    return Loaded(model, read[weights], metadata, number, momentum, weights == 'ema')
+
+
+def _has_momentum(config: dict[str, Any] | None) -> bool:
+    """Whether a run's optimizer keeps what PyTorch's SGD keeps."""
+    return config is not None and config['optimizer'].get('name', 'sgd') == 'sgd' and not config.get('freeze')
 
 
 def _on_one_device(abstract: Any) -> Any:

@@ -1,8 +1,8 @@
 """The run: batches in, steps, evaluations, checkpoints."""
 
-import dataclasses
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,39 +10,18 @@ import jax.numpy as jnp
 
 from epsanet_jax.data.decode import BadImageError
 from epsanet_jax.errors import InputError, Interrupted, TrainingError
-from epsanet_jax.training import distributed, inputs, parallel, steps
+from epsanet_jax.training import distributed, inputs, parallel
 from epsanet_jax.training.checkpoint import Checkpoints
-from epsanet_jax.training.config import CheckpointConfig, Config, mixing
+from epsanet_jax.training.compilation import trace_eval_step, trace_train_step
+from epsanet_jax.training.config import CheckpointConfig, Config
 from epsanet_jax.training.evaluation import evaluate
-from epsanet_jax.training.report import Report, describe, read_metrics, say
+from epsanet_jax.training.profiler import Profiler
+from epsanet_jax.training.report import Report, read_metrics, say
+from epsanet_jax.training.result import Result, make_result
 from epsanet_jax.training.setup import Run, prepare
 from epsanet_jax.training.signals import StopSignals
 from epsanet_jax.training.state import TrainState, create_state
 from epsanet_jax.training.window import Window
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """How a run ended.
-
-    Attributes:
-        step: updates made.
-        last: the last evaluation, a line of metrics.jsonl.
-        best: the evaluation with the highest top-1 (the latest of equals), likewise.
-        workdir: of the run.
-    """
-
-    step: int
-    last: dict[str, Any]
-    best: dict[str, Any]
-    workdir: str
-
-    def __str__(self) -> str:
-        return (
-            f'finished at step {self.step}, {describe(self.last)}\n'
-            f'best: top-1 {self.best["top1"]:.2%} at step {self.best["step"]}\n'
-            f'workdir: {self.workdir} (config.json, metrics.jsonl, checkpoints/)'
-        )
 
 
 def train(config: Config, workdir: str) -> Result:
@@ -65,9 +44,7 @@ def train(config: Config, workdir: str) -> Result:
                 _fit(run, checkpoints, signals)
             step = checkpoints.latest_step
     distributed.barrier('metrics are written')  # by process 0, and read by all
-    evaluations = _evaluations(run)
-    best = max(evaluations, key=lambda line: (line['top1'], line['step']))
-    return Result(step or 0, evaluations[-1], best, str(workdir))
+    return make_result(run, step or 0)
 
 
 def _evaluations(run: Run) -> list[dict[str, Any]]:
@@ -82,18 +59,15 @@ def _finished(run: Run, latest_step: int | None) -> bool:
 def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
     """Trains from the newest checkpoint, or from nothing, to the end."""
     config, data = run.config, run.config.data
-    settings: dict[str, Any] = {'smoothing': config.label_smoothing, 'mean': data.mean, 'std': data.std}
-    microbatches = config.gradient_accumulation_steps
-    train_step = steps.make_train_step(
-        run.model, run.optimizer, run.mesh, microbatches=microbatches, mixing=mixing(config), **settings
-    )
-    eval_step = steps.make_eval_step(run.model, run.mesh, **settings)
     state, sums = _initial_state(run, checkpoints)
     step = int(state.step)
-    report = Report(run.workdir, step, run.total_steps)
+    report = Report(run.workdir, step, run.total_steps, config.tensorboard)
+    profiler = Profiler(config.profile, run.workdir)
     saving = _SaveSchedule(config.checkpoint)
     batches = inputs.train_batches(config, run.train_source, step)
-    feed = inputs.Feed(batches, run.mesh, lambda: (signals.requested, saving.overdue()), microbatches)
+    feed = inputs.Feed(
+        batches, run.mesh, lambda: (signals.requested, saving.overdue()), config.gradient_accumulation_steps
+    )
     window = Window(run, report, feed, sums)
 
     def save(evaluation: dict[str, float] | None) -> None:
@@ -108,7 +82,7 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
         for line in run.initial.said:
             report.say(f'{config.init_from}: {line}')
     try:
-        train_step, eval_step = _compile(run, train_step, eval_step, state)
+        train_step, eval_step = _compile(run, state)
         while True:
             stop, overdue = window.requests or (False, False)
             evaluate_now = _evaluation_due(run, step) and not report.has_evaluation(step) and not stop
@@ -128,9 +102,12 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
                 break
             batch = next(feed)
             signals.unsaved = True
+            profiler.before(step)
             state, sums = train_step(state, batch)
             step += 1
             window.add(step, sums)
+            if profiler.after(step, sums):
+                report.say(f'steps {config.profile.start + 1} to {step} are profiled: {profiler.folder}')
             checkpoints.check()
             report.advance()
             if step % config.log_every_steps == 0 or step == run.total_steps:
@@ -143,19 +120,17 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
         place = f'step {step}' if jax.process_count() == 1 else 'its last checkpoint'
         raise InputError(f'{e}; {mend}; the run continues at {place}') from e
     finally:
+        profiler.close()
         window.close()
         feed.close()
         report.close()
 
 
-def _compile(run: Run, train_step: Any, eval_step: Any, state: TrainState) -> tuple[Any, Any]:
+def _compile(run: Run, state: TrainState) -> tuple[Any, Any]:
     """Compiles both steps before the first one is made, while a signal can still end the process at once."""
-    config = run.config
-    size, microbatches = config.data.image_size, config.gradient_accumulation_steps
-    train_rows = inputs.abstract_batch(config.batch_size, size, microbatches, requests=2)
-    eval_rows = inputs.abstract_batch(run.eval_batch_size, size, requests=1, mask=True)
-    train_compiled = train_step.lower(state, train_rows).compile()
-    return train_compiled, eval_step.lower(state.variables, eval_rows).compile()
+    train_step = trace_train_step(run.config, run.model, run.optimizer, run.mesh, state)
+    eval_step = trace_eval_step(run.config, run.model, run.mesh, state.variables, run.eval_batch_size)
+    return train_step.lower().compile(), eval_step.lower().compile()
 
 
 def _initial_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, float]]:
@@ -167,7 +142,8 @@ def _initial_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict
     sums = {}
 
     def init(key):
-        return create_state(run.model, run.optimizer, key, run.config.data.image_size)
+        ema = run.config.ema_decay > 0
+        return create_state(run.model, run.optimizer, key, run.config.data.image_size, ema)
 
     key, placement = jax.random.key(run.config.seed), parallel.replicated(run.mesh)
     if checkpoints.latest_step is None:
@@ -193,17 +169,25 @@ def _evaluation_due(run: Run, step: int) -> bool:
 def _evaluate(
     run: Run, eval_step: Any, state: TrainState, report: Report, signals: StopSignals
 ) -> dict[str, float]:
+    """Evaluates the state's variables and, under names with 'ema_', their averages."""
     began = time.perf_counter()
-    means = evaluate(
-        eval_step,
-        state.variables,
-        run.eval_source,
-        run.config.data,
-        run.mesh,
-        run.eval_batch_size,
-        report.warn,
-        lambda: signals.requested,
-    )
+
+    def evaluate_these(variables: Any, warn: Callable[[str], None] = report.warn) -> dict[str, float]:
+        return evaluate(
+            eval_step,
+            variables,
+            run.eval_source,
+            run.config.data,
+            run.mesh,
+            run.eval_batch_size,
+            warn,
+            lambda: signals.requested,
+        )
+
+    means = evaluate_these(state.variables)
+    if state.ema is not None:
+        averaged = evaluate_these(state.ema, warn=lambda text: None)  # it is said already
+        means |= {f'ema_{name}': averaged[name] for name in ('loss', 'top1', 'top5')}
     if not math.isfinite(means['loss']):
         raise TrainingError(f'the loss of the evaluation at step {int(state.step)} is {means["loss"]}')
     report.evaluation(int(state.step), means, time.perf_counter() - began)

@@ -42,7 +42,7 @@ def make_metadata(
         'model': dataclasses.asdict(model),
         'class_names': list(class_names),
         'preprocessing': {
-            'image_size': data.image_size,
+            'image_size': data.size_in_use,
             'resize_size': data.resize_size,
             'mean': list(data.mean),
             'std': list(data.std),

@@ -1,27 +1,94 @@
-"""SGD as PyTorch's, and learning-rate schedules."""
+"""Optimizers and learning-rate schedules."""
 
+import re
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 import optax
 
+from epsanet_jax.errors import InputError
 from epsanet_jax.training.config import OptimizerConfig, ScheduleConfig
 
 
-def make_optimizer(config: OptimizerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Makes SGD with momentum and coupled weight decay on all parameters, as `torch.optim.SGD`.
+def make_optimizer(
+    config: OptimizerConfig, schedule: optax.Schedule, freeze: str = ''
+) -> optax.GradientTransformation:
+    """Makes the optimizer of a run.
 
-        g <- g + weight_decay * p;  b <- momentum * b + g;  p <- p - lr * b
+    With g the gradient, scaled down to `clip_norm` if it is longer, and d the weight decay:
 
-    With `nesterov`, p <- p - lr * (g + momentum * b).
+        sgd (as torch.optim.SGD)      g <- g + d p;  b <- momentum b + g;  p <- p - lr b
+                                      with `nesterov`: p <- p - lr (g + momentum b)
+        lars (arXiv:1708.03888)       g <- g + d p;  g <- g trust_coefficient |p| / |g|;
+                                      b <- momentum b + lr g;  p <- p - b
+        adamw (as torch.optim.AdamW)  m <- b1 m + (1 - b1) g;  v <- b2 v + (1 - b2) g^2;
+                                      u <- (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps);
+                                      p <- p - lr (u + d p)
+        lamb (arXiv:1904.00962)       u as above;  u <- u + d p;  p <- p - lr u |p| / |u|
+
+    Norms of LARS and LAMB are those of each array; where one is 0, the ratio is 1.
 
     Args:
-        config: momentum, nesterov, weight_decay.
+        config: see `OptimizerConfig`.
         schedule: maps the step to the learning rate.
+        freeze: regular expression for the names of parameters that stay as they are.
     """
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay),
-        optax.trace(config.momentum, config.nesterov) if config.momentum else optax.identity(),
-        optax.scale_by_learning_rate(schedule),
-    )
+    mask = None if config.decay_norm_and_bias else _is_kernel
+    decay = config.weight_decay
+    if config.name == 'sgd':
+        optimizer = optax.chain(
+            optax.add_decayed_weights(decay, mask),
+            optax.trace(config.momentum, config.nesterov) if config.momentum else optax.identity(),
+            optax.scale_by_learning_rate(schedule),
+        )
+    elif config.name == 'lars':
+        optimizer = optax.lars(
+            schedule,
+            decay,
+            weight_decay_mask=mask or True,
+            trust_coefficient=config.trust_coefficient,
+            trust_ratio_mask=mask or True,
+            momentum=config.momentum,
+            nesterov=config.nesterov,
+        )
+    else:
+        make = {'adamw': optax.adamw, 'lamb': optax.lamb}[config.name]
+        optimizer = make(schedule, config.b1, config.b2, config.eps, weight_decay=decay, mask=mask)
+    if config.clip_norm:
+        optimizer = optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    if not freeze:
+        return optimizer
+
+    def kind(params: Any) -> Any:
+        return jax.tree.map(lambda frozen: 'frozen' if frozen else 'trained', frozen_mask(params, freeze))
+
+    return optax.multi_transform({'trained': optimizer, 'frozen': optax.set_to_zero()}, kind)
+
+
+def frozen_mask(params: Any, freeze: str) -> Any:
+    """Returns a tree like the parameters: whether `freeze` is found in each one's name, 'bn1/scale' say.
+
+    Raises:
+        InputError: it is found in none, or in all.
+    """
+
+    def is_frozen(path: Any, leaf: Any) -> bool:
+        del leaf
+        return re.search(freeze, '/'.join(key.key for key in path)) is not None
+
+    mask = jax.tree_util.tree_map_with_path(is_frozen, params)
+    found = jax.tree.leaves(mask)
+    if not any(found):
+        raise InputError(f'config.freeze={freeze!r} is found in the name of no parameter, as "bn1/scale"')
+    if all(found):
+        raise InputError(f'config.freeze={freeze!r} is found in the names of all parameters')
+    return mask
+
+
+def _is_kernel(params: Any) -> Any:
+    """Returns a tree like the parameters: false for what has one axis, BatchNorm's parameters and biases."""
+    return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
 def make_schedule(
@@ -30,11 +97,11 @@ def make_schedule(
     """Returns the learning rate as a function of the step.
 
     After a linear warm-up from lr / warm-up steps: 'constant' stays at lr; 'step' multiplies it by
-    `step_factor` every `step_epochs` epochs, counted from the start of training; 'cosine' goes down to 0 at
-    `total_steps` along half a cosine.
+    `step_factor` every `step_epochs` epochs, counted from the start of training; 'cosine' and 'linear' go
+    down to lr * `end_factor` at `total_steps`, along half a cosine or a line.
 
     Args:
-        config: name, warmup_epochs, step_epochs, step_factor.
+        config: name, warmup_epochs, step_epochs, step_factor, end_factor.
         lr: the peak.
         total_steps: length of the training.
         steps_per_epoch: need not be whole.
@@ -43,9 +110,10 @@ def make_schedule(
 
     def schedule(step):
         step = jnp.asarray(step, jnp.result_type(float))
-        if config.name == 'cosine':
-            progress = jnp.clip((step - warmup) / max(1, total_steps - warmup), 0, 1)
-            rate = lr * 0.5 * (1 + jnp.cos(jnp.pi * progress))
+        progress = jnp.clip((step - warmup) / max(1, total_steps - warmup), 0, 1)
+        falling = {'cosine': 0.5 * (1 + jnp.cos(jnp.pi * progress)), 'linear': 1 - progress}
+        if config.name in falling:
+            rate = lr * (config.end_factor + (1 - config.end_factor) * falling[config.name])
         elif config.name == 'step':
             rate = lr * config.step_factor ** jnp.floor(step / (config.step_epochs * steps_per_epoch))
         else:

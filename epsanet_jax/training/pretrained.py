@@ -29,26 +29,30 @@ class Weights:
         content: state dict and, from a run or a training script, its optimiser and epoch.
         metadata: from `metadata.make_metadata`.
         step: at which a run saved them, else 0.
+        averaged: whether they are a run's moving averages.
     """
 
     content: Checkpoint
     metadata: dict[str, Any]
     step: int = 0
+    averaged: bool = False
 
 
-def read(path: str, step: str = 'latest', model: ModelConfig | None = None) -> Weights:
+def read(path: str, step: str = 'latest', model: ModelConfig | None = None, ema: bool = True) -> Weights:
     """Reads a PyTorch or safetensors file, a workdir or an Orbax checkpoint.
 
     Args:
         path: of the file or folder.
         step: which checkpoint of a workdir.
         model: taken where the network cannot be found from the shapes of a weights file.
+        ema: whether to take the moving averages where a run kept any; without the optimizer's state, which
+            is not theirs.
 
     Raises:
         InputError: there is no such thing, or it is damaged, or of another network.
     """
     if not is_weights_file(path):
-        return _from_orbax(loading.load(path, step, with_momentum=True))
+        return _from_orbax(loading.load(path, step, with_momentum=True, ema=ema))
     content = read_checkpoint(path)
     content = dataclasses.replace(content, state_dict=strip_prefix(content.state_dict))
     if 'epsanet_jax' in content.metadata and model is None:
@@ -67,10 +71,10 @@ def read(path: str, step: str = 'latest', model: ModelConfig | None = None) -> W
     return Weights(content, make_metadata(settings, (), DataConfig(**preprocessing)))
 
 
-def load(path: str, step: str = 'latest') -> loading.Loaded:
+def load(path: str, step: str = 'latest', ema: bool = True) -> loading.Loaded:
     """Reads weights of any kind for use; see `read`."""
     if not is_weights_file(path):
-        return loading.load(path, step)
+        return loading.load(path, step, ema=ema)
     weights = read(path, step)
     model = model_of(weights)
     return loading.Loaded(model, from_torch(weights.content.state_dict, model), weights.metadata, 0)
@@ -84,7 +88,7 @@ def model_of(weights: Weights) -> EPSANet:
 
 def _from_orbax(loaded: loading.Loaded) -> Weights:
     config, optimizer = loaded.metadata['config'], None
-    if loaded.momentum is not None and config is not None:
+    if loaded.momentum is not None and config is not None and not loaded.averaged:
         group = {k: config['optimizer'][k] for k in ('momentum', 'weight_decay', 'nesterov')}
         group['lr'] = loaded.metadata.get('lr', config['optimizer']['lr'])
         optimizer = momentum_to_torch(loaded.momentum, loaded.model, group)
@@ -94,7 +98,7 @@ def _from_orbax(loaded: loading.Loaded) -> Weights:
         optimizer=optimizer,
         arch=loaded.metadata['model']['name'],
     )
-    return Weights(content, loaded.metadata, loaded.step)
+    return Weights(content, loaded.metadata, loaded.step, loaded.averaged)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,6 +155,8 @@ class Initial:
     def put_into(self, state: TrainState) -> TrainState:
         """Returns a fresh state with this in place of its own."""
         state = state.replace(params=self.variables['params'], batch_stats=self.variables['batch_stats'])
+        if state.ema is not None:
+            state = state.replace(ema=jax.tree.map(jnp.array, dict(self.variables)))
         if self.step is None:
             return state
         step = jnp.asarray(self.step, jnp.int32)

@@ -9,6 +9,7 @@ import jax
 from etils import epath
 from tqdm import tqdm
 
+from epsanet_jax.training.events import Events
 from epsanet_jax.training.paths import is_remote
 
 METRICS_FILE = 'metrics.jsonl'
@@ -53,13 +54,15 @@ class Report:
         step: at which the run starts or continues; lines of later steps, of which no checkpoint was left,
             are removed, since those steps are about to be made again.
         total: steps of the whole run.
+        tensorboard: whether to write events for TensorBoard too; only on a local disk.
     """
 
-    def __init__(self, workdir: epath.Path, step: int, total: int):
+    def __init__(self, workdir: epath.Path, step: int, total: int, tensorboard: bool = False):
         self._path, self._total = workdir / METRICS_FILE, total
         self._active = jax.process_index() == 0
         self._local = not is_remote(workdir)
         self.lines = [line for line in read_metrics(workdir) if line['step'] <= step]
+        self._events = Events(workdir, step) if tensorboard and self._active and self._local else None
         hide = not (self._active and sys.stderr.isatty())
         self._bar = tqdm(total=total, initial=step, unit='step', dynamic_ncols=True, disable=hide)
         self.flush()
@@ -120,7 +123,7 @@ class Report:
         self.say(text)
 
     def evaluation(self, step: int, means: dict[str, float], seconds: float) -> None:
-        """Records an evaluation: 'loss', 'top1', 'top5', 'examples' and, where there are any, 'skipped'."""
+        """Records an evaluation: 'loss', 'top1', 'top5', 'examples', and what more there is."""
         self._write({'split': 'eval', 'step': step, **means})
         self.flush()
         self.say(f'step {step}/{self._total} | {describe(means)} in {seconds:.1f} s')
@@ -129,6 +132,8 @@ class Report:
         """Writes metrics.jsonl whole."""
         if self._active:
             write_whole(self._path, ''.join(json.dumps(line) + '\n' for line in self.lines))
+        if self._events is not None:
+            self._events.flush()
 
     def before_checkpoint(self) -> None:
         """Writes metrics.jsonl where lines are not appended: a run goes on after those of its checkpoint."""
@@ -139,9 +144,13 @@ class Report:
         """Ends the progress bar and writes metrics.jsonl whole."""
         self._bar.close()
         self.flush()
+        if self._events is not None:
+            self._events.close()
 
     def _write(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
+        if self._events is not None:
+            self._events.write(line)
         if self._active and self._local:
             with self._path.open('a') as f:
                 f.write(json.dumps(line) + '\n')
@@ -150,9 +159,10 @@ class Report:
 def describe(means: dict[str, float]) -> str:
     """Returns an evaluation in words."""
     skipped = f', {means["skipped"]} skipped' if means.get('skipped') else ''
+    averaged = f' | EMA top-1 {means["ema_top1"]:.2%}' if 'ema_top1' in means else ''
     return (
         f'evaluation: loss {means["loss"]:.4f} | top-1 {means["top1"]:.2%} | top-5 {means["top5"]:.2%} '
-        f'of {means["examples"]} pictures{skipped}'
+        f'of {means["examples"]} pictures{skipped}{averaged}'
     )
 
 

@@ -13,12 +13,19 @@ from jax.sharding import Mesh
 
 from epsanet_jax.data.sources import Source
 from epsanet_jax.errors import InputError, one_line
-from epsanet_jax.models.epsanet import EPSANet
+from epsanet_jax.models.epsanet import MIN_SIZE, EPSANet
 from epsanet_jax.training import distributed, inputs, parallel, pretrained
 from epsanet_jax.training.checkpoint import FOLDER
-from epsanet_jax.training.config import Config, build_model, flatten, identity, mixing
+from epsanet_jax.training.config import (
+    Config,
+    build_model,
+    flatten,
+    identity,
+    mixing,
+    with_frozen_bn,
+)
 from epsanet_jax.training.metadata import make_metadata
-from epsanet_jax.training.optimizer import make_optimizer, make_schedule
+from epsanet_jax.training.optimizer import frozen_mask, make_optimizer, make_schedule
 from epsanet_jax.training.paths import resolve
 from epsanet_jax.training.pretrained import Initial, Start, Weights
 from epsanet_jax.training.report import write_whole
@@ -104,34 +111,12 @@ def prepare(config: Config, workdir: str) -> Run:
         InputError: something will not do; nothing has been compiled or written.
     """
     validate(config)
-    folder = resolve(workdir)
-    try:
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f'--workdir={workdir} is a file, not a folder')
-    except (ImportError, OSError) as e:  # what reaches a bucket is not installed, or it is not there
-        raise InputError(f'cannot reach --workdir={workdir}: {one_line(e)}') from e
+    folder = _folder(workdir)
     train_source, eval_source = inputs.open_splits(config.data)
-    classes = len(train_source.class_names)
-    if config.model.num_classes and config.model.num_classes < classes:
-        raise InputError(
-            f'the data has {classes} classes, more than config.model.num_classes={config.model.num_classes}'
-        )
-    model = build_model(config.model, classes)
-    microbatches = config.gradient_accumulation_steps
-    mesh = parallel.make_mesh(config.batch_size, model.bn_group, microbatches=microbatches)
-    at_once = config.batch_size // microbatches
-    if mixing(config) and at_once // mesh.size % 2:
-        raise InputError(
-            f'mixup and cutmix mix neighbours, and {at_once // mesh.size} rows a device at once are odd: '
-            f'batch_size {config.batch_size} on {mesh.size} devices'
-        )
-    _check_last_stage(config, model)
+    model = _model(config, len(train_source.class_names))
+    mesh = _mesh(config, model)
     fields = identity(config, train_source.fingerprint, model.num_classes)
-    shared = {k: v for k, v in flatten(config).items() if k not in _OF_A_HOST}
-    evaluated = [eval_source.fingerprint, len(eval_source)]
-    distributed.check_agreement(
-        {'configuration or data': [fields, shared, evaluated], 'workdir': str(folder)}
-    )
+    _check_processes(config, fields, eval_source, folder)
     _check_identity(folder, fields)
     distributed.check_shared(folder)
 
@@ -156,7 +141,7 @@ def prepare(config: Config, workdir: str) -> Run:
         model=model,
         mesh=mesh,
         schedule=schedule,
-        optimizer=make_optimizer(config.optimizer, schedule),
+        optimizer=make_optimizer(config.optimizer, schedule, config.freeze),
         metadata=make_metadata(
             dataclasses.replace(config.model, num_classes=model.num_classes),
             train_source.class_names,
@@ -173,6 +158,51 @@ def prepare(config: Config, workdir: str) -> Run:
     )
 
 
+def _folder(workdir: str) -> epath.Path:
+    folder = resolve(workdir)
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f'--workdir={workdir} is a file, not a folder')
+    except (ImportError, OSError) as e:  # what reaches a bucket is not installed, or it is not there
+        raise InputError(f'cannot reach --workdir={workdir}: {one_line(e)}') from e
+    return folder
+
+
+def _model(config: Config, classes: int) -> EPSANet:
+    if config.model.num_classes and config.model.num_classes < classes:
+        raise InputError(
+            f'the data has {classes} classes, more than config.model.num_classes={config.model.num_classes}'
+        )
+    model = build_model(with_frozen_bn(config), classes)
+    _check_last_stage(config, model)
+    if config.freeze:
+        images = jax.ShapeDtypeStruct((1, MIN_SIZE, MIN_SIZE, 3), model.dtype)
+        frozen_mask(jax.eval_shape(model.init, jax.random.key(0), images)['params'], config.freeze)
+    return model
+
+
+def _mesh(config: Config, model: EPSANet) -> Mesh:
+    microbatches = config.gradient_accumulation_steps
+    mesh = parallel.make_mesh(config.batch_size, model.bn_group, microbatches=microbatches)
+    rows = config.batch_size // microbatches // mesh.size
+    if mixing(config) and rows % 2:
+        raise InputError(
+            f'mixup and cutmix mix neighbours, and {rows} rows a device at once are odd: '
+            f'batch_size {config.batch_size} on {mesh.size} devices'
+        )
+    return mesh
+
+
+def _check_processes(
+    config: Config, fields: dict[str, Any], eval_source: Source, workdir: epath.Path
+) -> None:
+    shared = {k: v for k, v in flatten(config).items() if k not in _OF_A_HOST}
+    evaluated = [eval_source.fingerprint, len(eval_source)]
+    distributed.check_agreement(
+        {'configuration or data': [fields, shared, evaluated], 'workdir': str(workdir)}
+    )
+
+
 def _read_weights(config: Config, workdir: epath.Path) -> tuple[Weights | None, Start | None]:
     """Returns the weights to start from and, for `init_optimizer`, epoch and learning rate.
 
@@ -183,7 +213,7 @@ def _read_weights(config: Config, workdir: epath.Path) -> tuple[Weights | None, 
     if _has_checkpoint(workdir):
         start = json.loads((workdir / CONFIG_FILE).read_text()).get('start')
         return None, None if start is None else Start(**start)
-    weights = pretrained.read(config.init_from)
+    weights = pretrained.read(config.init_from, ema=not config.init_optimizer)
     if not config.init_optimizer:
         return weights, None
     return weights, pretrained.read_start(weights.content, config.init_from, config.optimizer)
@@ -199,7 +229,8 @@ def _peak(
 ) -> float:
     """Returns the schedule's peak: the configured one, or what gives a continued training its last rate."""
     if start is None or start_step is None:
-        return config.optimizer.lr
+        scale = config.batch_size / config.optimizer.lr_batch if config.optimizer.lr_batch else 1
+        return config.optimizer.lr * scale
     factor = make_schedule(config.schedule, 1.0, total, steps_per_epoch)(max(0, start_step - 1))
     return start.last_lr / np.asarray(factor).item()
 

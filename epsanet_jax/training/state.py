@@ -1,4 +1,4 @@
-"""What training changes: parameters, BatchNorm statistics, the optimizer's buffers, the step."""
+"""What training changes: parameters, BatchNorm statistics, averages, the optimizer's buffers, step."""
 
 from typing import Any
 
@@ -19,12 +19,14 @@ class TrainState:
         params: the model's parameters.
         batch_stats: BatchNorm's running statistics.
         opt_state: the optimizer's.
+        ema: moving averages of both, {'params', 'batch_stats'}; None if there are none.
     """
 
     step: jax.Array
     params: Any
     batch_stats: Any
     opt_state: Any
+    ema: Any = None
 
     @property
     def variables(self) -> dict[str, Any]:
@@ -33,7 +35,11 @@ class TrainState:
 
 
 def create_state(
-    model: EPSANet, optimizer: optax.GradientTransformation, key: jax.Array, image_size: int
+    model: EPSANet,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    image_size: int,
+    ema: bool = False,
 ) -> TrainState:
     """Initialises everything; to be called under `jax.jit` or `jax.eval_shape`.
 
@@ -42,6 +48,7 @@ def create_state(
         optimizer: its state is made for the parameters.
         key: random key of the initial parameters.
         image_size: height and width, pixels; does not change the parameters.
+        ema: whether moving averages are kept.
     """
     variables = model.init(key, jnp.zeros((1, image_size, image_size, 3), model.dtype))
     return TrainState(
@@ -49,4 +56,5 @@ def create_state(
         params=variables['params'],
         batch_stats=variables['batch_stats'],
         opt_state=optimizer.init(variables['params']),
+        ema=jax.tree.map(jnp.copy, dict(variables)) if ema else None,
     )

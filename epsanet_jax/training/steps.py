@@ -13,15 +13,22 @@ from epsanet_jax.data.augment import Mixing, mix, normalize, row_keys
 from epsanet_jax.models.dtypes import at_least_float32
 from epsanet_jax.models.epsanet import EPSANet
 from epsanet_jax.training import parallel
+from epsanet_jax.training.ema import update_average
 from epsanet_jax.training.loss import smoothed_cross_entropy, smoothed_targets
 from epsanet_jax.training.metrics import Sums, batch_sums
 from epsanet_jax.training.state import TrainState
+from epsanet_jax.training.stochastic_depth import draw_keep
 
 Batch = dict[str, jax.Array]
 
 
 def loss_and_updates(
-    model: EPSANet, params: Any, batch_stats: Any, images: jax.Array, targets: jax.Array
+    model: EPSANet,
+    params: Any,
+    batch_stats: Any,
+    images: jax.Array,
+    targets: jax.Array,
+    keep: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Any, jax.Array, jax.Array]]:
     """Returns the mean loss of a batch in training mode; differentiate with `has_aux=True`.
 
@@ -31,12 +38,13 @@ def loss_and_updates(
         batch_stats: BatchNorm's running statistics.
         images: [N, H, W, 3], normalised.
         targets: [N, K], each row's shares of the classes, from `loss.smoothed_targets`.
+        keep: [N, blocks], from `stochastic_depth.draw_keep`; None: every block is kept.
 
     Returns:
         The loss, and (new running statistics, losses [N], logits [N, K]).
     """
     variables = {'params': params, 'batch_stats': batch_stats}
-    logits, new = model.apply(variables, images, train=True, mutable=['batch_stats'])
+    logits, new = model.apply(variables, images, train=True, keep=keep, mutable=['batch_stats'])
     losses = optax.softmax_cross_entropy(logits, targets.astype(logits.dtype))
     return losses.mean(), (new['batch_stats'], losses, logits)
 
@@ -51,6 +59,9 @@ def make_train_step(
     std: Sequence[float],
     microbatches: int = 1,
     mixing: Mixing | None = None,
+    stochastic_depth: float = 0.0,
+    ema_decay: float = 0.0,
+    seed: int = 0,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """Returns the compiled step `(state, batch) -> (state, sums)` over all devices of the mesh.
 
@@ -61,7 +72,8 @@ def make_train_step(
 
     With several microbatches the arrays are [microbatches, N / microbatches, ...]; one after the other is
     computed, their gradients are added up, and the update is that of the whole batch, if each holds whole
-    BatchNorm groups. With `mixing` each device holds an even number of rows.
+    BatchNorm groups. With `mixing` each device holds an even number of rows. What is random is drawn for
+    each row from `seed`, step and place in the global batch. With `ema_decay` the state holds averages.
     """
     model = parallel.bind(model, mesh)
 
@@ -69,30 +81,37 @@ def make_train_step(
         images = normalize(batch['image'], mean, std, model.dtype)
         wide = at_least_float32(model.dtype)
         targets = smoothed_targets(batch['label'], model.num_classes, smoothing, wide)
+        keys = row_keys(seed, state.step, parallel.global_rows(len(targets), microbatch))
         if mixing is not None:
-            rows = parallel.global_rows(len(targets), microbatch)
-            keys = row_keys(mixing.seed, state.step, rows)
             images, targets = mix(images, targets, keys, mixing.mixup_alpha, mixing.cutmix_alpha)
+        keep = draw_keep(keys, stochastic_depth, sum(model.layers)) if stochastic_depth else None
 
         def loss_fn(params):
-            return loss_and_updates(model, params, state.batch_stats, images, targets)
+            return loss_and_updates(model, params, state.batch_stats, images, targets, keep)
 
         grads, (batch_stats, losses, logits) = jax.grad(loss_fn, has_aux=True)(state.params)
         sums = batch_sums(losses, logits, batch['label'], jnp.ones(losses.shape, bool))
-        return grads, batch_stats, _with_requests(sums, batch)
+        # What changes is averaged, so that what is frozen stays the same to the bit.
+        changes = jax.tree.map(jnp.subtract, batch_stats, state.batch_stats)
+        return grads, changes, _with_requests(sums, batch)
 
     def local_step(state: TrainState, batch: Batch) -> tuple[TrainState, Sums]:
         if microbatches == 1:
-            grads, batch_stats, sums = gradients(state, batch)
+            grads, changes, sums = gradients(state, batch)
         else:
-            grads, batch_stats, sums = _add_up(functools.partial(gradients, state), batch, microbatches)
-            grads, batch_stats = jax.tree.map(lambda a: a / microbatches, (grads, batch_stats))
+            grads, changes, sums = _add_up(functools.partial(gradients, state), batch, microbatches)
+            grads, changes = jax.tree.map(lambda a: a / microbatches, (grads, changes))
         # Every device holds as many rows, so the mean of the devices' means is the mean over the batch.
-        grads, batch_stats = parallel.mean((grads, batch_stats))
+        grads, changes = parallel.mean((grads, changes))
+        batch_stats = jax.tree.map(jnp.add, state.batch_stats, changes)
         sums = parallel.total(sums)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, batch_stats, opt_state), sums
+        ema = state.ema
+        if ema_decay:
+            new = {'params': params, 'batch_stats': batch_stats}
+            ema = update_average(ema, new, state.step, ema_decay)
+        return TrainState(state.step + 1, params, batch_stats, opt_state, ema), sums
 
     step = parallel.shard_step(local_step, mesh, replicated_args=1, microbatches=microbatches)
     copies, rows = parallel.replicated(mesh), parallel.by_rows(mesh, microbatches)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 import typing
 from typing import Any
 
@@ -22,7 +23,8 @@ def validate(config: Config) -> None:
     for field, choices in {
         'data.source': ('folder', 'records', 'tfds', 'synthetic'),
         'data.on_bad': ('stop', 'skip'),
-        'schedule.name': ('constant', 'step', 'cosine'),
+        'optimizer.name': ('sgd', 'adamw', 'lamb', 'lars'),
+        'schedule.name': ('constant', 'step', 'cosine', 'linear'),
         'model.dtype': tuple(DTYPES),
         'model.param_dtype': tuple(DTYPES),
     }.items():
@@ -34,6 +36,12 @@ def validate(config: Config) -> None:
             raise InputError(f'config.model.{field}=float64 needs the environment variable JAX_ENABLE_X64=1')
     if config.init_optimizer and not config.init_from:
         raise InputError('config.init_optimizer needs config.init_from=FILE')
+    if config.init_optimizer and (config.optimizer.name != 'sgd' or config.freeze):
+        raise InputError('config.init_optimizer is for config.optimizer.name=sgd without config.freeze')
+    try:
+        re.compile(config.freeze)
+    except re.error as e:
+        raise InputError(f'config.freeze must be a regular expression, got {config.freeze!r}: {e}') from e
     _validate_numbers(config)
     _validate_data(config.data)
     build_model(config.model, config.model.num_classes or 1)
@@ -83,18 +91,24 @@ def _validate_numbers(config: Config) -> None:
         'data.threads': 0,
         'data.max_bad_images': 0,
         'data.image_size': MIN_SIZE,
-        'data.resize_size': config.data.image_size,
+        'data.eval_image_size': MIN_SIZE if config.data.eval_image_size else 0,
+        'data.resize_size': config.data.size_in_use,
         'data.synthetic_examples': 1,
         'data.synthetic_classes': 1,
         'optimizer.lr': 0,
         'optimizer.momentum': 0,
         'optimizer.weight_decay': 0,
+        'optimizer.lr_batch': 0,
+        'optimizer.trust_coefficient': 0,
+        'optimizer.clip_norm': 0,
+        'profile.start': 0,
+        'profile.steps': 0,
         'schedule.warmup_epochs': 0,
         'checkpoint.every_steps': 0,
         'checkpoint.every_minutes': 0,
         'checkpoint.keep': 1,
     }
-    above = {'schedule.step_epochs': 0, 'schedule.step_factor': 0}
+    above = {'schedule.step_epochs': 0, 'schedule.step_factor': 0, 'optimizer.eps': 0}
     if not config.steps:
         above['epochs'] = 0
     flat = flatten(config)
@@ -106,11 +120,17 @@ def _validate_numbers(config: Config) -> None:
             raise InputError(f'config.{field} must be above {bound}, got {flat[field]}')
     if config.seed >= 2**32:
         raise InputError(f'config.seed must be below 2**32, got {config.seed}')
-    for field in ('label_smoothing', 'optimizer.momentum'):
+    shares = ('label_smoothing', 'stochastic_depth', 'ema_decay', 'schedule.end_factor')
+    for field in (*shares, 'optimizer.momentum', 'optimizer.b1', 'optimizer.b2'):
         if not 0 <= flat[field] < 1:
             raise InputError(f'config.{field} must be in [0, 1), got {flat[field]}')
-    if config.optimizer.nesterov and not config.optimizer.momentum:
-        raise InputError('config.optimizer.nesterov needs config.optimizer.momentum above 0')
+    if config.optimizer.nesterov and (
+        not config.optimizer.momentum or config.optimizer.name not in ('sgd', 'lars')
+    ):
+        raise InputError(
+            'config.optimizer.nesterov needs config.optimizer.name=sgd or lars, and momentum above 0, got '
+            f'{config.optimizer.name} and {config.optimizer.momentum}'
+        )
 
 
 def _validate_data(data: DataConfig) -> None:

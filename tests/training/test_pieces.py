@@ -10,10 +10,9 @@ import torch
 
 from epsanet_jax import InputError
 from epsanet_jax.training import config as configs
-from epsanet_jax.training.config import Config, OptimizerConfig, ScheduleConfig
+from epsanet_jax.training.config import Config
 from epsanet_jax.training.loss import smoothed_cross_entropy
 from epsanet_jax.training.metrics import averages, batch_sums
-from epsanet_jax.training.optimizer import make_optimizer, make_schedule
 from epsanet_jax.training.validation import validate
 
 
@@ -52,38 +51,6 @@ def test_no_credit_for_constant_or_broken_logits():
 def test_top_5_of_3_classes_is_top_3():
     sums = batch_sums(jnp.zeros(2), jnp.zeros((2, 3)), jnp.array([0, 2]), jnp.ones(2, bool))
     assert sums['top5'] == 2
-
-
-@pytest.mark.parametrize(('momentum', 'nesterov'), [(0.0, False), (0.9, False), (0.9, True)])
-def test_twenty_updates_are_pytorch_s(rng, momentum, nesterov):
-    start, targets = rng.standard_normal((3, 4)), rng.standard_normal((20, 3, 4))
-    parameter = torch.nn.Parameter(torch.from_numpy(start))
-    sgd = torch.optim.SGD([parameter], lr=0.1, momentum=momentum, nesterov=nesterov, weight_decay=0.05)
-    steps = torch.optim.lr_scheduler.StepLR(sgd, 7, 0.1)
-    config = OptimizerConfig(0.1, momentum, nesterov, 0.05)
-    optimizer = make_optimizer(config, make_schedule(ScheduleConfig('step', 0, 7, 0.1), 0.1, 20, 1))
-    params = jnp.asarray(start)
-    state = optimizer.init(params)
-    for target in targets:
-        sgd.zero_grad()
-        ((parameter - torch.from_numpy(target)) ** 2).sum().backward()
-        sgd.step()
-        steps.step()
-        updates, state = optimizer.update(2 * (params - target), state, params)
-        params = params + updates
-    np.testing.assert_allclose(params, parameter.detach(), rtol=1e-12)
-
-
-def test_schedules_at_their_corners():
-    def rates(config, at, total=100):
-        return [float(make_schedule(config, 0.4, total, 2.0)(step)) for step in at]
-
-    assert rates(ScheduleConfig('constant'), [0, 99]) == pytest.approx([0.4, 0.4])
-    step = ScheduleConfig('step', warmup_epochs=0, step_epochs=30, step_factor=0.1)
-    assert rates(step, [0, 59, 60, 119, 120]) == pytest.approx([0.4, 0.4, 0.04, 0.04, 0.004])
-    cosine = ScheduleConfig('cosine', warmup_epochs=5)
-    assert rates(cosine, [0, 4, 9, 10, 55, 100]) == pytest.approx([0.04, 0.2, 0.4, 0.4, 0.2, 0.0])
-    assert rates(ScheduleConfig('step', warmup_epochs=1), [0, 1, 2]) == pytest.approx([0.2, 0.4, 0.4])
 
 
 def changed(**fields):

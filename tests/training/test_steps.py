@@ -14,9 +14,11 @@ from epsanet_jax import InputError
 from epsanet_jax.data.augment import Mixing, mix, normalize, row_keys
 from epsanet_jax.training import parallel, steps
 from epsanet_jax.training.config import OptimizerConfig, ScheduleConfig
+from epsanet_jax.training.ema import update_average
 from epsanet_jax.training.loss import smoothed_targets
 from epsanet_jax.training.optimizer import make_optimizer, make_schedule
 from epsanet_jax.training.state import TrainState, create_state
+from epsanet_jax.training.stochastic_depth import draw_keep
 
 MEAN, STD, SMOOTHING = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), 0.1
 F64 = {'dtype': jnp.float64, 'param_dtype': jnp.float64}
@@ -34,13 +36,23 @@ def batch(rng, n=16, size=32):
     return {'image': images, 'label': (np.arange(n) % 7).astype(np.int32)}
 
 
-def fresh_state(model):
+def fresh_state(model, ema=False):
     variables = small.random_variables(model)
     state = TrainState(jnp.zeros((), jnp.int32), **variables, opt_state=OPTIMIZER.init(variables['params']))
+    state = state.replace(ema=variables) if ema else state
     return jax.tree.map(jnp.array, state)
 
 
-def sharded(model, data, devices, n_steps=2, microbatches=1, mixing=None):
+# What is random, and averages.
+OPTIONS = {
+    'mixing': Mixing(mixup_alpha=0.4, cutmix_alpha=1.0),
+    'stochastic_depth': 0.5,
+    'ema_decay': 0.9,
+    'seed': 3,
+}
+
+
+def sharded(model, data, devices, n_steps=2, microbatches=1, **options):
     mesh = parallel.make_mesh(len(data['label']), model.bn_group, devices, microbatches)
     step = steps.make_train_step(
         model,
@@ -50,34 +62,39 @@ def sharded(model, data, devices, n_steps=2, microbatches=1, mixing=None):
         mean=MEAN,
         std=STD,
         microbatches=microbatches,
-        mixing=mixing,
+        **options,
     )
-    state = jax.device_put(fresh_state(model), parallel.replicated(mesh))
+    state = jax.device_put(fresh_state(model, 'ema_decay' in options), parallel.replicated(mesh))
     for _ in range(n_steps):
         state, sums = step(state, parallel.to_devices(data, mesh, microbatches))
     return state, sums
 
 
-def by_hand(model, data, n_steps=2, mixing=None):
+def by_hand(model, data, n_steps=2, mixing=None, stochastic_depth=0.0, ema_decay=0.0, seed=0):
     """The same without a mesh, from the pieces a researcher would use."""
     images = normalize(data['image'], MEAN, STD, jnp.float64)
     targets = smoothed_targets(data['label'], model.num_classes, SMOOTHING, jnp.float64)
 
     @jax.jit
     def step(state):
-        x, y = images, targets
+        x, y, keep = images, targets, None
+        keys = row_keys(seed, state.step, jnp.arange(len(y)))
         if mixing is not None:
-            keys = row_keys(mixing.seed, state.step, jnp.arange(len(y)))
             x, y = mix(x, y, keys, mixing.mixup_alpha, mixing.cutmix_alpha)
+        if stochastic_depth:
+            keep = draw_keep(keys, stochastic_depth, sum(model.layers))
 
         def loss(params):
-            return steps.loss_and_updates(model, params, state.batch_stats, x, y)
+            return steps.loss_and_updates(model, params, state.batch_stats, x, y, keep)
 
         gradients, (stats, _, _) = jax.grad(loss, has_aux=True)(state.params)
         updates, opt_state = OPTIMIZER.update(gradients, state.opt_state, state.params)
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), stats, opt_state)
+        params = optax.apply_updates(state.params, updates)
+        new = {'params': params, 'batch_stats': stats}
+        ema = update_average(state.ema, new, state.step, ema_decay) if ema_decay else None
+        return TrainState(state.step + 1, params, stats, opt_state, ema)
 
-    state = fresh_state(model)
+    state = fresh_state(model, ema_decay > 0)
     for _ in range(n_steps):
         state = step(state)
     return state
@@ -109,11 +126,10 @@ def test_microbatches_make_the_update_of_the_batch(rng, devices, bn_group, micro
 
 
 @pytest.mark.parametrize(('devices', 'microbatches'), [(8, 1), (4, 4), (1, 2)])
-def test_what_is_mixed_does_not_depend_on_devices_and_microbatches(rng, devices, microbatches):
+def test_what_is_random_does_not_depend_on_devices_and_microbatches(rng, devices, microbatches):
     model, data = net(bn_group=4, **F64), batch(rng, n=32, size=32)
-    mixing = Mixing(mixup_alpha=0.4, cutmix_alpha=1.0, seed=3)
-    state, _ = sharded(model, data, jax.devices()[:devices], microbatches=microbatches, mixing=mixing)
-    chex.assert_trees_all_close(state, by_hand(model, data, mixing=mixing), rtol=1e-10, atol=1e-10)
+    state, _ = sharded(model, data, jax.devices()[:devices], microbatches=microbatches, **OPTIONS)
+    chex.assert_trees_all_close(state, by_hand(model, data, **OPTIONS), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize(

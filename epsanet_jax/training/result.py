@@ -1,0 +1,72 @@
+"""How a run ended."""
+
+import dataclasses
+import datetime
+import shlex
+from typing import Any
+
+from epsanet_jax.training.checkpoint import FOLDER
+from epsanet_jax.training.metrics import best_by
+from epsanet_jax.training.report import describe, read_metrics
+from epsanet_jax.training.setup import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        step: updates made.
+        last: the last evaluation, a line of metrics.jsonl.
+        best: the evaluation with the highest top-1, of the averages where there are any (the latest of
+            equals), likewise.
+        workdir: of the run.
+        seconds: that the steps took, without compiling and pauses, interruptions taken together; None if no
+            line of metrics knows.
+        images_per_s: during these.
+    """
+
+    step: int
+    last: dict[str, Any]
+    best: dict[str, Any]
+    workdir: str
+    seconds: float | None
+    images_per_s: float | None
+
+    def __str__(self) -> str:
+        lines = [f'finished at step {self.step}, {describe(self.last)}']
+        best = f'top-1 {best_by(self.best):.2%} at step {self.best["step"]}'
+        lines.append(f'best: {best} ({self.workdir}/{FOLDER}/{self.best["step"]})')
+        if self.seconds is not None:
+            duration = datetime.timedelta(seconds=round(self.seconds))
+            lines.append(f'time: {duration} of training steps, {self.images_per_s:.1f} images/s')
+        lines.append(f'workdir: {self.workdir} (config.json, metrics.jsonl, checkpoints/)')
+        workdir = shlex.quote(self.workdir)
+        lines.append(f'evaluate it: epsanet evaluate {workdir} --step best')
+        lines.append(f'see the curves: epsanet plot {workdir}')
+        return '\n'.join(lines)
+
+
+def make_result(run: Run, step: int) -> Result:
+    """Reads from metrics.jsonl how a run ended, which a finished one tells again in the same words."""
+    lines = read_metrics(run.workdir)
+    evaluations = [line for line in lines if line['split'] == 'eval']
+    best = max(evaluations, key=lambda line: (best_by(line), line['step']))
+    seconds, images = 0.0, 0
+    before = 0
+    for line in lines:
+        if line['split'] != 'train':
+            continue
+        if line['images_per_s']:
+            made = (line['step'] - before) * run.config.batch_size
+            images, seconds = images + made, seconds + made / line['images_per_s']
+        before = line['step']
+    known = seconds > 0
+    return Result(
+        step,
+        evaluations[-1],
+        best,
+        str(run.workdir),
+        seconds if known else None,
+        images / seconds if known else None,
+    )

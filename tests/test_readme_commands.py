@@ -1,0 +1,82 @@
+"""The commands of the README on training, as they stand there, on a small network and few pictures."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+from test_readme import README
+
+SMALL = [
+    '--config.model.layers=(1,1)',
+    '--config.model.planes=(8,16)',
+    '--config.model.expansion=2',
+    '--config.model.groups=(1,2,2,2)',
+    '--config.model.reduction=2',
+    '--config.data.image_size=32',
+    '--config.data.resize_size=36',
+    '--config.batch_size=8',
+    '--config.steps=4',
+    '--config.log_every_steps=2',
+]
+
+
+def commands():
+    """The indented lines of the section, continued lines joined, comments left out."""
+    section = README.read_text().split('## Train on your own folder')[1].split('\n## ')[0]
+    joined = section.replace('\\\n', ' ')
+    lines = [line.strip() for line in joined.splitlines() if line.startswith('    ')]
+    return [line for line in lines if re.match(r'(python train\.py|epsanet (plot|evaluate)) ', line)]
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """Pictures of two classes, and a PyTorch checkpoint of a network with three."""
+    import torch
+
+    import epsanet_jax
+    from epsanet_jax.convert.torch_model import EPSANet
+
+    folder, rng = tmp_path_factory.mktemp('place'), np.random.default_rng(0)
+    for split in ('train', 'val'):
+        for i in range(16):
+            path = folder / 'pictures' / split / 'ab'[i % 2] / f'{i}.jpg'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(rng.integers(0, 256, (48, 40, 3), dtype=np.uint8)).save(path)
+    model = epsanet_jax.create_model(
+        'epsanet50_small', num_classes=3, layers=(1, 1), planes=(8, 16), expansion=2, groups=(1, 2, 2, 2),
+        reduction=2,
+    )  # fmt: skip
+    torch.save({'state_dict': EPSANet(model).state_dict()}, folder / 'checkpoint.pth.tar')
+    for name in ('train.py', 'configs'):
+        os.symlink(README.parent / name, folder / name)
+    return folder
+
+
+def test_each_command_does_what_the_readme_says(place):
+    said = {}
+    for command in commands():
+        words = shlex.split(command, comments=True)
+        if words[0] == 'python':
+            words = [sys.executable, *words[1:], *SMALL]
+        else:
+            words = [sys.executable, '-m', 'epsanet_jax', *words[1:]]
+        environment = {**os.environ, 'PYTHONPATH': str(README.parent), 'XLA_FLAGS': ''}
+        done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, (command, done.stderr)
+        said[command] = done.stdout
+    assert len(said) == 5
+    scratch, plot, evaluate, tuned, head = said.values()
+    assert 'finished at step 4' in scratch
+    assert re.search(r'best: top-1 [\d.]+% at step \d \(runs/pets/checkpoints/\d\)', scratch)
+    assert 'evaluate it: epsanet evaluate runs/pets --step best' in scratch
+    assert 'written: runs/pets/curves.png' in plot
+    assert 'of 16 pictures' in evaluate
+    for text in (tuned, head):
+        assert 'checkpoint.pth.tar: classifier of 3 classes replaced by a new one of 2' in text
+    assert (place / 'runs/pets/curves.png').stat().st_size > 10_000
+    assert any((place / 'runs/pets/tensorboard').iterdir())

@@ -1,0 +1,65 @@
+"""Every recipe is built, checked, and its training step lowered without data."""
+
+import pathlib
+import re
+import runpy
+
+import jax
+import pytest
+
+from epsanet_jax.training import parallel
+from epsanet_jax.training.compilation import trace_train_step
+from epsanet_jax.training.config import build_model, with_frozen_bn
+from epsanet_jax.training.optimizer import make_optimizer, make_schedule
+from epsanet_jax.training.state import create_state
+from epsanet_jax.training.validation import validate
+
+ROOT = pathlib.Path(__file__).parents[1]
+RECIPES = sorted(path.name for path in (ROOT / 'configs').glob('*.py'))
+LOWERED = [
+    'digits.py',
+    'image_folder.py',
+    'image_folder.py:finetune',
+    'imagenet.py',
+    'imagenet_modern.py',
+    'tpu_pod.py',
+    *(
+        pytest.param(f'imagenet.py:{name}', marks=pytest.mark.slow)
+        for name in ('epsanet50_large', 'epsanet101_small', 'epsanet101_large')
+    ),
+]
+
+
+def load(recipe):
+    name, _, argument = recipe.partition(':')
+    get_config = runpy.run_path(str(ROOT / 'configs' / name))['get_config']
+    config = get_config(argument) if argument else get_config()
+    config.data.dir = config.data.dir or 'pictures'
+    return config
+
+
+@pytest.mark.parametrize('recipe', LOWERED)
+def test_the_step_of_a_recipe_is_lowered(recipe):
+    config = load(recipe)
+    validate(config)
+    model = build_model(with_frozen_bn(config), 10 if 'digits' in recipe else 1000)
+    mesh = parallel.make_mesh(config.batch_size, model.bn_group)
+    schedule = make_schedule(config.schedule, config.optimizer.lr, 100, 10)
+    optimizer, ema = make_optimizer(config.optimizer, schedule, config.freeze), config.ema_decay > 0
+    state = jax.eval_shape(lambda key: create_state(model, optimizer, key, 64, ema), jax.random.key(0))
+    lowered = trace_train_step(config, model, optimizer, mesh, state).lower()
+    new, sums = lowered.out_info
+    assert jax.tree.map(lambda a: a.shape, new) == jax.tree.map(lambda a: a.shape, state)
+    assert sums['loss'].shape == ()
+
+
+def test_every_recipe_is_among_them():
+    assert {name.partition(':')[0] for name in LOWERED if isinstance(name, str)} == set(RECIPES)
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_a_recipe_says_how_to_run_it_and_what_to_expect(recipe):
+    header = (ROOT / 'configs' / recipe).read_text().split('"""')[1]
+    assert re.search(rf'Command.*: python train\.py --config=configs/{recipe}', header)
+    for field in ('Hardware: ', 'Expected result: '):
+        assert field in header

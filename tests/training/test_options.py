@@ -1,0 +1,181 @@
+"""Options of training: moving averages, stochastic depth, freezing, other sizes, all of them at once."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+from test_loop import lines, recipe, saved_state
+
+from epsanet_jax import InputError
+from epsanet_jax.data.augment import row_keys
+from epsanet_jax.training import loop, pretrained
+from epsanet_jax.training.config import (
+    CheckpointConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ScheduleConfig,
+)
+from epsanet_jax.training.ema import update_average
+from epsanet_jax.training.loading import load
+from epsanet_jax.training.stochastic_depth import draw_keep
+
+
+@pytest.mark.parametrize(('steps', 'cut_at'), [(8, 3), pytest.param(200, 73, marks=pytest.mark.slow)])
+def test_everything_switched_on_and_interrupted_equals_uninterrupted(tmp_path, steps, cut_at):
+    config = recipe(
+        steps=steps,
+        log_every_steps=4,
+        eval_every_epochs=0.0,
+        gradient_accumulation_steps=2,
+        mixup_alpha=0.2,
+        cutmix_alpha=1.0,
+        stochastic_depth=0.3,
+        ema_decay=0.99,
+        model=ModelConfig(
+            layers=(1, 1), planes=(8, 16), expansion=2, groups=(1, 2, 2, 2), reduction=2, bn_group=8,
+            dtype='bfloat16', remat=True,
+        ),
+        data=DataConfig(
+            source='synthetic', image_size=32, resize_size=32, synthetic_examples=64, randaugment_ops=2,
+            color_jitter=(0.4, 0.4, 0.4, 0.1), random_erasing=0.5,
+        ),
+        optimizer=OptimizerConfig(0.003, name='adamw', weight_decay=0.05, clip_norm=1.0),
+        schedule=ScheduleConfig('constant', warmup_epochs=3),
+    )  # fmt: skip
+    config.batch_size = 32
+    loop.train(config, str(tmp_path / 'whole'))
+    for until in (cut_at, steps):
+        config.steps = until
+        loop.train(config, str(tmp_path / 'cut'))
+    whole, cut = (saved_state(tmp_path / name, steps) for name in ('whole', 'cut'))
+    chex.assert_trees_all_equal(cut, whole)
+    averages = [load(str(tmp_path / name)) for name in ('whole', 'cut')]
+    assert all(loaded.averaged for loaded in averages)
+    chex.assert_trees_all_equal(*(loaded.variables for loaded in averages))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(whole['model']))
+    losses = [line['loss'] for line in lines(tmp_path / 'whole') if line['split'] == 'train']
+    assert losses[-1] < losses[0]
+
+
+def test_both_sets_are_evaluated_and_the_averages_are_what_is_used(tmp_path):
+    config = recipe(ema_decay=0.9, steps=4, eval_every_epochs=0.0)
+    result = loop.train(config, str(tmp_path))
+    assert {'ema_loss', 'ema_top1', 'ema_top5'} <= set(result.last)
+    assert result.last['ema_loss'] != result.last['loss']
+    averages, raw = (load(str(tmp_path), ema=ema) for ema in (True, False))
+    assert (averages.averaged, raw.averaged) == (True, False)
+    assert not np.allclose(
+        averages.variables['params']['conv1']['kernel'], raw.variables['params']['conv1']['kernel']
+    )
+    weights = pretrained.read(str(tmp_path))
+    assert weights.content.optimizer is None  # it is of the others
+    assert pretrained.read(str(tmp_path), ema=False).content.optimizer is not None
+
+
+def test_an_average_by_its_formula():
+    average, decay = 3.0, 0.9
+    tree = {'a': jnp.asarray(average)}
+    for step, value in enumerate([1.0, 2.0, -1.0, 0.5] * 30):
+        share = min(decay, (1 + step) / (10 + step))
+        average = share * average + (1 - share) * value
+        tree = update_average(tree, {'a': jnp.asarray(value)}, jnp.asarray(step), decay)
+    assert float(tree['a']) == pytest.approx(average, rel=1e-12)
+
+
+def test_blocks_are_skipped_by_row_and_more_often_the_deeper_they_are():
+    keys = row_keys(0, 5, jnp.arange(4000))
+    keep = np.asarray(draw_keep(keys, 0.6, 4))
+    np.testing.assert_allclose((keep == 0).mean(axis=0), [0, 0.2, 0.4, 0.6], atol=0.03)
+    np.testing.assert_allclose(keep.mean(axis=0), 1, atol=0.08)
+    np.testing.assert_array_equal(draw_keep(keys[7:9], 0.6, 4), keep[7:9])
+
+
+def test_a_skipped_block_is_its_shortcut(rng):
+    model = small.model(layers=(2, 1), planes=(8, 16))
+    variables, images = small.random_variables(model), small.images(rng)
+
+    def run(keep):
+        return model.apply(variables, images, keep=jnp.asarray(keep), method='features')
+
+    kept = run(np.ones((2, 3)))
+    chex.assert_trees_all_equal(kept, model.apply(variables, images, method='features'))
+    one = run([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+    first = small.model(layers=(1, 1), planes=(8, 16))
+    outputs = first.apply(_without(variables, 'layer1_1'), images, method='features')
+    np.testing.assert_allclose(one['layer1'][0], outputs['layer1'][0], rtol=1e-6)
+    np.testing.assert_allclose(one['layer1'][1], kept['layer1'][1], rtol=1e-6)
+
+
+def _without(variables, name):
+    return {k: {n: v for n, v in tree.items() if n != name} for k, tree in variables.items()}
+
+
+def test_frozen_batchnorms_keep_to_their_statistics(rng):
+    images = small.images(rng, n=4)
+    for pattern, frozen in (('^bn1|^layer1', {'bn1', 'layer1_0', 'layer1_1'}), ('.', None), ('', set())):
+        model = small.model(frozen_bn=pattern)
+        variables = small.random_variables(model)
+        logits, new = model.apply(variables, images, train=True, mutable=['batch_stats'])
+        for name, before in variables['batch_stats'].items():
+            same = chex_equal(new['batch_stats'][name], before)
+            assert same == (frozen is None or name in frozen), (pattern, name)
+        if frozen is None:
+            np.testing.assert_array_equal(logits, model.apply(variables, images))
+
+
+def chex_equal(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+
+def test_fine_tuning_a_part_at_another_size(tmp_path):
+    """Other classes, larger pictures, the stem and the first stage as they were; class names are kept."""
+    loop.train(recipe(steps=3, eval_every_epochs=0.0), str(tmp_path / 'first'))
+    config = recipe(
+        steps=3,
+        eval_every_epochs=0.0,
+        init_from=str(tmp_path / 'first'),
+        freeze='^conv1|^bn1|^layer1',
+        data=DataConfig(
+            source='synthetic', image_size=40, eval_image_size=48, resize_size=56, synthetic_examples=64,
+            synthetic_classes=3,
+        ),
+    )  # fmt: skip
+    loop.train(config, str(tmp_path / 'second'))
+    before, after = (load(str(tmp_path / name)) for name in ('first', 'second'))
+    for collection in ('params', 'batch_stats'):
+        for name, old in before.variables[collection].items():
+            if name != 'fc':
+                same = chex_equal(old, after.variables[collection][name])
+                assert same == name.startswith(('conv1', 'bn1', 'layer1')), (collection, name)
+    assert after.metadata['class_names'] == ['class0', 'class1', 'class2']
+    assert after.metadata['preprocessing']['image_size'] == 48
+    assert after.variables['params']['fc']['kernel'].shape[-1] == 3
+
+
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'freeze': '('}, r"config.freeze must be a regular expression, got '\('"),
+        ({'freeze': 'conv9'}, "config.freeze='conv9' is found in the name of no parameter"),
+        ({'init_from': 'x', 'init_optimizer': True, 'freeze': 'fc'}, 'config.init_optimizer is for'),
+        ({'optimizer': OptimizerConfig(name='adam')}, "config.optimizer.name must be one of .* got 'adam'"),
+        ({'optimizer': OptimizerConfig(name='adamw', nesterov=True)}, 'config.optimizer.nesterov needs'),
+        ({'ema_decay': 1.0}, r'config.ema_decay must be in \[0, 1\), got 1.0'),
+        ({'stochastic_depth': -0.1}, r'config.stochastic_depth must be in \[0, 1\), got -0.1'),
+    ],
+)
+def test_options_that_cannot_be_are_refused(tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        loop.train(recipe(**changes), str(tmp_path / 'run'))
+    assert not (tmp_path / 'run').exists()
+
+
+def test_the_rate_is_scaled_with_the_batch_where_asked(tmp_path):
+    constant, checkpoint = ScheduleConfig('constant'), CheckpointConfig(every_minutes=0)
+    config = recipe(steps=1, schedule=constant, checkpoint=checkpoint, log_every_steps=1)
+    config.optimizer = OptimizerConfig(0.1, lr_batch=64)
+    loop.train(config, str(tmp_path))
+    assert lines(tmp_path)[0]['lr'] == pytest.approx(0.1 * 16 / 64)
