@@ -62,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
 def _add_summary(commands: Any) -> None:
     summary = commands.add_parser(
         'summary',
-        help='parameters and multiply-adds of a network',
-        description='Shows parameters and multiply-adds of a network, stage by stage.',
+        help='parameters, multiply-adds and activations of a network',
+        description='Shows parameters, multiply-adds and activation memory of a network, stage by stage.',
         epilog='example: epsanet summary epsanet50_small',
     )
     summary.add_argument('name', metavar='NAME', help='a model, as in epsanet_jax.list_models()')
@@ -220,18 +220,21 @@ def _summary(args: argparse.Namespace) -> None:
     if args.image_size < MIN_SIZE:
         raise InputError(f'--image-size must be at least {MIN_SIZE}, got {args.image_size}')
     rows = summarize(create_model(args.name, num_classes=args.num_classes), args.image_size)
-    counts = ('params', 'multiply_adds', 'published_count')
+    counts = ('params', 'multiply_adds', 'published_count', 'activation_bytes')
     total = {field: sum(getattr(row, field) for row in rows) for field in counts}
     if args.json:
         content = {'model': args.name, 'image_size': args.image_size, **total}
         print(json.dumps({**content, 'stages': [dataclasses.asdict(row) for row in rows]}, indent=2))
         return
     print(f'{args.name}, {args.num_classes} classes, {args.image_size}x{args.image_size} pixels\n')
-    print(f'{"stage":<8}{"output":>18}{"parameters":>14}{"multiply-adds":>18}')
+    print(f'{"stage":<8}{"output":>18}{"parameters":>14}{"multiply-adds":>18}{"activations":>14}')
     for row in rows:
         shape = ' x '.join(map(str, row.output))
-        print(f'{row.stage:<8}{shape:>18}{row.params:>14,}{row.multiply_adds:>18,}')
-    print(f'{"total":<8}{"":>18}{total["params"]:>14,}{total["multiply_adds"]:>18,}\n')
+        memory = f'{row.activation_bytes / 2**20:.2f} MiB'
+        print(f'{row.stage:<8}{shape:>18}{row.params:>14,}{row.multiply_adds:>18,}{memory:>14}')
+    memory = f'{total["activation_bytes"] / 2**20:.2f} MiB'
+    print(f'{"total":<8}{"":>18}{total["params"]:>14,}{total["multiply_adds"]:>18,}{memory:>14}\n')
+    print('activations: what convolutions, BatchNorms and the classifier give for one picture, in float32')
     print(f"by the paper's count, 2 more for each BatchNorm output: {total['published_count']:,}")
     variant = get_variant(args.name)
     if variant.published_params:

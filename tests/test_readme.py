@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import runpy
 
 import pytest
 
@@ -31,7 +32,7 @@ def test_the_table_of_variants_is_true():
     from epsanet_jax.models import create_model, get_variant
 
     lines = [line for line in README.read_text().splitlines() if re.match(r'\| `\w+` \|', line)]
-    assert len(lines) == 6
+    assert len(lines) == 8
     for line in lines:
         name, params, multiply_adds, published, accuracy = (c.strip(' `') for c in line.split('|')[1:-1])
         summary = summarize(create_model(name))
@@ -41,3 +42,10 @@ def test_the_table_of_variants_is_true():
         if variant.published_flops:
             assert published == f'{variant.published_flops} G'
             assert accuracy == f'{variant.published_top1} / {variant.published_top5}'
+
+
+@pytest.mark.slow
+def test_the_page_of_the_variants_is_what_its_script_writes():
+    path = README.parent / 'benchmarks' / 'variants.py'
+    written = '\n'.join(runpy.run_path(str(path))['lines']()) + '\n'
+    assert (README.parent / 'docs' / 'variants.md').read_text() == written

@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of a network, stage by stage."""
+"""Parameters, multiply-adds and activations of a network, stage by stage."""
 
 import dataclasses
 import math
@@ -22,6 +22,8 @@ class Row:
         params: number of parameters.
         multiply_adds: of convolutions and linear layers, for one image.
         published_count: multiply_adds plus 2 for each element that BatchNorm gives, as the paper counts.
+        activation_bytes: of what convolutions, BatchNorms and the linear layer give for one image, in the
+            model's dtype: about what a training step keeps for the backward pass.
     """
 
     stage: str
@@ -29,6 +31,7 @@ class Row:
     params: int = 0
     multiply_adds: int = 0
     published_count: int = 0
+    activation_bytes: int = 0
 
 
 def summarize(model: EPSANet, image_size: int = 224) -> list[Row]:
@@ -48,6 +51,8 @@ def summarize(model: EPSANet, image_size: int = 224) -> list[Row]:
         top = module.path[0].split('_')[0]
         stage = 'stem' if top in ('conv1', 'bn1') else top
         row = rows.setdefault(stage, Row(stage))
+        if isinstance(module, Conv | Linear | BatchNorm):
+            row.activation_bytes += out.size * out.dtype.itemsize
         if isinstance(module, Conv | Linear):
             kernel = module.variables['params']['kernel']
             row.multiply_adds += math.prod(out.shape[:-1]) * kernel.size

@@ -33,8 +33,12 @@ def infer_settings(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(
             f'not the state dict of an EPSANet: {str(e) or "its shapes"} does not fit; it holds {some} ...'
         ) from e
-    middle = settings.pop('middle')
-    candidates = {name: v for name, v in VARIANTS.items() if v.middle == middle}
+    kind = settings.pop('middle'), settings.pop('use_se')
+    candidates = {name: v for name, v in VARIANTS.items() if (v.middle, v.use_se) == kind}
+    if not candidates:
+        raise InputError(
+            'a pyramid and a squeeze-and-excitation module in one block: no network of this package'
+        )
 
     def distance(name: str) -> int:
         return sum(getattr(candidates[name], f) != settings.get(f) for f in _STRUCTURE if f in settings)
@@ -58,7 +62,7 @@ def differences(settings: Mapping[str, Any], model: EPSANet) -> str:
         return ''
     fields = ('middle', *_STRUCTURE, 'reduction', 'psa_bias', 'num_classes')
     if meant.middle != 'psa':
-        fields = ('middle', 'layers', 'planes', 'expansion', 'num_classes')
+        fields = ('middle', 'use_se', 'layers', 'planes', 'expansion', 'num_classes')
     if all(getattr(meant, f) == getattr(model, f) for f in fields):
         return ''
     overrides = ', '.join(f'{k}={v}' for k, v in settings.items() if k != 'name')
@@ -77,8 +81,11 @@ def _read_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         'planes': planes,
         'expansion': shapes['layer1.0.conv3.weight'][0] // planes[0],
         'middle': 'conv3x3' if 'layer1.0.conv2.weight' in shapes else 'psa',
+        'use_se': 'layer1.0.se.fc1.weight' in shapes,
     }
     if settings['middle'] == 'conv3x3':
+        if settings['use_se']:
+            settings['reduction'] = _reduction(shapes, 'se.fc1.weight', stages)
         return settings
     psa = 'layer1.0.conv2.'
     branches = sum(bool(re.fullmatch(psa + r'conv_\d+\.weight', name)) for name in shapes)
@@ -86,11 +93,15 @@ def _read_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     settings['kernels'] = tuple(w[2] for w in weights)
     settings['groups'] = tuple(planes[0] // w[1] for w in weights)
     settings['psa_bias'] = f'{psa}conv_1.bias' in shapes
-    squeezes = [shapes[f'layer{s}.0.conv2.se.fc1.weight'][:2] for s in stages]  # (hidden, channels)
+    settings['reduction'] = _reduction(shapes, 'conv2.se.fc1.weight', stages)
+    return settings
+
+
+def _reduction(shapes: Mapping[str, tuple[int, ...]], name: str, stages: range) -> int:
+    squeezes = [shapes[f'layer{s}.0.{name}'][:2] for s in stages]  # (hidden, channels)
     # Hidden widths are rounded down, so several reductions may give the same.
     reductions = [_DEFAULT_REDUCTION, *(c // h for h, c in reversed(squeezes))]
     fitting = [r for r in reductions if all(c // r == h for h, c in squeezes)]
     if not fitting:
         raise ValueError('the hidden width of se.fc1')
-    settings['reduction'] = fitting[0]
-    return settings
+    return fitting[0]

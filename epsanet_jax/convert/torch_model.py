@@ -12,8 +12,17 @@ from epsanet_jax.models.epsanet import STEM_WIDTH
 from epsanet_jax.models.epsanet import EPSANet as JaxEPSANet
 
 
-def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1, bias: bool = False):
-    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, groups=groups, bias=bias)
+def _conv(
+    inputs: int,
+    outputs: int,
+    kernel: int,
+    stride: int = 1,
+    groups: int = 1,
+    bias: bool = False,
+    dilation: int = 1,
+):
+    padding = dilation * (kernel // 2)
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups=groups, bias=bias)
 
 
 class SEWeightModule(nn.Module):
@@ -40,12 +49,13 @@ class PSAModule(nn.Module):
         groups: tuple[int, ...] = (1, 4, 8, 16),
         reduction: int = 16,
         bias: bool = False,
+        dilation: int = 1,
     ):
         super().__init__()
         width = planes // len(kernels)
         self.names = [f'conv_{i + 1}' for i in range(len(kernels))]
         for name, kernel, group in zip(self.names, kernels, groups, strict=True):
-            self.add_module(name, _conv(planes, width, kernel, stride, group, bias))
+            self.add_module(name, _conv(planes, width, kernel, stride, group, bias, dilation))
         self.se = SEWeightModule(width, reduction)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -58,13 +68,23 @@ class PSAModule(nn.Module):
 class EPSABlock(nn.Module):
     """A bottleneck block whose middle is a PSA module (or, in a ResNet, a 3x3 convolution)."""
 
-    def __init__(self, inputs: int, planes: int, outputs: int, stride: int, middle: nn.Module):
+    def __init__(
+        self,
+        inputs: int,
+        planes: int,
+        outputs: int,
+        stride: int,
+        downsample: bool,
+        middle: nn.Module,
+        se: nn.Module | None = None,
+    ):
         super().__init__()
         self.conv1, self.bn1 = _conv(inputs, planes, 1), nn.BatchNorm2d(planes)
         self.conv2, self.bn2 = middle, nn.BatchNorm2d(planes)
         self.conv3, self.bn3 = _conv(planes, outputs, 1), nn.BatchNorm2d(outputs)
+        self.se = se
         self.downsample = None
-        if stride != 1 or inputs != outputs:
+        if downsample:
             self.downsample = nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -72,6 +92,8 @@ class EPSABlock(nn.Module):
         y = torch.relu(self.bn1(self.conv1(x)))
         y = torch.relu(self.bn2(self.conv2(y)))
         y = self.bn3(self.conv3(y))
+        if self.se is not None:
+            y = y * self.se(y)
         return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
 
 
@@ -87,17 +109,22 @@ class EPSANet(nn.Module):
         s = settings
         self.conv1, self.bn1 = _conv(3, STEM_WIDTH, 7, 2), nn.BatchNorm2d(STEM_WIDTH)
         self.stages = len(s.layers)
-        inputs = STEM_WIDTH
+        inputs, reached, dilation = STEM_WIDTH, 4, 1
         for stage, (count, planes) in enumerate(zip(s.layers, s.planes, strict=True)):
             blocks = []
             for i in range(count):
-                stride = 2 if stage > 0 and i == 0 else 1
+                halves = stage > 0 and i == 0
+                kept, outputs = halves and reached == s.output_stride, planes * s.expansion
+                stride = 2 if halves and not kept else 1
+                reached *= stride
                 if s.middle == 'psa':
-                    middle = PSAModule(planes, stride, s.kernels, s.groups, s.reduction, s.psa_bias)
+                    middle = PSAModule(planes, stride, s.kernels, s.groups, s.reduction, s.psa_bias, dilation)
                 else:
-                    middle = _conv(planes, planes, 3, stride)
-                blocks.append(EPSABlock(inputs, planes, planes * s.expansion, stride, middle))
-                inputs = planes * s.expansion
+                    middle = _conv(planes, planes, 3, stride, dilation=dilation)
+                se = SEWeightModule(outputs, s.reduction) if s.use_se else None
+                downsample = halves or inputs != outputs
+                blocks.append(EPSABlock(inputs, planes, outputs, stride, downsample, middle, se))
+                inputs, dilation = outputs, dilation * (2 if kept else 1)
             self.add_module(f'layer{stage + 1}', nn.Sequential(*blocks))
         self.fc = nn.Linear(inputs, s.num_classes)
         for module in self.modules():

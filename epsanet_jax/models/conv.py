@@ -33,13 +33,14 @@ def uniform_init(fan_in: int):
 
 
 class Conv(nn.Module):
-    """A 2-D convolution with `kernel_size // 2` zeros of padding on every side.
+    """A 2-D convolution with `dilation * (kernel_size // 2)` zeros of padding on every side.
 
     Attributes:
         features: number of output channels.
         kernel_size: odd.
         stride: step in both directions.
         groups: number of groups.
+        dilation: distance of the pixels that neighbouring values of the kernel see.
         use_bias: whether to add a bias.
         conv: algorithm, see `epsanet_jax.ops.grouped_conv`.
         dtype: of the computation and the result.
@@ -50,6 +51,7 @@ class Conv(nn.Module):
     kernel_size: int
     stride: int = 1
     groups: int = 1
+    dilation: int = 1
     use_bias: bool = False
     conv: str = 'auto'
     dtype: Dtype = jnp.float32
@@ -65,6 +67,7 @@ class Conv(nn.Module):
             kernel.astype(self.dtype),
             stride=self.stride,
             groups=self.groups,
+            dilation=self.dilation,
             algorithm=self.conv,
         )
         if self.use_bias:

@@ -11,7 +11,7 @@ from epsanet_jax.errors import InputError
 from epsanet_jax.models.conv import Conv, Linear
 from epsanet_jax.models.dtypes import Dtype, at_least_float32
 from epsanet_jax.models.norm import BatchNorm
-from epsanet_jax.models.psa import PSAModule
+from epsanet_jax.models.psa import PSAModule, SEWeightModule
 
 STEM_WIDTH = 64
 MIN_SIZE = 32  # the network's total stride: below it the last stage has nothing left to halve
@@ -25,9 +25,11 @@ class EPSABlock(nn.Module):
         planes: width of the bottleneck.
         expansion: output channels are planes * expansion.
         stride: of the PSA module (and of the shortcut).
+        dilation: of the PSA module.
         downsample: whether the shortcut is a 1x1 conv with BatchNorm instead of the input itself.
         middle: 'psa', or 'conv3x3' for ResNet's plain bottleneck.
-        kernels, groups, reduction, psa_bias: of the PSA module.
+        use_se: whether a squeeze-and-excitation module weighs what the last convolution gives.
+        kernels, groups, reduction, psa_bias: of the PSA module; reduction is that of `use_se` too.
         bn_group, bn_axis, frozen_bn: of BatchNorm (`group`, `axis_name`, `frozen`).
         conv: algorithm, see `epsanet_jax.ops.grouped_conv`.
         dtype: of the computation and the result.
@@ -37,8 +39,10 @@ class EPSABlock(nn.Module):
     planes: int
     expansion: int = 4
     stride: int = 1
+    dilation: int = 1
     downsample: bool = False
     middle: str = 'psa'
+    use_se: bool = False
     kernels: tuple[int, ...] = (3, 5, 7, 9)
     groups: tuple[int, ...] = (1, 4, 8, 16)
     reduction: int = 16
@@ -66,13 +70,16 @@ class EPSABlock(nn.Module):
                 self.groups,
                 self.reduction,
                 use_bias=self.psa_bias,
+                dilation=self.dilation,
                 conv=self.conv,
                 **dtypes,
             )
         else:
-            self.conv2 = conv(self.planes, 3, stride=self.stride)
+            self.conv2 = conv(self.planes, 3, stride=self.stride, dilation=self.dilation)
         self.bn2 = norm()
         self.conv3, self.bn3 = conv(width, 1), norm()
+        if self.use_se:
+            self.se = SEWeightModule(width, self.reduction, **dtypes)
         if self.downsample:
             self.downsample_0, self.downsample_1 = conv(width, 1, stride=self.stride), norm()
 
@@ -88,6 +95,8 @@ class EPSABlock(nn.Module):
         y = self.conv2.weighted(y) if self.middle == 'psa' else self.conv2(y)
         y = nn.relu(self.bn2(y, train))  # [N, H/s, W/s, P]
         y = self.bn3(self.conv3(y), train)  # [N, H/s, W/s, P*e]
+        if self.use_se:
+            y = y * self.se(y).astype(y.dtype)
         if keep is not None:
             y = y * keep.astype(y.dtype)[:, None, None, None]
         shortcut = self.downsample_1(self.downsample_0(x), train) if self.downsample else x
@@ -103,7 +112,10 @@ class EPSANet(nn.Module):
         planes: bottleneck width of each stage.
         expansion: a stage's output channels are planes * expansion.
         middle: 'psa', or 'conv3x3' for ResNet.
-        kernels, groups, reduction, psa_bias: of the PSA modules.
+        use_se: squeeze-and-excitation at the end of each block, as in SE-ResNet.
+        kernels, groups, reduction, psa_bias: of the PSA modules; reduction is that of `use_se` too.
+        output_stride: 32, or 16 or 8: the last stages then keep their size and dilate their convolutions,
+            with the same parameters, for dense predictions.
         bn_group: examples in a BatchNorm group (consecutive rows of the batch); None: the whole batch.
         bn_axis: mesh axis over which one BatchNorm group is spread; set by `training.parallel`.
         frozen_bn: regular expression for the BatchNorms that keep to their running statistics in training,
@@ -119,10 +131,12 @@ class EPSANet(nn.Module):
     planes: tuple[int, ...] = (64, 128, 256, 512)
     expansion: int = 4
     middle: str = 'psa'
+    use_se: bool = False
     kernels: tuple[int, ...] = (3, 5, 7, 9)
     groups: tuple[int, ...] = (1, 4, 8, 16)
     reduction: int = 16
     psa_bias: bool = False
+    output_stride: int = 32
     bn_group: int | None = None
     bn_axis: str | None = None
     frozen_bn: str = ''
@@ -136,18 +150,21 @@ class EPSANet(nn.Module):
         self.conv1 = Conv(STEM_WIDTH, 7, stride=2, conv=self.conv, **dtypes)
         self.bn1 = BatchNorm(group=self.bn_group, axis_name=self.bn_axis, frozen=self.frozen_bn, **dtypes)
         block = nn.remat(EPSABlock, static_argnums=(2,)) if self.remat else EPSABlock
-        width = STEM_WIDTH
+        width, reached, dilation = STEM_WIDTH, 4, 1
         for stage, (count, planes) in enumerate(zip(self.layers, self.planes, strict=True)):
             blocks = []
             for i in range(count):
-                stride = 2 if stage > 0 and i == 0 else 1
+                halves = stage > 0 and i == 0
+                kept = halves and reached >= self.output_stride  # dilated instead, from the next block on
                 blocks.append(
                     block(
                         planes,
                         self.expansion,
-                        stride,
-                        downsample=stride != 1 or width != planes * self.expansion,
+                        stride=2 if halves and not kept else 1,
+                        dilation=dilation,
+                        downsample=halves or width != planes * self.expansion,
                         middle=self.middle,
+                        use_se=self.use_se,
                         kernels=self.kernels,
                         groups=self.groups,
                         reduction=self.reduction,
@@ -160,6 +177,7 @@ class EPSANet(nn.Module):
                     )
                 )
                 width = planes * self.expansion
+                dilation, reached = dilation * (2 if kept else 1), reached * (2 if halves and not kept else 1)
             setattr(self, f'layer{stage + 1}', blocks)
         self.fc = Linear(self.num_classes, **dtypes)
 
@@ -176,7 +194,7 @@ class EPSANet(nn.Module):
 
         Returns:
             'stem' [N, H/4, W/4, 64], and 'layer1' .. 'layer4' [N, H/s, W/s, planes * expansion] with
-            s = 4, 8, 16, 32 (sizes rounded up).
+            s = 4, 8, 16, 32, or `output_stride` where that is less (sizes rounded up).
 
         Raises:
             InputError: the images are of the wrong rank, type, number of channels or too small.

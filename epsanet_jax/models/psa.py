@@ -62,6 +62,7 @@ class PSAModule(nn.Module):
         groups: number of groups of each branch.
         reduction: of the squeeze-and-excitation module.
         use_bias: whether the branches have biases (the paper's listing; the reference repository has none).
+        dilation: of every branch.
         conv: algorithm, see `epsanet_jax.ops.grouped_conv`.
         dtype: of the computation and the result.
         param_dtype: of the parameters.
@@ -73,6 +74,7 @@ class PSAModule(nn.Module):
     groups: tuple[int, ...] = (1, 4, 8, 16)
     reduction: int = 16
     use_bias: bool = False
+    dilation: int = 1
     conv: str = 'auto'
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
@@ -86,6 +88,7 @@ class PSAModule(nn.Module):
                 kernel,
                 stride=self.stride,
                 groups=groups,
+                dilation=self.dilation,
                 use_bias=self.use_bias,
                 conv=self.conv,
                 **dtypes,

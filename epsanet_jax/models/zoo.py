@@ -34,7 +34,7 @@ class Variant:
     """A row of the table.
 
     Attributes:
-        layers, planes, expansion, kernels, groups, middle: see `EPSANet`.
+        layers, planes, expansion, kernels, groups, middle, use_se: see `EPSANet`.
         published_params: millions of parameters, 1000 classes, as published.
         published_flops: billions of multiply-adds at 224 px, as published.
         published_top1: ImageNet accuracy in percent, as published. Not reproduced here: no weights exist.
@@ -48,6 +48,7 @@ class Variant:
     kernels: tuple[int, ...] = (3, 5, 7, 9)
     groups: tuple[int, ...] = (1, 4, 8, 16)
     middle: str = 'psa'
+    use_se: bool = False
     published_params: float | None = None
     published_flops: float | None = None
     published_top1: float | None = None
@@ -97,6 +98,8 @@ VARIANTS: dict[str, Variant] = {
     ),
     'resnet50': Variant((3, 4, 6, 3), middle='conv3x3'),
     'resnet101': Variant((3, 4, 23, 3), middle='conv3x3'),
+    'seresnet50': Variant((3, 4, 6, 3), middle='conv3x3', use_se=True),
+    'seresnet101': Variant((3, 4, 23, 3), middle='conv3x3', use_se=True),
 }
 
 
@@ -127,6 +130,7 @@ def create_model(
     groups: tuple[int, ...] | None = None,
     reduction: int = 16,
     psa_bias: bool = False,
+    output_stride: int = 32,
     bn_group: int | None = None,
     frozen_bn: str = '',
     conv: str = 'auto',
@@ -147,6 +151,7 @@ def create_model(
         reduction: of the squeeze-and-excitation modules.
         psa_bias: whether the pyramid's convolutions have biases (as in the paper's listing; the reference
             repository has none).
+        output_stride: 32, or 16 or 8 for dense predictions: the last stages keep their size and dilate.
         bn_group: examples in a BatchNorm group, consecutive rows of the batch; None: the whole batch.
         frozen_bn: regular expression for the BatchNorms that keep to their running statistics in training,
             by the name of their scale, as 'layer1_0/bn1/scale'; '.' for all.
@@ -168,10 +173,12 @@ def create_model(
         planes=tuple(variant.planes if planes is None else planes),
         expansion=variant.expansion if expansion is None else expansion,
         middle=variant.middle,
+        use_se=variant.use_se,
         kernels=tuple(variant.kernels if kernels is None else kernels),
         groups=tuple(variant.groups if groups is None else groups),
         reduction=reduction,
         psa_bias=psa_bias,
+        output_stride=output_stride,
         bn_group=bn_group,
         frozen_bn=frozen_bn,
         conv=conv,
@@ -207,6 +214,12 @@ def check_settings(model: EPSANet) -> None:
     if len(model.layers) != len(model.planes):
         raise InputError(
             f'layers and planes must have one number a stage each, got {model.layers} and {model.planes}'
+        )
+    if model.output_stride not in (8, 16, 32):
+        raise InputError(f'output_stride must be 8, 16 or 32, got {model.output_stride}')
+    if model.use_se and min(model.planes) * model.expansion < model.reduction:
+        raise InputError(
+            f'reduction must be at most {min(model.planes) * model.expansion}, got {model.reduction}'
         )
     if model.middle == 'psa':
         _check_pyramid(model)

@@ -114,13 +114,19 @@ def _stock(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Arr
     return _conv(x, kernel, (stride, stride), ((pad, pad), (pad, pad)), groups)
 
 
+def dilated(x: jax.Array, kernel: jax.Array, stride: int, groups: int, dilation: int) -> jax.Array:
+    """Convolves with `dilation - 1` zeros between the kernel's values, padding `dilation * (k // 2)`."""
+    pad = dilation * (kernel.shape[0] // 2)
+    return _conv(x, kernel, (stride, stride), ((pad, pad), (pad, pad)), groups, dilation)
+
+
 def _matmul(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """A convolution with a 1x1 kernel, as one product of matrices."""
     x = x[:, ::stride, ::stride]
     return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
 
 
-def _conv(x, kernel, strides, padding, groups=1):
+def _conv(x, kernel, strides, padding, groups=1, dilation=1):
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -128,6 +134,7 @@ def _conv(x, kernel, strides, padding, groups=1):
         padding=padding,
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         feature_group_count=groups,
+        rhs_dilation=(dilation, dilation),
     )
 
 

@@ -14,12 +14,18 @@ from epsanet_jax.ops import algorithms, choice
 
 
 def grouped_conv(
-    x: jax.Array, kernel: jax.Array, *, stride: int = 1, groups: int = 1, algorithm: str = 'auto'
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    dilation: int = 1,
+    algorithm: str = 'auto',
 ) -> jax.Array:
     """Convolves images with a kernel whose input channels are split into groups.
 
-    Padding is `k // 2` zeros on both sides, as PyTorch's `padding=k // 2`; at stride 2 this differs from
-    XLA's 'SAME'.
+    Padding is `dilation * (k // 2)` zeros on both sides, as PyTorch's `padding=k // 2`; at stride 2 this
+    differs from XLA's 'SAME'.
 
     Args:
         x: images, [N, H, W, C_in].
@@ -27,6 +33,8 @@ def grouped_conv(
             the input channels of group `j // (C_out / groups)`.
         stride: step in both directions.
         groups: number of groups; divides C_in and C_out.
+        dilation: distance of the pixels that neighbouring values of the kernel see; beyond 1 the convolution
+            is XLA's own, whatever the algorithm.
         algorithm: 'auto', or one of `algorithms.NAMES` for all directions (`algorithms.by_name`).
 
     Returns:
@@ -36,6 +44,8 @@ def grouped_conv(
         InputError: the shapes do not fit together, or the algorithm is unknown.
     """
     _check(x, kernel, groups, algorithm)
+    if dilation > 1 and kernel.shape[0] > 1:
+        return algorithms.dilated(x, kernel, stride, groups, dilation)
     if algorithm == 'auto':
         return _auto(x, kernel, stride, groups)
     return algorithms.convolve(x, kernel, stride, groups, algorithms.by_name(algorithm, kernel.shape, groups))

@@ -30,6 +30,7 @@ class ModelConfig:
     groups: tuple[int, ...] = ()
     reduction: int = 16
     psa_bias: bool = False
+    output_stride: int = 32
     bn_group: int = 0
     frozen_bn: str = ''
     conv: str = 'auto'
@@ -305,6 +306,7 @@ def build_model(config: ModelConfig, num_classes: int) -> EPSANet:
         groups=config.groups or None,
         reduction=config.reduction,
         psa_bias=config.psa_bias,
+        output_stride=config.output_stride,
         bn_group=config.bn_group or None,
         frozen_bn=config.frozen_bn,
         conv=config.conv,

@@ -114,7 +114,18 @@ def test_rung_3_block(rng, inputs, stride, train):
     assert_close(new['batch_stats'], params_of(module)['batch_stats'])
 
 
-@pytest.mark.parametrize('changes', [{}, {'psa_bias': True}, {'middle': 'conv3x3'}])
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {},
+        {'psa_bias': True},
+        {'middle': 'conv3x3'},
+        {'middle': 'conv3x3', 'use_se': True},
+        {'use_se': True},
+        {'output_stride': 16},
+        {'output_stride': 8},
+    ],
+)
 def test_rungs_4_and_5_every_stage_and_the_logits(rng, changes):
     net = small.model(**F64).clone(**changes)
     variables, twin = twins(net)

@@ -112,6 +112,7 @@ def test_one_error_lists_every_name_that_does_not_fit():
         (('epsanet50_small', {'psa_bias': True}), 'epsanet50_small', 'psa_bias=True'),
         (('epsanet50_small', {'num_classes': 10}), 'epsanet50_small', 'num_classes=10'),
         (('resnet50', {}), 'epsanet50_small', "create_model('resnet50'"),
+        (('seresnet50', {}), 'resnet50', "create_model('seresnet50'"),
     ],
 )
 def test_the_variant_that_would_fit_is_named(given, asked, hint):
@@ -134,6 +135,7 @@ def test_the_variant_that_would_fit_is_named(given, asked, hint):
             {'kernels': (3, 5), 'groups': (1, 2), 'planes': (16, 32, 64, 64), 'reduction': 4},
         ),
         ('resnet50', {'layers': (1, 1), 'planes': (8, 16), 'expansion': 2}),
+        ('seresnet50', {'layers': (1, 1), 'planes': (8, 16), 'reduction': 4}),
     ],
 )
 def test_a_network_is_found_from_its_shapes(name, changes):

@@ -17,6 +17,8 @@ PARAMS = {
     'epsanet101_large': 49_592_198,
     'resnet50': 25_557_032,
     'resnet101': 44_549_160,
+    'seresnet50': 28_088_024,
+    'seresnet101': 49_326_872,
 }
 
 
@@ -68,6 +70,8 @@ def test_the_pyramid_3_5_7_9_does_not_give_the_published_large():
         ({'expansion': -1}, 'expansion must be at least 1, got -1'),
         ({'bn_group': 0}, 'bn_group'),
         ({'dtype': jnp.int32}, 'dtype must be a floating-point type'),
+        ({'output_stride': 4}, 'output_stride must be 8, 16 or 32, got 4'),
+        ({'frozen_bn': '('}, 'frozen_bn must be a regular expression'),
         ({'conv': 'fast'}, "unknown convolution algorithm 'fast'"),
     ],
 )

@@ -1,0 +1,59 @@
+"""Writes docs/variants.md: the networks' sizes beside the published figures, and what a stage of each costs.
+
+python benchmarks/variants.py docs/variants.md
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from epsanet_jax.analysis.summary import summarize
+from epsanet_jax.models import create_model, get_variant, list_models
+
+HEADER = """# The networks, ours beside the published figures
+
+Written by `python benchmarks/variants.py docs/variants.md`. For 1000 classes and one picture of 224x224
+px. Multiply-adds are those of convolutions and linear layers; the paper adds 2 for each value that BatchNorm
+gives. Activations are what convolutions, BatchNorms and the classifier give, in float32. Published figures
+are of the paper (arXiv 2105.14447), top-1 on ImageNet in percent; it has not been reproduced here.
+"""
+COLUMNS = (
+    'network',
+    'parameters, M',
+    'published',
+    "by the paper's count, G",
+    'published',
+    'multiply-adds, G',
+    'activations, MiB',
+    'published top-1',
+)
+
+
+def lines() -> Iterator[str]:
+    """Yields the lines of the page."""
+    yield HEADER
+    yield f'| {" | ".join(COLUMNS)} |'
+    yield f'|---|{"---:|" * (len(COLUMNS) - 1)}'
+    for name in list_models():
+        rows, variant = summarize(create_model(name)), get_variant(name)
+        fields = ('params', 'published_count', 'multiply_adds', 'activation_bytes')
+        params, published, multiply_adds, memory = (sum(getattr(row, f) for row in rows) for f in fields)
+        cells = [
+            f'`{name}`',
+            f'{params / 1e6:.2f}',
+            _shown(variant.published_params),
+            f'{published / 1e9:.2f}',
+            _shown(variant.published_flops),
+            f'{multiply_adds / 1e9:.3f}',
+            f'{memory / 2**20:.1f}',
+            _shown(variant.published_top1),
+        ]
+        yield f'| {" | ".join(cells)} |'
+
+
+def _shown(value: float | None) -> str:
+    return '' if value is None else f'{value:.2f}'
+
+
+if __name__ == '__main__':
+    Path(sys.argv[1]).write_text('\n'.join(lines()) + '\n')
