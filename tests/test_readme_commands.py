@@ -57,6 +57,7 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_each_command_does_what_the_readme_says(place):
     said = {}
     for command in commands():

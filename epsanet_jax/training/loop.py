@@ -44,7 +44,7 @@ def train(config: Config, workdir: str) -> Result:
                 _fit(run, checkpoints, signals)
             step = checkpoints.latest_step
     distributed.barrier('metrics are written')  # by process 0, and read by all
-    return make_result(run, step or 0)
+    return make_result(run, step or 0, str(workdir))
 
 
 def _evaluations(run: Run) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ class Result:
         return '\n'.join(lines)
 
 
-def make_result(run: Run, step: int) -> Result:
+def make_result(run: Run, step: int, workdir: str) -> Result:
     """Reads from metrics.jsonl how a run ended, which a finished one tells again in the same words."""
     lines = read_metrics(run.workdir)
     evaluations = [line for line in lines if line['split'] == 'eval']
@@ -66,7 +66,7 @@ def make_result(run: Run, step: int) -> Result:
         step,
         evaluations[-1],
         best,
-        str(run.workdir),
+        workdir,
         seconds if known else None,
         images / seconds if known else None,
     )
