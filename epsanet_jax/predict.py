@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import lax
 
 from epsanet_jax.data import files
 from epsanet_jax.data.augment import normalize
@@ -61,16 +60,16 @@ def predict(
     Raises:
         InputError: a path is not there, or a folder has no picture; or the network's outputs are no numbers.
     """
-    count = min(top, weights.model.num_classes)
-
-    def step(variables: Any, images: jax.Array) -> tuple[jax.Array, ...]:
-        logits: Any = weights.model.apply(variables, images, train=False)
-        return logits, *lax.top_k(jax.nn.softmax(logits), count)
+    def step(variables: Any, images: jax.Array) -> Any:
+        return weights.model.apply(variables, images, train=False)
 
     rows = run(step, weights, paths, batch_size, on_bad)
     with contextlib.closing(rows):
-        for file, _, (logits, probabilities, classes) in rows:
-            yield Prediction(file.path, classes, probabilities, logits)
+        for file, _, logits in rows:
+            # Here, not in the compiled step, which is then the same one for any `top`.
+            shares = np.exp(logits - logits.max())
+            classes = np.argsort(-logits, kind='stable')[:top]
+            yield Prediction(file.path, classes, shares[classes] / shares.sum(), logits)
 
 
 def run(
@@ -95,7 +94,7 @@ def run(
     Yields:
         The file, its picture as the network sees it, uint8 [H, W, 3], and its rows of the results.
     """
-    files.check_paths(paths)
+    files.check_paths(paths, without)
     model, preprocessing = weights.model, weights.metadata['preprocessing']
     config = weights.metadata['config'] or {'data': {}}
     crop = CentreCrop(preprocessing['image_size'], preprocessing['resize_size'])

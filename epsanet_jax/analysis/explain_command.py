@@ -54,7 +54,7 @@ def command(
     Raises:
         InputError: something is not there, cannot be written, or no picture could be decoded.
     """
-    check_paths(images)
+    check_paths(images, without=out)
     use_persistent_cache()
     weights = pretrained.load(checkpoint, step)
     model, names = weights.model, class_names(weights)

@@ -39,12 +39,12 @@ def stop_at_bad(message: str) -> None:
     raise BadImageError(message)
 
 
-def check_paths(paths: Sequence[str]) -> None:
-    """Raises InputError if a path is not there, or is a folder without pictures."""
+def check_paths(paths: Sequence[str], without: str | None = None) -> None:
+    """Raises InputError if a path is not there, or is a folder without pictures (other than in `without`)."""
     for path in paths:
         if not os.path.exists(path):
             raise InputError(f'no such picture or folder: {path}')
-        if os.path.isdir(path) and next(find_pictures([path]), None) is None:
+        if os.path.isdir(path) and next(find_pictures([path], without=without), None) is None:
             raise InputError(f'no picture in {path} ({" ".join(IMAGE_EXTENSIONS)})')
 
 
