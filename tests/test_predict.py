@@ -241,6 +241,12 @@ def test_bad_usage_and_weights(capsys, weights, pictures, tmp_path):
         list(predict(dataclasses.replace(loaded, variables=damaged), [str(pictures)]))
 
 
+def test_help_has_an_example(capsys):
+    for name in ('predict', 'explain'):
+        status, out, _ = run(capsys, name, '--help')
+        assert (status, f'example: epsanet {name}' in out) == (0, True)
+
+
 def test_names_that_cannot_be_shown(capsys, weights, pictures, tmp_path):
     names = [b'line\nbreak.png', b'\xff.png', b'bad\xff.png']
     for name in names:
