@@ -60,6 +60,7 @@ def predict(
     Raises:
         InputError: a path is not there, or a folder has no picture; or the network's outputs are no numbers.
     """
+
     def step(variables: Any, images: jax.Array) -> Any:
         return weights.model.apply(variables, images, train=False)
 
