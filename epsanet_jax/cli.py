@@ -36,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:  # where nothing is to be saved
+        return 130
     return status
 
 
@@ -52,6 +54,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_summary(commands)
     _add_evaluate(commands)
+    _add_predict(commands)
+    _add_explain(commands)
     _add_convert(commands)
     _add_plan(commands)
     _add_prepare(commands)
@@ -100,6 +104,59 @@ def _add_evaluate(commands: Any) -> None:
     )
     evaluate.add_argument('--json', action='store_true', help='print JSON')
     evaluate.set_defaults(run=_evaluate)
+
+
+def _add_predict(commands: Any) -> None:
+    predict = commands.add_parser(
+        'predict',
+        help='classes of pictures',
+        description='Names the likeliest classes of pictures, prepared as the weights want them. Of folders '
+        'all pictures are taken, at any depth. Those that cannot be decoded are named and skipped; exit '
+        'status 2 if none could be.',
+        epilog='example: epsanet predict runs/pets cat.jpg holiday/ --csv > predictions.csv',
+    )
+    _add_checkpoint_and_images(predict)
+    predict.add_argument('--top', type=_positive, default=5, metavar='N', help='classes to name (default: 5)')
+    kinds = predict.add_mutually_exclusive_group()
+    for kind in ('json', 'csv'):
+        text = f'print {kind.upper()}'
+        kinds.add_argument(f'--{kind}', dest='kind', action='store_const', const=kind, help=text)
+    predict.add_argument(
+        '--batch-size', type=_positive, default=64, metavar='N', help='at once (default: 64)'
+    )
+    predict.set_defaults(run=_predict, kind='table')
+
+
+def _add_explain(commands: Any) -> None:
+    explain = commands.add_parser(
+        'explain',
+        help='what a network looks at, and with which kernels',
+        description="Draws, for each picture, Grad-CAM and the pyramid's attention. For folders it also "
+        'prints, and writes to attention.csv, the average attention of each class (subfolder).',
+        epilog='example: epsanet explain runs/pets cat.jpg --out explained --stages layer3 layer4',
+    )
+    _add_checkpoint_and_images(explain)
+    explain.add_argument('--out', required=True, metavar='DIR', help='for the PNG files')
+    explain.add_argument(
+        '--stages',
+        nargs='+',
+        metavar='STAGE',
+        help='stem, layer1, ...: where to take Grad-CAM (default: the last stage)',
+    )
+    explain.add_argument(
+        '--classes',
+        nargs='+',
+        metavar='CLASS',
+        help="names or numbers of the classes to explain (default: each picture's likeliest)",
+    )
+    explain.add_argument('--batch-size', type=_positive, default=8, metavar='N', help='at once (default: 8)')
+    explain.set_defaults(run=_explain)
+
+
+def _add_checkpoint_and_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='a workdir, a checkpoint, or a weights file')
+    parser.add_argument('images', metavar='IMAGE', nargs='+', help='a picture, or a folder of pictures')
+    parser.add_argument('--step', default='latest', help="'latest' (default), 'best' or a number")
 
 
 def _add_convert(commands: Any) -> None:
@@ -277,6 +334,25 @@ def _evaluate(args: argparse.Namespace) -> None:
         print(json.dumps({'checkpoint': args.checkpoint, 'step': loaded.step, **means}))
     else:
         print(f'step {loaded.step}, {report.describe(means)}')
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from epsanet_jax import predict_command
+
+    predict_command.print_lines(
+        predict_command.command(args.checkpoint, args.images, args.step, args.top, args.batch_size, args.kind)
+    )
+
+
+def _explain(args: argparse.Namespace) -> None:
+    from epsanet_jax import predict_command
+    from epsanet_jax.analysis import explain_command
+
+    predict_command.print_lines(
+        explain_command.command(
+            args.checkpoint, args.images, args.step, args.out, args.stages, args.classes, args.batch_size
+        )
+    )
 
 
 def _plan(args: argparse.Namespace) -> int:

@@ -217,8 +217,21 @@ class EPSANet(nn.Module):
 
         Args and errors are those of `features`.
         """
-        x = self.features(images, train, keep)[f'layer{len(self.layers)}']  # [N, H/32, W/32, C]
-        wide = at_least_float32(self.dtype)
+        last = f'layer{len(self.layers)}'
+        return self.logits_from(self.features(images, train, keep)[last], last, train)
+
+    def logits_from(self, x: jax.Array, stage: str, train: bool = False) -> jax.Array:
+        """Returns the logits [N, num_classes] of a stage's activations, by what comes after that stage.
+
+        Args:
+            x: what `features` gives for `stage`; its gradient is what Grad-CAM needs.
+            stage: 'stem', 'layer1', ...
+            train: as `features`.
+        """
+        for later in range(0 if stage == 'stem' else int(stage.removeprefix('layer')), len(self.layers)):
+            for block in getattr(self, f'layer{later + 1}'):
+                x = block(x, train)
+        wide = at_least_float32(self.dtype)  # x: [N, H/32, W/32, C]
         x = x.mean(axis=(1, 2), dtype=wide)  # [N, C]
         return self.fc(x).astype(wide)
 

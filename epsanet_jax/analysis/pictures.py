@@ -1,0 +1,173 @@
+"""The drawings of `epsanet explain`."""
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.patches import Patch
+from matplotlib.ticker import PercentFormatter
+
+from epsanet_jax.convert.files import write_atomically
+
+_TOP = 5  # classes in the list of the likeliest
+_PANEL = 2.6  # width and height of a picture, inches
+_BARS_HEIGHT = 2.4  # of the attention's bars, inches
+_LONGEST = 30  # characters of a name
+_COLOURS = ('#3b6fb6', '#52a675', '#e0a030', '#c8553d', '#8a5fa8', '#6b6b6b')
+_MAP = 'inferno'
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What is to be drawn of one picture.
+
+    Attributes:
+        name: of the picture.
+        image: uint8 [H, W, 3], as the network sees it.
+        names: of all classes.
+        probabilities: [num_classes].
+        classes: int [K], those explained.
+        cams: for each stage [K, H, W], from `explain.grad_cam`.
+        attention: for each stage [blocks, S], means over channels; none for a ResNet.
+        kernels: what to call the S branches.
+    """
+
+    name: str
+    image: np.ndarray
+    names: Sequence[str]
+    probabilities: np.ndarray
+    classes: np.ndarray
+    cams: dict[str, np.ndarray]
+    attention: dict[str, np.ndarray]
+    kernels: Sequence[str]
+
+
+def draw(explanation: Explanation) -> Figure:
+    """Draws the picture, the likeliest classes, Grad-CAM (a row a class, a column a stage) and attention."""
+    e = explanation
+    rows = len(e.classes)
+    heights = [rows * (_PANEL + 0.45) + 0.3, *([_BARS_HEIGHT] if e.attention else [])]
+    width = max(_PANEL * (len(e.cams) + 1) + 0.9 + _PANEL, 9.0 if e.attention else 0.0)
+    if e.attention:
+        width = max(width, 0.28 * sum(map(len, e.attention.values())) + 2)
+    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08)
+    figure = Figure(figsize=(width, sum(heights)), layout=layout, dpi=110)
+    FigureCanvasAgg(figure)
+    parts: Any = figure.subfigures(1 + bool(e.attention), 1, squeeze=False, height_ratios=heights)
+    _draw_maps(parts[0, 0], e)
+    if e.attention:
+        _draw_attention(parts[1, 0], e.attention, e.kernels)
+    return figure
+
+
+def save(figure: Figure, path: str) -> None:
+    """Writes a PNG, under a temporary name that is changed when it is whole.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Glyph .* missing from')  # names in scripts that the font lacks
+        write_atomically(path, lambda temporary: figure.savefig(temporary, format='png'))
+
+
+def _draw_maps(figure: SubFigure, e: Explanation) -> None:
+    rows, columns = len(e.classes), len(e.cams)
+    ratios = [1.0] * (columns + 1) + [0.95]
+    grid: Any = figure.subplots(rows, columns + 2, squeeze=False, width_ratios=ratios)
+    for axes in grid.flat:
+        axes.set_axis_off()
+    grid[0, 0].imshow(e.image)
+    _title(grid[0, 0], shorten(e.name, middle=True))
+    _draw_likeliest(grid[0, -1], e)
+    gray = e.image.mean(axis=-1)
+    for row, number in enumerate(e.classes):
+        for column, (stage, cams) in enumerate(e.cams.items(), start=1):
+            axes, cam = grid[row, column], cams[row]
+            axes.imshow(gray, cmap='gray', vmin=0, vmax=255)
+            largest = cam.max()
+            note = '' if largest > 0 else ' (none)'
+            scaled = cam / largest if largest > 0 else cam
+            axes.imshow(scaled, cmap=_MAP, vmin=0, vmax=1, alpha=0.25 + 0.5 * scaled)
+            name, share = shorten(e.names[int(number)]), 100 * e.probabilities[number]
+            _title(axes, f'{name}, {share:.1f} %\nGrad-CAM at {stage}{note}')
+    mapping = ScalarMappable(Normalize(0, 1), _MAP)
+    bar = figure.colorbar(mapping, ax=list(grid[0, 1:-1]), shrink=0.8, aspect=25, pad=0.02)
+    bar.set_label("share of the map's maximum", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+
+
+def _draw_likeliest(axes: Any, e: Explanation) -> None:
+    axes.set_axis_on()
+    order = np.argsort(-e.probabilities, kind='stable')[:_TOP]
+    places = np.arange(len(order))
+    axes.barh(places, e.probabilities[order], height=0.3, color='#b9c6d8')
+    for place, number in zip(places, order, strict=True):
+        share = f'{100 * e.probabilities[number]:.1f} %'
+        bold = 'bold' if number in e.classes else 'normal'
+        style = {'va': 'bottom', 'fontsize': 8, 'weight': bold, 'parse_math': False}
+        axes.text(0, place - 0.2, shorten(e.names[int(number)], 26), **style)
+        axes.text(1, place - 0.2, share, ha='right', **style)
+    axes.set(xlim=(0, 1), ylim=(_TOP - 0.4, -0.75), yticks=[])
+    axes.set_title('likeliest classes', fontsize=9)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.tick_params(labelsize=8)
+    axes.spines[['top', 'right', 'left']].set_visible(False)
+
+
+def _draw_attention(figure: SubFigure, attention: dict[str, np.ndarray], kernels: Sequence[str]) -> None:
+    """Draws bars from the equal share up or down: attention is near to it, and lengths must not mislead."""
+    branches = len(kernels)
+    equal = 1 / branches
+    blocks = [len(rows) for rows in attention.values()]
+    grid: Any = figure.subplots(
+        1, len(blocks), squeeze=False, sharey=True, width_ratios=[max(2, n) for n in blocks]
+    )
+    for axes, (stage, rows) in zip(grid[0], attention.items(), strict=True):
+        for branch in range(branches):
+            places = np.arange(len(rows)) + (branch - (branches - 1) / 2) * 0.8 / branches
+            heights = rows[:, branch] - equal
+            axes.bar(places, heights, 0.8 / branches, bottom=equal, color=_COLOURS[branch % len(_COLOURS)])
+        axes.axhline(equal, color='black', linewidth=0.8)
+        axes.set_xlim(-0.6, len(rows) - 0.4)
+        axes.set_xlabel(f'{stage}, block', fontsize=9)
+        axes.set_xticks(range(0, len(rows), 1 if len(rows) < 8 else 2))
+        axes.tick_params(labelsize=8)
+        axes.spines[['top', 'right']].set_visible(False)
+    farthest = max(float(np.abs(rows - equal).max()) for rows in attention.values())
+    reach = max(0.02, 1.1 * farthest)
+    grid[0, 0].set_ylim(max(0.0, equal - reach), equal + reach)
+    grid[0, 0].set_ylabel('mean attention', fontsize=9)
+    handles = [Patch(color=_COLOURS[i % len(_COLOURS)]) for i in range(branches)]
+    figure.legend(
+        handles,
+        [f'kernel {kernel}' for kernel in kernels],
+        loc='outside upper center',
+        ncols=branches,
+        fontsize=8,
+        frameon=False,
+        title=f'attention of the pyramids, mean over channels; the line is the equal share, {equal:.3g}',
+        title_fontsize=9,
+    )
+
+
+def _title(axes: Any, text: str) -> None:
+    axes.set_title(text, fontsize=9, parse_math=False)
+
+
+def shorten(text: str, longest: int = _LONGEST, middle: bool = False) -> str:
+    """Returns a name that fits, on one line: its end, or its middle, is left out."""
+    text = text if text.isprintable() else repr(text)
+    if len(text) <= longest:
+        return text
+    kept = longest - 1
+    head = math.ceil(kept / 2) if middle else kept
+    return f'{text[:head]}…{text[len(text) - (kept - head) :]}'
