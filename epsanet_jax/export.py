@@ -14,7 +14,7 @@ import numpy as np
 from jax import export as jax_export
 
 from epsanet_jax import hub
-from epsanet_jax.convert import command, files, onnx_model
+from epsanet_jax.convert import command, files, onnx_model, to_torch
 from epsanet_jax.data.augment import normalize
 from epsanet_jax.errors import InputError
 from epsanet_jax.models.dtypes import at_least_float32
@@ -27,7 +27,7 @@ from epsanet_jax.training.metadata import MAX_SIZE
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 FORMATS = ('stablehlo', 'onnx', 'safetensors', 'torch', 'hub')
 INPUTS = ('float', 'uint8')
-VERIFIED_TO = 1e-4  # of the largest logit
+VERIFIED_TO = 1e-4  # of the largest logit; of narrow types four roundings
 _SUFFIXES = {
     '.stablehlo': 'stablehlo',
     '.onnx': 'onnx',
@@ -133,7 +133,7 @@ def export(checkpoint: str, dst: str, options: Options) -> Iterator[str]:
     loaded = _changed(loaded, options)
     yield f'{checkpoint}: {command.describe_settings(model_config(loaded.metadata["model"]))}'
     if kind == 'hub':
-        state_dict = hub.state_dict_of(loaded.model, loaded.variables)
+        state_dict = to_torch(loaded.variables, loaded.model)
         if options.verify:
             size = loaded.metadata['preprocessing']['image_size']
             yield command.verify_weights(state_dict, loaded.variables, loaded.model, size)
@@ -257,7 +257,8 @@ def _verify(loaded: loading.Loaded, options: Options, call: Callable[[np.ndarray
     expected = np.asarray(jax.jit(loaded.model.apply)(dict(loaded.variables), images))
     got = np.asarray(call(pictures if options.input == 'uint8' else np.asarray(images)))
     difference = np.abs(got - expected).max() / np.abs(expected).max()
-    if not difference <= VERIFIED_TO:
+    # An export may take other convolutions than two pictures do here: equal but for rounding.
+    if not difference <= max(VERIFIED_TO, 4 * float(jnp.finfo(loaded.model.dtype).eps)):
         raise InputError(f'--verify: logits differ by {difference:.1e} of the largest; nothing was written')
     return f'verified: the exported logits and ours differ by {difference:.1e} of the largest'
 

@@ -60,6 +60,7 @@ def save_pretrained(
     Raises:
         InputError: the folder exists or cannot be written, or the arguments do not fit together.
     """
+    from epsanet_jax.convert import to_torch
     from epsanet_jax.convert.infer import settings_of
     from epsanet_jax.training.config import DataConfig, ModelConfig
     from epsanet_jax.training.metadata import check_metadata, make_metadata
@@ -73,7 +74,7 @@ def save_pretrained(
     preprocessing = preprocessing or get_variant(settings.name).preprocessing
     metadata = make_metadata(settings, class_names, DataConfig(**dataclasses.asdict(preprocessing)))
     check_metadata(metadata, folder)  # so that what is written can be read
-    write_folder(folder, state_dict_of(model, variables), metadata, license, description)
+    write_folder(folder, to_torch(variables, model), metadata, license, description)
 
 
 def from_pretrained(folder_or_repository: str | os.PathLike[str], revision: str | None = None) -> Pretrained:
@@ -103,13 +104,6 @@ def preprocessing_of(metadata: Mapping[str, Any]) -> Preprocessing:
     """Returns the preprocessing that metadata, which know no tuples, hold."""
     shown: dict[str, Any] = metadata['preprocessing']
     return Preprocessing(**{**shown, 'mean': tuple(shown['mean']), 'std': tuple(shown['std'])})
-
-
-def state_dict_of(model: EPSANet, variables: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the weights under PyTorch's names, as `write_folder` takes them."""
-    from epsanet_jax.convert import to_torch
-
-    return to_torch(variables, model)
 
 
 def write_folder(
