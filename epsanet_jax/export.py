@@ -162,8 +162,9 @@ def _check(dst: str, kind: str, options: Options) -> None:
     """Refuses before the work what could not be written or would not do what is asked."""
     if kind in ('safetensors', 'torch') and (known := _format_of(dst)) != kind:
         raise InputError(f'--format={kind}: {dst} is named as {known}; its name would not say how to read it')
-    if os.path.lexists(dst):
-        raise InputError(f'{dst} exists; choose another DST')
+    for path in (dst, *([f'{dst}.json'] if kind == 'stablehlo' else [])):
+        if os.path.lexists(path):
+            raise InputError(f'{path} exists; choose another DST')
     if not os.path.isdir(os.path.dirname(os.path.abspath(dst))):
         raise InputError(f'cannot write {dst}: there is no such folder')
     if kind not in ('stablehlo', 'onnx'):

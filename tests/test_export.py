@@ -202,9 +202,11 @@ def test_onnx_by_onnxruntime(capsys, checkpoint, tmp_path, kind):
 
 def test_what_cannot_be_exported(capsys, checkpoint, tmp_path):
     (tmp_path / 'old.onnx').write_text('old')
+    (tmp_path / 'old.stablehlo.json').write_text('old')
     (tmp_path / 'folder').mkdir()
     for arguments, part in (
         ((checkpoint, tmp_path / 'old.onnx'), 'exists'),
+        ((checkpoint, tmp_path / 'old.stablehlo'), 'old.stablehlo.json exists'),
         ((checkpoint, tmp_path / 'folder'), 'exists'),
         ((checkpoint, tmp_path / 'no/such.onnx'), 'there is no such folder'),
         ((checkpoint, tmp_path / 'x.tflite'), 'no format is known for .tflite'),
@@ -222,7 +224,7 @@ def test_what_cannot_be_exported(capsys, checkpoint, tmp_path):
         assert (status, err.count('\n'), err.startswith('error: ')) == (2, 1, True), err
         assert part in err
     assert (tmp_path / 'old.onnx').read_text() == 'old'
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['folder', 'old.onnx']
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['folder', 'old.onnx', 'old.stablehlo.json']
 
 
 @pytest.mark.parametrize(
