@@ -57,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_predict(commands)
     _add_explain(commands)
     _add_convert(commands)
+    _add_export(commands)
     _add_plan(commands)
     _add_prepare(commands)
     _add_plot(commands)
@@ -189,6 +190,39 @@ def _add_convert(commands: Any) -> None:
     convert.set_defaults(run=_convert)
 
 
+def _add_export(commands: Any) -> None:
+    export = commands.add_parser(
+        'export',
+        help='StableHLO, ONNX and other files that run without epsanet_jax',
+        description='Writes the network of a checkpoint for other programs: .stablehlo (any batch, for CPUs, '
+        'CUDA and TPUs, weights inside; beside it a .json that describes it), .onnx, .safetensors, PyTorch '
+        "(.pth, .pt, .pth.tar), or a folder in the layout of Hugging Face's Hub.",
+        epilog='example: epsanet export runs/pets pets.stablehlo --step best --verify',
+    )
+    export.add_argument('checkpoint', metavar='CHECKPOINT', help='a workdir, a checkpoint, or a weights file')
+    export.add_argument('dst', metavar='DST', help='a new file or folder')
+    export.add_argument(
+        '--format',
+        choices=('stablehlo', 'onnx', 'safetensors', 'torch', 'hub'),
+        help="default: told by DST's name",
+    )
+    export.add_argument(
+        '--input',
+        choices=('float', 'uint8'),
+        default='float',
+        help='images that are normalised already (default), or pictures, normalised in the file',
+    )
+    export.add_argument('--image-size', type=_positive, metavar='PIXELS', help="default: the checkpoint's")
+    export.add_argument(
+        '--dtype',
+        choices=('float32', 'bfloat16', 'float16', 'float64'),
+        help="of the computation; default: the checkpoint's",
+    )
+    export.add_argument('--step', default='latest', help="of a workdir: 'latest', 'best' or a number")
+    export.add_argument('--verify', action='store_true', help='compare the logits before writing')
+    export.set_defaults(run=_export)
+
+
 def _add_plan(commands: Any) -> None:
     plan = commands.add_parser(
         'plan',
@@ -266,6 +300,16 @@ def _convert(args: argparse.Namespace) -> None:
         args.src, args.dst, args.model, args.num_classes, args.step, args.verify, ema=not args.no_ema
     )
     for line in lines:
+        print(line)
+
+
+def _export(args: argparse.Namespace) -> None:
+    from epsanet_jax import export
+    from epsanet_jax.training.compilation import use_persistent_cache
+
+    use_persistent_cache()
+    chosen = {field.name: getattr(args, field.name) for field in dataclasses.fields(export.Options)}
+    for line in export.export(args.checkpoint, args.dst, export.Options(**chosen)):
         print(line)
 
 

@@ -63,14 +63,14 @@ def convert(
 
     averaged = ', moving averages' if weights.averaged else ''
     yield f'{src}: {_kind(weights.content)}, {len(state_dict)} tensors{averaged}'
-    yield f'model: {_describe(settings)}'
+    yield f'model: {describe_settings(settings)}'
     parameters, statistics = (
         sum(leaf.size for leaf in jax.tree.leaves(variables[part])) for part in ('params', 'batch_stats')
     )
     yield f'{parameters:,} parameters and {statistics:,} BatchNorm statistics converted'
     yield from _losses(state_dict, replaced, model)
     if verify:
-        yield _verify(state_dict, variables, model, metadata['preprocessing']['image_size'])
+        yield verify_weights(state_dict, variables, model, metadata['preprocessing']['image_size'])
     content, lost = _optimizer_for(dst, content, model)
     _write(dst, variables, model, metadata, content)
     if lost or (replaced and weights.content.optimizer is not None):
@@ -135,7 +135,8 @@ def _kind(content: files.Checkpoint) -> str:
     return ', '.join(parts)
 
 
-def _describe(settings: ModelConfig) -> str:
+def describe_settings(settings: ModelConfig) -> str:
+    """Returns the name of a network, its number of classes and what was changed in it."""
     default = dataclasses.asdict(ModelConfig(name=settings.name, num_classes=settings.num_classes))
     changed = {k: v for k, v in dataclasses.asdict(settings).items() if v != default[k]}
     overrides = ''.join(f', {k} {v}' for k, v in changed.items())
@@ -155,7 +156,9 @@ def _losses(state_dict: Mapping[str, Any], replaced: bool, model: EPSANet) -> It
         yield f'converted to float32: tensors of type {", ".join(sorted(others))}'
 
 
-def _verify(state_dict: Mapping[str, Any], variables: Mapping[str, Any], model: EPSANet, size: int) -> str:
+def verify_weights(
+    state_dict: Mapping[str, Any], variables: Mapping[str, Any], model: EPSANet, size: int
+) -> str:
     """Compares PyTorch's logits, with SRC's own tensors, with JAX's, and says how far they are apart."""
     try:
         import torch
@@ -200,8 +203,6 @@ def _write(
     elif dst.lower().endswith(files.TORCH_SUFFIXES):
         files.write_torch(dst, to_torch(variables, model))
     elif dst.lower().endswith(files.SAFETENSORS_SUFFIX):
-        shown = {'model': name, 'num_classes': str(model.num_classes)}
-        shown |= {k: metadata[k] for k in ('class_names', 'preprocessing')}
-        files.write_safetensors(dst, to_torch(variables, model), {**shown, 'epsanet_jax': metadata})
+        files.write_safetensors(dst, to_torch(variables, model), files.weights_metadata(metadata))
     else:
         loading.save_weights(dst, variables, metadata)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from epsanet_jax.convert import hub_folder
 from epsanet_jax.errors import InputError, one_line
 
 TORCH_SUFFIXES = ('.pth.tar', '.pth', '.pt')
@@ -42,20 +43,24 @@ class Checkpoint:
 
 
 def is_weights_file(path: str | os.PathLike[str]) -> bool:
-    """Whether the name is that of a PyTorch or safetensors file."""
-    return os.fspath(path).lower().endswith((*TORCH_SUFFIXES, SAFETENSORS_SUFFIX))
+    """Whether the name is that of a PyTorch or safetensors file, or of a folder in the Hub's layout."""
+    known = os.fspath(path).lower().endswith((*TORCH_SUFFIXES, SAFETENSORS_SUFFIX))
+    return known or hub_folder.is_hub_folder(path)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Reads .pth, .pth.tar, .pt (needs PyTorch) or .safetensors (does not).
+    """Reads .pth, .pth.tar, .pt (needs PyTorch), .safetensors or a folder in the Hub's layout (do not).
 
-    The weights of a PyTorch file are the dict itself, or its 'state_dict', 'model' or 'state_dict_ema'.
+    The weights of a PyTorch file are the dict itself, or its 'state_dict', 'model' or 'state_dict_ema'. Of a
+    folder, config.json says what the metadata of a safetensors file would.
 
     Raises:
         InputError: there is no such file, it is of another kind or damaged, or it holds objects other than
             tensors and plain containers.
     """
     path = os.fspath(path)
+    if hub_folder.is_hub_folder(path):
+        return _read_hub_folder(path)
     if not os.path.isfile(path):
         raise InputError(f'no such file: {path}' if not os.path.isdir(path) else f'{path} is a folder')
     if not is_weights_file(path):
@@ -67,6 +72,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return _read_torch(path)
     except OSError as e:
         raise InputError(f'cannot read {path}: {e.strerror or e}') from e
+
+
+def _read_hub_folder(path: str) -> Checkpoint:
+    content = _read_safetensors(os.path.join(path, hub_folder.WEIGHTS))
+    metadata = hub_folder.read_metadata(path)
+    if metadata is None:
+        return content
+    return dataclasses.replace(content, metadata={**content.metadata, 'epsanet_jax': json.dumps(metadata)})
 
 
 def _read_safetensors(path: str) -> Checkpoint:
@@ -167,6 +180,18 @@ def write_safetensors(path: str, state_dict: Mapping[str, np.ndarray], metadata:
             f.write(content)
 
     write_atomically(path, write)
+
+
+def weights_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a file of weights says about them: all of it, and for other programs the main things.
+
+    Args:
+        metadata: from `training.metadata.make_metadata`.
+    """
+    model = metadata['model']
+    shown = {'model': model['name'], 'num_classes': str(model['num_classes'])}
+    shown |= {k: metadata[k] for k in ('class_names', 'preprocessing')}
+    return {**shown, 'epsanet_jax': metadata}
 
 
 def write_atomically(path: str, write: Callable[[str], None]) -> None:

@@ -5,6 +5,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from epsanet_jax.errors import InputError
 from epsanet_jax.models import create_model
 from epsanet_jax.models.epsanet import EPSANet
@@ -33,7 +35,28 @@ def infer_settings(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(
             f'not the state dict of an EPSANet: {str(e) or "its shapes"} does not fit; it holds {some} ...'
         ) from e
-    kind = settings.pop('middle'), settings.pop('use_se')
+    return _as_overrides(settings)
+
+
+def settings_of(model: EPSANet) -> dict[str, Any]:
+    """Returns 'name' and the overrides of `create_model` that give this network, types as their names.
+
+    Raises:
+        InputError: it is none that `create_model` makes.
+    """
+    fields = ('num_classes', 'layers', 'planes', 'expansion', 'middle', 'use_se')
+    if model.middle == 'psa':
+        fields = (*fields, 'kernels', 'groups', 'reduction', 'psa_bias')
+    elif model.use_se:
+        fields = (*fields, 'reduction')
+    settings = {field: getattr(model, field) for field in (*fields, 'output_stride', 'conv', 'remat')}
+    settings |= {field: np.dtype(getattr(model, field)).name for field in ('dtype', 'param_dtype')}
+    return _as_overrides({**settings, 'bn_group': model.bn_group or 0, 'frozen_bn': model.frozen_bn})
+
+
+def _as_overrides(settings: dict[str, Any]) -> dict[str, Any]:
+    """Puts the name of the nearest variant in place of what that variant has of its own."""
+    kind = settings['middle'], settings['use_se']
     candidates = {name: v for name, v in VARIANTS.items() if (v.middle, v.use_se) == kind}
     if not candidates:
         raise InputError(
@@ -44,7 +67,7 @@ def infer_settings(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         return sum(getattr(candidates[name], f) != settings.get(f) for f in _STRUCTURE if f in settings)
 
     name = min(candidates, key=distance)
-    own = {f for f in _STRUCTURE if getattr(candidates[name], f) == settings.get(f)}
+    own = {f for f in _STRUCTURE if getattr(candidates[name], f) == settings.get(f)} | {'middle', 'use_se'}
     return {'name': name, **{k: v for k, v in settings.items() if k not in own}}
 
 

@@ -4,6 +4,7 @@ The only module that imports torch at its top; nothing imports it but who asks f
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -145,3 +146,28 @@ class EPSANet(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Maps images [N, 3, H, W] to logits [N, num_classes]."""
         return self.fc(self.features(images)[f'layer{self.stages}'].mean(dim=(2, 3)))
+
+
+class FromPixels(nn.Module):
+    """A network that takes pictures as they are decoded, and normalises them itself.
+
+    Args:
+        network: maps normalised images [N, 3, H, W] to logits.
+        mean: per channel, of values in 0..1.
+        std: per channel, of values in 0..1.
+    """
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
+        super().__init__()
+        self.network = network
+        self.register_buffer('scale', torch.tensor([1 / (255 * s) for s in std])[:, None, None])
+        self.register_buffer(
+            'shift', torch.tensor([m / s for m, s in zip(mean, std, strict=True)])[:, None, None]
+        )
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Maps uint8 pictures [N, 3, H, W] to logits."""
+        return self.network(images.float() * self.scale - self.shift)

@@ -29,7 +29,7 @@ class Problem(NamedTuple):
         channels: input channels, of all groups.
         features: output channels, of all groups.
         size: height (or width) of the images.
-        batch: number of images.
+        batch: number of images; in an export it may be a symbol, and then does not count.
         dtype: name of their type.
     """
 
@@ -79,7 +79,7 @@ def _distance(known: Problem, problem: Problem) -> float:
         + 2 * octaves(known.features / known.groups, problem.features / problem.groups)
         + octaves(known.groups, problem.groups)
         + octaves(known.size, problem.size)
-        + 0.5 * octaves(known.batch, problem.batch)
+        + (0.5 * octaves(known.batch, problem.batch) if isinstance(problem.batch, int) else 0.0)
         + 0.5 * (known.dtype != problem.dtype)
     )
 

@@ -1,0 +1,61 @@
+"""A folder as Hugging Face's Hub lays models out: config.json, model.safetensors and a card, README.md."""
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from epsanet_jax.errors import InputError, one_line
+
+WEIGHTS = 'model.safetensors'
+CONFIG = 'config.json'
+CARD = 'README.md'
+
+
+def is_hub_folder(path: str | os.PathLike[str]) -> bool:
+    """Whether the path is a folder with weights under the Hub's name."""
+    return os.path.isfile(os.path.join(os.fspath(path), WEIGHTS))
+
+
+def to_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the content of config.json.
+
+    Names of classes stand where the Hub looks for them, in 'id2label'. A run's configuration is left out: it
+    may name folders of a machine that nobody else is to know.
+
+    Args:
+        metadata: from `training.metadata.make_metadata`.
+    """
+    config = {'architectures': ['EPSANet'], 'model_type': 'epsanet'}
+    if metadata['class_names']:
+        config['id2label'] = {str(i): name for i, name in enumerate(metadata['class_names'])}
+    return {**config, **{k: metadata[k] for k in ('model', 'preprocessing', 'package', 'version')}}
+
+
+def read_metadata(folder: str) -> dict[str, Any] | None:
+    """Returns the metadata that config.json holds, for `training.metadata.check_metadata`; None without one.
+
+    Raises:
+        InputError: it cannot be read, or its classes are not numbered from 0.
+    """
+    path = os.path.join(folder, CONFIG)
+    try:
+        with open(path, encoding='utf-8') as f:
+            config = json.load(f)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError) as e:
+        raise InputError(f'cannot read {path}: {one_line(e)}') from e
+    if not isinstance(config, dict) or config.get('package') != 'epsanet_jax':
+        raise InputError(f'{path} is not of an EPSANet of epsanet_jax: its "package" says otherwise')
+    labels, model = config.get('id2label', {}), config.get('model')
+    classes = model.get('num_classes') if isinstance(model, dict) else None
+    if not isinstance(labels, dict) or (labels and set(labels) != {str(i) for i in range(len(labels))}):
+        raise InputError(
+            f'{path}: id2label must name the classes from "0" on, got {one_line(str(labels), 80)}'
+        )
+    if labels and len(labels) != classes:
+        raise InputError(f'{path}: id2label names {len(labels)} classes, but the model has {classes}')
+    kept = {k: config[k] for k in ('package', 'version', 'model', 'preprocessing') if k in config}
+    names = [labels[str(i)] for i in range(len(labels))]
+    return {**kept, 'class_names': names, 'config': None, 'identity': None}
