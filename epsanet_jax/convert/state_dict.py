@@ -118,10 +118,11 @@ def torch_order(names: Mapping[str, Any]) -> list[str]:
     """Sorts names into the order in which PyTorch registers parameters; optimisers number them by it.
 
     A block's modules come as the reference makes them: conv1, bn1, conv2 (conv_1 .. conv_4, se), bn2,
-    conv3, bn3, downsample; in a module weight, bias, running_mean, running_var.
+    conv3, bn3, se, downsample; in a module weight, bias, running_mean, running_var.
     """
     leaves = ('weight', 'bias', 'running_mean', 'running_var')
-    modules = ('conv1', 'bn1', 'conv2', 'bn2', 'conv3', 'bn3', 'downsample')
+    modules = ('conv1', 'bn1', 'conv2', 'bn2', 'conv3', 'bn3')
+    last = ('downsample', 'fc')
 
     def rank(part: str) -> tuple[int, int | str]:
         if part.isdigit():
@@ -130,7 +131,7 @@ def torch_order(names: Mapping[str, Any]) -> list[str]:
             return 1, leaves.index(part)
         if part in modules:
             return 2, modules.index(part)
-        return (4, part) if part == 'fc' else (3, part)
+        return (4 if part in last else 3), part
 
     return sorted(names, key=lambda name: [rank(part) for part in name.split('.')])
 
