@@ -1,13 +1,12 @@
 """The command `epsanet`. Exit status 0, 2 with one line for bad usage or input, 75 if interrupted."""
 
 import argparse
-import dataclasses
-import json
 import os
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from epsanet_jax import commands
 from epsanet_jax.errors import INTERRUPTED, InputError, Interrupted, one_line
 
 
@@ -50,22 +49,22 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog='epsanet', description='EPSANet for JAX.')
-    commands = parser.add_subparsers(required=True, metavar='COMMAND')
+    subcommands = parser.add_subparsers(required=True, metavar='COMMAND')
 
-    _add_summary(commands)
-    _add_evaluate(commands)
-    _add_predict(commands)
-    _add_explain(commands)
-    _add_convert(commands)
-    _add_export(commands)
-    _add_plan(commands)
-    _add_prepare(commands)
-    _add_plot(commands)
+    _add_summary(subcommands)
+    _add_evaluate(subcommands)
+    _add_predict(subcommands)
+    _add_explain(subcommands)
+    _add_convert(subcommands)
+    _add_export(subcommands)
+    _add_plan(subcommands)
+    _add_prepare(subcommands)
+    _add_plot(subcommands)
     return parser
 
 
-def _add_summary(commands: Any) -> None:
-    summary = commands.add_parser(
+def _add_summary(subcommands: Any) -> None:
+    summary = subcommands.add_parser(
         'summary',
         help='parameters, multiply-adds and activations of a network',
         description='Shows parameters, multiply-adds and activation memory of a network, stage by stage.',
@@ -75,11 +74,11 @@ def _add_summary(commands: Any) -> None:
     summary.add_argument('--num-classes', type=_positive, default=1000, metavar='N')
     summary.add_argument('--image-size', type=_positive, default=224, metavar='PIXELS')
     summary.add_argument('--json', action='store_true', help='print JSON')
-    summary.set_defaults(run=_summary)
+    summary.set_defaults(run=commands.summary)
 
 
-def _add_evaluate(commands: Any) -> None:
-    evaluate = commands.add_parser(
+def _add_evaluate(subcommands: Any) -> None:
+    evaluate = subcommands.add_parser(
         'evaluate',
         help='accuracy of a checkpoint',
         description='Evaluates a checkpoint on every picture of a data set, each exactly once.',
@@ -104,11 +103,11 @@ def _add_evaluate(commands: Any) -> None:
         '--on-bad', choices=('stop', 'skip'), default='stop', help='at a picture that cannot be decoded'
     )
     evaluate.add_argument('--json', action='store_true', help='print JSON')
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.set_defaults(run=commands.evaluate)
 
 
-def _add_predict(commands: Any) -> None:
-    predict = commands.add_parser(
+def _add_predict(subcommands: Any) -> None:
+    predict = subcommands.add_parser(
         'predict',
         help='classes of pictures',
         description='Names the likeliest classes of pictures, prepared as the weights want them. Of folders '
@@ -125,11 +124,11 @@ def _add_predict(commands: Any) -> None:
     predict.add_argument(
         '--batch-size', type=_positive, default=64, metavar='N', help='at once (default: 64)'
     )
-    predict.set_defaults(run=_predict, kind='table')
+    predict.set_defaults(run=commands.predict, kind='table')
 
 
-def _add_explain(commands: Any) -> None:
-    explain = commands.add_parser(
+def _add_explain(subcommands: Any) -> None:
+    explain = subcommands.add_parser(
         'explain',
         help='what a network looks at, and with which kernels',
         description="Draws, for each picture, Grad-CAM and the pyramid's attention. For folders it also "
@@ -151,7 +150,7 @@ def _add_explain(commands: Any) -> None:
         help="names or numbers of the classes to explain (default: each picture's likeliest)",
     )
     explain.add_argument('--batch-size', type=_positive, default=8, metavar='N', help='at once (default: 8)')
-    explain.set_defaults(run=_explain)
+    explain.set_defaults(run=commands.explain)
 
 
 def _add_checkpoint_and_images(parser: argparse.ArgumentParser) -> None:
@@ -160,8 +159,8 @@ def _add_checkpoint_and_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--step', default='latest', help="'latest' (default), 'best' or a number")
 
 
-def _add_convert(commands: Any) -> None:
-    convert = commands.add_parser(
+def _add_convert(subcommands: Any) -> None:
+    convert = subcommands.add_parser(
         'convert',
         help='weights from and to PyTorch',
         description='Converts weights between PyTorch files, safetensors and checkpoints of epsanet_jax. '
@@ -187,11 +186,11 @@ def _add_convert(commands: Any) -> None:
         action='store_true',
         help='compare logits with those of PyTorch',
     )
-    convert.set_defaults(run=_convert)
+    convert.set_defaults(run=commands.convert)
 
 
-def _add_export(commands: Any) -> None:
-    export = commands.add_parser(
+def _add_export(subcommands: Any) -> None:
+    export = subcommands.add_parser(
         'export',
         help='StableHLO, ONNX and other files that run without epsanet_jax',
         description='Writes the network of a checkpoint for other programs: .stablehlo (any batch, for CPUs, '
@@ -220,11 +219,11 @@ def _add_export(commands: Any) -> None:
     )
     export.add_argument('--step', default='latest', help="of a workdir: 'latest', 'best' or a number")
     export.add_argument('--verify', action='store_true', help='compare the logits before writing')
-    export.set_defaults(run=_export)
+    export.set_defaults(run=commands.export)
 
 
-def _add_plan(commands: Any) -> None:
-    plan = commands.add_parser(
+def _add_plan(subcommands: Any) -> None:
+    plan = subcommands.add_parser(
         'plan',
         help='memory, communication and cost of a training step on devices not at hand',
         description='Compiles the training step of a recipe for a topology and shows what it needs there. '
@@ -239,11 +238,11 @@ def _add_plan(commands: Any) -> None:
         '--find-batch', action='store_true', help='the largest batch that fits, from two that are compiled'
     )
     plan.add_argument('--json', action='store_true', help='print JSON')
-    plan.set_defaults(run=_plan, config_fields=[])
+    plan.set_defaults(run=commands.plan, config_fields=[])
 
 
-def _add_prepare(commands: Any) -> None:
-    prepare = commands.add_parser(
+def _add_prepare(subcommands: Any) -> None:
+    prepare = subcommands.add_parser(
         'prepare',
         help='pictures into ArrayRecord',
         description='Writes the pictures of a folder, or of tars, as a TFDS data set in sharded ArrayRecord. '
@@ -266,11 +265,11 @@ def _add_prepare(commands: Any) -> None:
         metavar='FILE',
         help="of ImageNet's validation: one synset a line, or the development kit; default: found in SRC",
     )
-    prepare.set_defaults(run=_prepare)
+    prepare.set_defaults(run=commands.prepare)
 
 
-def _add_plot(commands: Any) -> None:
-    plot = commands.add_parser(
+def _add_plot(subcommands: Any) -> None:
+    plot = subcommands.add_parser(
         'plot',
         help='curves of runs',
         description='Draws loss, accuracy, learning rate and images per second of one or several runs.',
@@ -280,7 +279,7 @@ def _add_plot(commands: Any) -> None:
     plot.add_argument(
         '--out', metavar='FILE', help=".png, .svg or .pdf; default: 'curves.png' in the first workdir"
     )
-    plot.set_defaults(run=_plot)
+    plot.set_defaults(run=commands.plot)
 
 
 def _positive(text: str) -> int:
@@ -291,148 +290,3 @@ def _positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f'expected a whole number above 0, got {text!r}')
     return value
-
-
-def _convert(args: argparse.Namespace) -> None:
-    from epsanet_jax.convert import command
-
-    lines = command.convert(
-        args.src, args.dst, args.model, args.num_classes, args.step, args.verify, ema=not args.no_ema
-    )
-    for line in lines:
-        print(line)
-
-
-def _export(args: argparse.Namespace) -> None:
-    from epsanet_jax import export
-    from epsanet_jax.training.compilation import use_persistent_cache
-
-    use_persistent_cache()
-    chosen = {field.name: getattr(args, field.name) for field in dataclasses.fields(export.Options)}
-    for line in export.export(args.checkpoint, args.dst, export.Options(**chosen)):
-        print(line)
-
-
-def _summary(args: argparse.Namespace) -> None:
-    from epsanet_jax.analysis.summary import summarize
-    from epsanet_jax.models import create_model, get_variant
-    from epsanet_jax.models.epsanet import MIN_SIZE
-
-    if args.image_size < MIN_SIZE:
-        raise InputError(f'--image-size must be at least {MIN_SIZE}, got {args.image_size}')
-    rows = summarize(create_model(args.name, num_classes=args.num_classes), args.image_size)
-    counts = ('params', 'multiply_adds', 'published_count', 'activation_bytes')
-    total = {field: sum(getattr(row, field) for row in rows) for field in counts}
-    if args.json:
-        content = {'model': args.name, 'image_size': args.image_size, **total}
-        print(json.dumps({**content, 'stages': [dataclasses.asdict(row) for row in rows]}, indent=2))
-        return
-    print(f'{args.name}, {args.num_classes} classes, {args.image_size}x{args.image_size} pixels\n')
-    print(f'{"stage":<8}{"output":>18}{"parameters":>14}{"multiply-adds":>18}{"activations":>14}')
-    for row in rows:
-        shape = ' x '.join(map(str, row.output))
-        memory = f'{row.activation_bytes / 2**20:.2f} MiB'
-        print(f'{row.stage:<8}{shape:>18}{row.params:>14,}{row.multiply_adds:>18,}{memory:>14}')
-    memory = f'{total["activation_bytes"] / 2**20:.2f} MiB'
-    print(f'{"total":<8}{"":>18}{total["params"]:>14,}{total["multiply_adds"]:>18,}{memory:>14}\n')
-    print('activations: what convolutions, BatchNorms and the classifier give for one picture, in float32')
-    print(f"by the paper's count, 2 more for each BatchNorm output: {total['published_count']:,}")
-    variant = get_variant(args.name)
-    if variant.published_params:
-        print(
-            f'published for 1000 classes at 224 px: {variant.published_params:.2f} M, '
-            f'{variant.published_flops:.2f} G, top-1 {variant.published_top1} %, '
-            f'top-5 {variant.published_top5} % (no weights were published)'
-        )
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    import jax
-
-    from epsanet_jax.training import evaluation, inputs, parallel, pretrained, report, steps
-    from epsanet_jax.training.compilation import use_persistent_cache
-    from epsanet_jax.training.config import Config, DataConfig
-
-    use_persistent_cache()
-    loaded = pretrained.load(args.checkpoint, args.step, ema=not args.no_ema)
-    config = loaded.metadata['config'] or dataclasses.asdict(Config())
-    trained_on = DataConfig(**{**config['data'], **loaded.metadata['preprocessing']})
-    data = inputs.evaluation_data(trained_on, args.data, args.split, args.data_dir, args.on_bad)
-    source = inputs.open_source(data, data.eval_split)
-    source = inputs.with_labels_of(source, loaded.metadata['class_names'], loaded.model.num_classes)
-    batch_size = parallel.round_up_to_devices(args.batch_size)
-    mesh = parallel.make_mesh(batch_size)
-    eval_step = steps.make_eval_step(
-        loaded.model, mesh, smoothing=config['label_smoothing'], mean=data.mean, std=data.std
-    )
-    means = evaluation.evaluate(
-        eval_step,
-        jax.device_put(loaded.variables, parallel.replicated(mesh)),
-        source,
-        data,
-        mesh,
-        batch_size,
-        say=lambda text: print(text, file=sys.stderr),
-    )
-    if args.json:
-        print(json.dumps({'checkpoint': args.checkpoint, 'step': loaded.step, **means}))
-    else:
-        print(f'step {loaded.step}, {report.describe(means)}')
-
-
-def _predict(args: argparse.Namespace) -> None:
-    from epsanet_jax import predict_command
-
-    predict_command.print_lines(
-        predict_command.command(args.checkpoint, args.images, args.step, args.top, args.batch_size, args.kind)
-    )
-
-
-def _explain(args: argparse.Namespace) -> None:
-    from epsanet_jax import predict_command
-    from epsanet_jax.analysis import explain_command
-
-    predict_command.print_lines(
-        explain_command.command(
-            args.checkpoint, args.images, args.step, args.out, args.stages, args.classes, args.batch_size
-        )
-    )
-
-
-def _plan(args: argparse.Namespace) -> int:
-    from epsanet_jax.analysis import plan, topology
-    from epsanet_jax.training.flags import read_config
-
-    config = read_config([*([f'--config={args.config}'] if args.config else []), *args.config_fields])
-    devices = topology.open_topology(args.topology)
-    print(f'compiling for {args.topology}: minutes for a large network ...', file=sys.stderr)
-    most = None
-    if args.find_batch:
-        most, plans = plan.find_batch(config, devices, args.batch)
-    else:
-        plans = [plan.make_plan(config, devices, args.batch)]
-    if args.json:
-        content = {'plans': [dataclasses.asdict(p) for p in plans], 'largest_batch': most}
-        print(json.dumps(content if args.find_batch else dataclasses.asdict(plans[0]), indent=2))
-    else:
-        print('\n\n'.join('\n'.join(plan.describe(p)) for p in plans))
-        if args.find_batch:
-            print(f'\nlargest batch that fits: {most}, by a straight line through these two')
-    return int(most == 0 if args.find_batch else plans[0].fits is False)
-
-
-def _plot(args: argparse.Namespace) -> None:
-    from epsanet_jax.analysis import plot
-
-    out = args.out or os.path.join(args.workdirs[0], 'curves.png')
-    for line in plot.plot(args.workdirs, out):
-        print(line)
-    print(f'written: {out}')
-
-
-def _prepare(args: argparse.Namespace) -> None:
-    from epsanet_jax.data.prepare import command
-
-    prepared = command.prepare(args.src, args.dst, args.on_bad, args.workers, args.name, args.labels)
-    for line in command.describe(prepared):
-        print(line)
