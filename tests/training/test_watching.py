@@ -123,3 +123,15 @@ def test_curves_that_cannot_be_drawn(watched, capsys, arguments, message):
 def test_a_profile_of_a_negative_length_is_refused(tmp_path):
     with pytest.raises(InputError, match='config.profile.steps must be at least 0, got -1'):
         loop.train(recipe(profile=ProfileConfig(0, -1)), str(tmp_path / 'run'))
+
+
+def test_commands_take_the_averages_unless_told_otherwise(watched, capsys, tmp_path):
+    workdir, result = watched
+    for options, name in (([], 'ema_loss'), (['--no-ema'], 'loss')):
+        status, out, _ = run(capsys, 'evaluate', workdir, '--json', *options)
+        assert status == 0
+        assert json.loads(out)['loss'] == pytest.approx(result.last[name], rel=1e-5)
+        status, out, _ = run(capsys, 'convert', workdir, tmp_path / f'{name}.pth.tar', *options)
+        assert status == 0
+        assert (', moving averages' in out) == (name == 'ema_loss')
+        assert ('with optimizer state' in out) == (name == 'loss')

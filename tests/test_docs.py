@@ -1,0 +1,70 @@
+"""The Python code of docs/ runs as it stands there, on a small network."""
+
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+import small
+from PIL import Image
+
+import epsanet_jax
+from epsanet_jax.cli import main
+
+DOCS = pathlib.Path(__file__).parents[1] / 'docs'
+BLOCKS = [
+    pytest.param(path.name, code, id=f'{path.stem}-{i}')
+    for path in sorted(DOCS.glob('*.md'))
+    for i, code in enumerate(re.findall(r'```python\n(.*?)```', path.read_text(), re.DOTALL))
+]
+NET = small.model(layers=(1, 1, 1, 1))
+NAMES = list('abcdefg')
+
+
+@pytest.fixture(scope='module')
+def place(tmp_path_factory):
+    """What the docs take as given: a checkpoint, what is exported from it, a folder of pictures."""
+    import torch
+
+    from epsanet_jax.convert.torch_model import EPSANet
+
+    folder, rng = tmp_path_factory.mktemp('place'), np.random.default_rng(0)
+    variables = small.random_variables(NET, dtype=np.float32)
+    settings = epsanet_jax.models.zoo.Preprocessing(32, 36)
+    epsanet_jax.save_pretrained(folder / 'net', NET, variables, NAMES, settings)
+    (folder / 'runs').mkdir()
+    (folder / 'holiday').mkdir()
+    for i in range(3):
+        pixels = rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / 'holiday' / f'{i}.jpg')
+    assert main(['convert', str(folder / 'net'), str(folder / 'runs' / 'pets')]) == 0
+    for suffix in ('stablehlo', 'onnx'):
+        assert main(['export', str(folder / 'net'), str(folder / f'pets.{suffix}')]) == 0
+    pets = epsanet_jax.create_model('epsanet50_small', num_classes=37)
+    torch.save(EPSANet(pets).state_dict(), folder / 'pets.pth')
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('page', 'code'), BLOCKS)
+def test_the_code_of_a_page(page, code, place, monkeypatch, capsys):
+    monkeypatch.chdir(place)
+    variables = small.random_variables(NET, dtype=np.float32)
+    images = np.random.default_rng(1).standard_normal((2, 32, 32, 3)).astype(np.float32)
+    names = {
+        'model': NET,
+        'variables': variables,
+        'images': images.transpose(0, 3, 1, 2) if 'onnxruntime' in code else images,
+        'class_names': NAMES,
+        'classes': np.array([0, 1]),
+        'features': jax.jit(lambda v, x: NET.apply(v, x, method='features'))(variables, images),
+    }
+    exec(compile(code, page, 'exec'), names)
+    if 'logits' in names:
+        assert names['logits'].shape == (2, 7)
+    if 'shares' in names:
+        assert names['maps'].shape == (2, 32, 32)
+        np.testing.assert_allclose(names['shares'].sum(axis=2), 1, rtol=1e-5)
+    if 'predict' in names:
+        assert capsys.readouterr().out.count('holiday/') == 3
