@@ -224,7 +224,13 @@ def forward_float32(name, size):
     return actual, (expected, logits)
 
 
-@pytest.mark.parametrize('name', [n for n in list_models() if n.startswith('epsanet')])
+@pytest.mark.parametrize(
+    'name',
+    [
+        *('epsanet50_small', 'epsanet50_large'),
+        *(pytest.param(f'epsanet101_{size}', marks=pytest.mark.slow) for size in ('small', 'large')),
+    ],
+)
 def test_every_variant_in_float32_at_64_pixels(name):
     assert_close(*forward_float32(name, 64), tolerance=1e-5)
 

@@ -266,8 +266,10 @@ def test_the_number_of_devices_may_change(uninterrupted, tmp_path, monkeypatch):
 
 def test_checkpoints_are_saved_by_time(tmp_path):
     """Process 0 asks with the batch of a step; all processes know after the next."""
-    config = recipe(eval_every_epochs=0.0, checkpoint=CheckpointConfig(every_minutes=1e-9, keep=9))
+    checkpoint = CheckpointConfig(every_minutes=1e-9, keep=9)
+    config = recipe(eval_every_epochs=0.0, checkpoint=checkpoint, tensorboard=False)
     loop.train(config, str(tmp_path))
+    assert not (tmp_path / 'tensorboard').exists()
     assert sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir()) == [2, 4, 6]
 
 

@@ -10,9 +10,8 @@ from test_loop import lines, recipe, saved_state
 
 from epsanet_jax import InputError
 from epsanet_jax.data.augment import row_keys
-from epsanet_jax.training import loop, pretrained
+from epsanet_jax.training import loop, pretrained, setup
 from epsanet_jax.training.config import (
-    CheckpointConfig,
     DataConfig,
     ModelConfig,
     OptimizerConfig,
@@ -174,8 +173,5 @@ def test_options_that_cannot_be_are_refused(tmp_path, changes, message):
 
 
 def test_the_rate_is_scaled_with_the_batch_where_asked(tmp_path):
-    constant, checkpoint = ScheduleConfig('constant'), CheckpointConfig(every_minutes=0)
-    config = recipe(steps=1, schedule=constant, checkpoint=checkpoint, log_every_steps=1)
-    config.optimizer = OptimizerConfig(0.1, lr_batch=64)
-    loop.train(config, str(tmp_path))
-    assert lines(tmp_path)[0]['lr'] == pytest.approx(0.1 * 16 / 64)
+    config = recipe(schedule=ScheduleConfig('constant'), optimizer=OptimizerConfig(0.1, lr_batch=64))
+    assert setup.prepare(config, str(tmp_path)).learning_rate(0) == pytest.approx(0.1 * 16 / 64)

@@ -59,11 +59,6 @@ def test_events_of_steps_that_are_made_again_are_not_read(tmp_path):
     assert [(e.step, e.value) for e in read.Scalars('train/loss')] == [(1, 1), (2, 1), (3, 9), (4, 9)]
 
 
-def test_tensorboard_can_be_switched_off(tmp_path):
-    loop.train(recipe(steps=1, eval_every_epochs=0.0, tensorboard=False), str(tmp_path))
-    assert not (tmp_path / 'tensorboard').exists()
-
-
 def test_the_profile_is_of_the_window_and_opens(watched):
     *_, trace = sorted((watched[0] / 'profile').rglob('perfetto_trace.json.gz'))
     content = json.loads(gzip.decompress(trace.read_bytes()))
