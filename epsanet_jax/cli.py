@@ -96,9 +96,7 @@ def _add_evaluate(subcommands: Any) -> None:
     evaluate.add_argument('--data-dir', metavar='DIR', help='where TFDS data sets lie')
     evaluate.add_argument('--batch-size', type=_positive, default=64, metavar='N')
     evaluate.add_argument('--step', default='latest', help="'latest' (default), 'best' or a number")
-    evaluate.add_argument(
-        '--no-ema', action='store_true', help='the weights themselves, not their moving average'
-    )
+    _add_no_ema(evaluate)
     evaluate.add_argument(
         '--on-bad', choices=('stop', 'skip'), default='stop', help='at a picture that cannot be decoded'
     )
@@ -157,6 +155,13 @@ def _add_checkpoint_and_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('checkpoint', metavar='CHECKPOINT', help='a workdir, a checkpoint, or a weights file')
     parser.add_argument('images', metavar='IMAGE', nargs='+', help='a picture, or a folder of pictures')
     parser.add_argument('--step', default='latest', help="'latest' (default), 'best' or a number")
+    _add_no_ema(parser)
+
+
+def _add_no_ema(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--no-ema', action='store_true', help='of a run: the weights themselves, not their moving average'
+    )
 
 
 def _add_convert(subcommands: Any) -> None:
@@ -178,9 +183,7 @@ def _add_convert(subcommands: Any) -> None:
         help='a classifier of another size is replaced',
     )
     convert.add_argument('--step', default='latest', help="of a workdir: 'latest', 'best' or a number")
-    convert.add_argument(
-        '--no-ema', action='store_true', help='of a workdir: the weights themselves, not their moving average'
-    )
+    _add_no_ema(convert)
     convert.add_argument(
         '--verify',
         action='store_true',
@@ -218,6 +221,7 @@ def _add_export(subcommands: Any) -> None:
         help="of the computation; default: the checkpoint's",
     )
     export.add_argument('--step', default='latest', help="of a workdir: 'latest', 'best' or a number")
+    _add_no_ema(export)
     export.add_argument('--verify', action='store_true', help='compare the logits before writing')
     export.set_defaults(run=commands.export)
 

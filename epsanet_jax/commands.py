@@ -95,9 +95,11 @@ def evaluate(args: argparse.Namespace) -> None:
         say=lambda text: print(text, file=sys.stderr),
     )
     if args.json:
-        print(json.dumps({'checkpoint': args.checkpoint, 'step': loaded.step, **means}))
+        about = {'checkpoint': args.checkpoint, 'step': loaded.step, 'averaged': loaded.averaged}
+        print(json.dumps({**about, **means}))
     else:
-        print(f'step {loaded.step}, {report.describe(means)}')
+        averaged = ', moving averages' if loaded.averaged else ''
+        print(f'step {loaded.step}{averaged}, {report.describe(means)}')
 
 
 def predict(args: argparse.Namespace) -> None:
@@ -105,7 +107,15 @@ def predict(args: argparse.Namespace) -> None:
     from epsanet_jax import predict_command
 
     predict_command.print_lines(
-        predict_command.command(args.checkpoint, args.images, args.step, args.top, args.batch_size, args.kind)
+        predict_command.command(
+            args.checkpoint,
+            args.images,
+            args.step,
+            args.top,
+            args.batch_size,
+            args.kind,
+            ema=not args.no_ema,
+        )
     )
 
 
@@ -116,7 +126,14 @@ def explain(args: argparse.Namespace) -> None:
 
     predict_command.print_lines(
         explain_command.command(
-            args.checkpoint, args.images, args.step, args.out, args.stages, args.classes, args.batch_size
+            args.checkpoint,
+            args.images,
+            args.step,
+            args.out,
+            args.stages,
+            args.classes,
+            args.batch_size,
+            ema=not args.no_ema,
         )
     )
 
@@ -148,7 +165,8 @@ def plot(args: argparse.Namespace) -> None:
     """Runs `epsanet plot`."""
     from epsanet_jax.analysis import plot
 
-    out = args.out or os.path.join(args.workdirs[0], 'curves.png')
+    remote = '://' in args.workdirs[0]
+    out = args.out or ('curves.png' if remote else os.path.join(args.workdirs[0], 'curves.png'))
     for line in plot.plot(args.workdirs, out):
         print(line)
     print(f'written: {out}')

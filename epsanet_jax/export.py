@@ -101,6 +101,7 @@ class Options:
         image_size: pixels; None: the checkpoint's.
         dtype: of the computation; None: the checkpoint's.
         step: which checkpoint of a workdir.
+        no_ema: whether to take a run's weights themselves, not their moving average.
         verify: whether to compare logits before anything is written.
     """
 
@@ -109,6 +110,7 @@ class Options:
     image_size: int | None = None
     dtype: str | None = None
     step: str = 'latest'
+    no_ema: bool = False
     verify: bool = False
 
 
@@ -127,9 +129,11 @@ def export(checkpoint: str, dst: str, options: Options) -> Iterator[str]:
     dst = dst.rstrip('/') or dst
     _check(dst, kind, options)
     if kind in ('safetensors', 'torch'):
-        yield from command.convert(checkpoint, dst, None, None, options.step, options.verify)
+        yield from command.convert(
+            checkpoint, dst, None, None, options.step, options.verify, not options.no_ema
+        )
         return
-    loaded = pretrained.load(checkpoint, options.step)
+    loaded = pretrained.load(checkpoint, options.step, ema=not options.no_ema)
     loaded = _changed(loaded, options)
     yield f'{checkpoint}: {command.describe_settings(model_config(loaded.metadata["model"]))}'
     if kind == 'hub':
@@ -212,8 +216,12 @@ def _write_stablehlo(loaded: loading.Loaded, dst: str, options: Options) -> Iter
     if options.verify:
         yield _verify(loaded, options, jax.jit(jax_export.deserialize(bytearray(content)).call))
     text = json.dumps({**_public(loaded), **signature}, indent=2) + '\n'
-    _write_new(f'{dst}.json', text.encode())
     _write_new(dst, content)
+    try:
+        _write_new(f'{dst}.json', text.encode())
+    except InputError:
+        os.unlink(dst)  # both or neither
+        raise
 
 
 def _write_onnx(loaded: loading.Loaded, dst: str, options: Options) -> Iterator[str]:

@@ -97,7 +97,6 @@ def run(
     """
     files.check_paths(paths, without)
     model, preprocessing = weights.model, weights.metadata['preprocessing']
-    config = weights.metadata['config'] or {'data': {}}
     crop = CentreCrop(preprocessing['image_size'], preprocessing['resize_size'])
     rows = _rows(itertools.islice(files.find_pictures(paths, without=without), batch_size), batch_size)
 
@@ -107,7 +106,7 @@ def run(
 
     variables = jax.device_put(weights.variables)
     found = files.find_pictures(paths, on_bad, without)
-    exif_orientation = config['data'].get('exif_orientation', True)
+    exif_orientation = preprocessing.get('exif_orientation', True)
     batches = files.read_batches(found, crop, rows, Reading().threads_each(), exif_orientation, on_bad)
     waiting = None  # the batch before, which the device computes while the next one is read
     with contextlib.closing(batches):

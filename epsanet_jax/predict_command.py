@@ -20,7 +20,13 @@ _Row = TypeVar('_Row')
 
 
 def command(
-    checkpoint: str, images: Sequence[str], step: str, top: int, batch_size: int, kind: str
+    checkpoint: str,
+    images: Sequence[str],
+    step: str,
+    top: int,
+    batch_size: int,
+    kind: str,
+    ema: bool = True,
 ) -> Iterator[str]:
     """Predicts and yields what to print, without line breaks at the ends.
 
@@ -31,13 +37,14 @@ def command(
         top: number of classes to name for each picture.
         batch_size: see `predict.predict`.
         kind: 'table', 'csv' or 'json', see `as_text`.
+        ema: whether to take the moving averages where a run kept any.
 
     Raises:
         InputError: checkpoint or pictures are not there, or no picture could be decoded.
     """
     check_paths(images)  # at once, not after the weights have been read
     use_persistent_cache()
-    weights = pretrained.load(checkpoint, step)
+    weights = pretrained.load(checkpoint, step, ema)
     skipped = Skipped()
     predictions = predict(weights, images, top=top, batch_size=batch_size, on_bad=skipped)
     with contextlib.closing(predictions):

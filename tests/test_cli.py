@@ -63,6 +63,7 @@ def test_evaluate_gives_what_training_gave(capsys, digits_run):
         assert (status, err) == (0, '')
         content = json.loads(out)
         assert content.pop('step') == 30
+        assert content.pop('averaged') is False
         content.pop('checkpoint')
         assert content == pytest.approx(expected, rel=1e-5)
     status, out, _ = run(capsys, 'evaluate', workdir, '--step', 20, '--split', 'train')

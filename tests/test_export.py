@@ -267,3 +267,24 @@ def test_published_networks_at_224_pixels(capsys, tmp_path, name, kind):
     epsanet_jax.save_pretrained(tmp_path / 'net', net, small.random_variables(net, dtype=np.float32))
     out = export(capsys, tmp_path / 'net', tmp_path / f'net.{kind}', '--verify')
     assert float(out.split('differ by ')[1].split(' ')[0]) <= CLOSE
+
+
+def test_the_file_and_its_description_are_written_both_or_neither(capsys, checkpoint, tmp_path, monkeypatch):
+    write = epsanet_jax.convert.files.write_atomically
+
+    def full(path, content):
+        if str(path).endswith('.json'):
+            raise epsanet_jax.InputError(f'cannot write {path}: No space left on device')
+        write(path, content)
+
+    monkeypatch.setattr(epsanet_jax.convert.files, 'write_atomically', full)
+    status, _, err = run(capsys, 'export', checkpoint, tmp_path / 'x.stablehlo')
+    assert (status, err.count('\n')) == (2, 1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('options', [('--step', 'best'), ('--no-ema',)])
+def test_there_is_nothing_to_choose_from_in_one_set_of_weights(capsys, checkpoint, tmp_path, options):
+    status, _, err = run(capsys, 'export', checkpoint, tmp_path / 'x.onnx', *options)
+    assert status == 2
+    assert 'holds one set of weights' in err

@@ -49,3 +49,17 @@ def test_the_page_of_the_variants_is_what_its_script_writes():
     path = README.parent / 'benchmarks' / 'variants.py'
     written = '\n'.join(runpy.run_path(str(path))['lines']()) + '\n'
     assert (README.parent / 'docs' / 'variants.md').read_text() == written
+
+
+def test_links_and_pictures_are_there():
+    pages = [README, *(README.parent / 'docs').glob('*.md')]
+    links = [
+        (page.name, page.parent / target.partition('#')[0])
+        for page in pages
+        for target in re.findall(r'\]\(([^)]+)\)', page.read_text())
+        if '://' not in target and not target.startswith('#')
+    ]
+    assert len(links) > 20
+    assert [link for link in links if not link[1].exists()] == []
+    recipes = re.findall(r'configs/\w+\.py', ''.join(page.read_text() for page in pages))
+    assert [name for name in recipes if not (README.parent / name).exists()] == []

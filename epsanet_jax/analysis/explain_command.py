@@ -39,6 +39,7 @@ def command(
     chosen_stages: Sequence[str] | None,
     chosen_classes: Sequence[str] | None,
     batch_size: int,
+    ema: bool = True,
 ) -> Iterator[str]:
     """Draws, and yields what to print.
 
@@ -50,13 +51,14 @@ def command(
         chosen_stages: of which to show Grad-CAM; None: the last one.
         chosen_classes: names or numbers, for which; None: the likeliest of each picture.
         batch_size: pictures computed at once.
+        ema: whether to take the moving averages where a run kept any.
 
     Raises:
         InputError: something is not there, cannot be written, or no picture could be decoded.
     """
     check_paths(images, without=out)
     use_persistent_cache()
-    weights = pretrained.load(checkpoint, step)
+    weights = pretrained.load(checkpoint, step, ema)
     model, names = weights.model, class_names(weights)
     chosen_stages = list(dict.fromkeys(chosen_stages or stages(model)[-1:]))
     for stage in chosen_stages:

@@ -11,8 +11,7 @@ import jax
 from epsanet_jax.analysis import hlo
 from epsanet_jax.analysis.topology import GIB, Topology
 from epsanet_jax.errors import InputError
-from epsanet_jax.training import parallel
-from epsanet_jax.training.compilation import trace_train_step
+from epsanet_jax.training.compilation import run_mesh, trace_train_step
 from epsanet_jax.training.config import Config, build_model, with_frozen_bn
 from epsanet_jax.training.optimizer import make_optimizer, make_schedule
 from epsanet_jax.training.state import create_state
@@ -143,8 +142,8 @@ def find_batch(config: Config, topology: Topology, batch: int | None = None) -> 
 
 def _divides(config: Config, topology: Topology, batch: int) -> bool:
     try:
-        microbatches = config.gradient_accumulation_steps
-        parallel.make_mesh(batch, config.model.bn_group or None, topology.devices, microbatches)
+        config = dataclasses.replace(config, batch_size=batch)
+        run_mesh(config, config.model.bn_group or None, topology.devices)
     except InputError:
         return False
     return True
@@ -153,8 +152,7 @@ def _divides(config: Config, topology: Topology, batch: int) -> bool:
 def _lower(config: Config, topology: Topology) -> Any:
     """Lowers the training step as `training.loop` makes it."""
     model = build_model(with_frozen_bn(config), config.model.num_classes or 1000)
-    microbatches = config.gradient_accumulation_steps
-    mesh = parallel.make_mesh(config.batch_size, model.bn_group, topology.devices, microbatches)
+    mesh = run_mesh(config, model.bn_group, topology.devices)
     schedule = make_schedule(config.schedule, config.optimizer.lr, total_steps=1000, steps_per_epoch=100)
     optimizer = make_optimizer(config.optimizer, schedule, config.freeze)
     size, ema = config.data.image_size, config.ema_decay > 0

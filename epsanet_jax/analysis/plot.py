@@ -113,5 +113,6 @@ def _summary(lines: list[dict[str, Any]]) -> str:
     evaluations = [line for line in lines if line['split'] == 'eval' and _number(line.get('top1'))]
     if not evaluations:
         return f'step {lines[-1]["step"]}, not evaluated yet'
-    best, last = max(evaluations, key=best_by), evaluations[-1]
+    best = max(evaluations, key=lambda line: (best_by(line), line['step']))
+    last = evaluations[-1]
     return f'step {last["step"]}, top-1 {best_by(last):.2%}, best {best_by(best):.2%} at step {best["step"]}'

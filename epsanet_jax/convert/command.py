@@ -69,6 +69,10 @@ def convert(
     )
     yield f'{parameters:,} parameters and {statistics:,} BatchNorm statistics converted'
     yield from _losses(state_dict, replaced, model)
+    if weights.no_optimizer:
+        yield f'dropped: the optimizer state: {weights.no_optimizer}'
+    if settings.output_stride != 32 and dst.lower().endswith(files.TORCH_SUFFIXES):
+        yield f'lost: output_stride {settings.output_stride}, which PyTorch files do not keep'
     if verify:
         yield verify_weights(state_dict, variables, model, metadata['preprocessing']['image_size'])
     content, lost = _optimizer_for(dst, content, model)

@@ -86,6 +86,7 @@ def differences(settings: Mapping[str, Any], model: EPSANet) -> str:
     fields = ('middle', *_STRUCTURE, 'reduction', 'psa_bias', 'num_classes')
     if meant.middle != 'psa':
         fields = ('middle', 'use_se', 'layers', 'planes', 'expansion', 'num_classes')
+        fields = (*fields, 'reduction') if meant.use_se else fields
     if all(getattr(meant, f) == getattr(model, f) for f in fields):
         return ''
     overrides = ', '.join(f'{k}={v}' for k, v in settings.items() if k != 'name')

@@ -115,7 +115,8 @@ class EPSANet(nn.Module):
             blocks = []
             for i in range(count):
                 halves = stage > 0 and i == 0
-                kept, outputs = halves and reached == s.output_stride, planes * s.expansion
+                kept = halves and s.output_stride < 32 and reached == s.output_stride
+                outputs = planes * s.expansion
                 stride = 2 if halves and not kept else 1
                 reached *= stride
                 if s.middle == 'psa':

@@ -155,7 +155,8 @@ class EPSANet(nn.Module):
             blocks = []
             for i in range(count):
                 halves = stage > 0 and i == 0
-                kept = halves and reached >= self.output_stride  # dilated instead, from the next block on
+                # Dilated instead, from the next block on.
+                kept = halves and self.output_stride < 32 and reached >= self.output_stride
                 blocks.append(
                     block(
                         planes,

@@ -21,12 +21,14 @@ class Preprocessing:
         resize_size: length of the shorter side before the centre crop, pixels.
         mean: per channel, of values in 0..1.
         std: per channel, of values in 0..1.
+        exif_orientation: whether pictures are turned as their EXIF tag says.
     """
 
     image_size: int = 224
     resize_size: int = 256
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    exif_orientation: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,14 +1,16 @@
 """Compiling a run's steps, and the cache of what is compiled: it takes minutes on a CPU."""
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import optax
 from jax.sharding import Mesh
 
+from epsanet_jax.errors import InputError
 from epsanet_jax.models.epsanet import EPSANet
-from epsanet_jax.training import inputs, steps
+from epsanet_jax.training import inputs, parallel, steps
 from epsanet_jax.training.config import Config, mixing
 from epsanet_jax.training.state import TrainState
 
@@ -19,6 +21,28 @@ def use_persistent_cache() -> None:
     """Keeps compiled programs in ~/.cache/epsanet_jax/xla, unless JAX_COMPILATION_CACHE_DIR says where."""
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/epsanet_jax/xla'))
+
+
+def run_mesh(config: Config, bn_group: int | None, devices: Sequence[parallel.Device] | None = None) -> Mesh:
+    """Arranges devices for a run's batches.
+
+    Args:
+        config: of the run.
+        bn_group: examples in a BatchNorm group; None: the whole batch.
+        devices: None: all that there are.
+
+    Raises:
+        InputError: the batch does not divide among devices, microbatches, groups, or into pairs to be mixed.
+    """
+    microbatches = config.gradient_accumulation_steps
+    mesh = parallel.make_mesh(config.batch_size, bn_group, devices, microbatches)
+    rows = config.batch_size // microbatches // mesh.size
+    if mixing(config) and rows % 2:
+        raise InputError(
+            f'mixup and cutmix mix neighbours, and {rows} rows a device at once are odd: '
+            f'batch_size {config.batch_size} on {mesh.size} devices'
+        )
+    return mesh
 
 
 def trace_train_step(

@@ -201,7 +201,7 @@ class Config:
         freeze: regular expression; parameters in whose names it is found ('layer1_0/conv1/kernel') stay as
             they are, and so do the BatchNorms there: '^conv1|^bn1|^layer[12]', or '^(?!fc)' for all but the
             classifier.
-        tensorboard: whether to write events for TensorBoard into the workdir.
+        tensorboard: whether to write events for TensorBoard into the workdir, if it is on a local disk.
     """
 
     seed: int = 0
@@ -231,7 +231,9 @@ class Config:
 
 def with_frozen_bn(config: Config) -> ModelConfig:
     """Returns the model's configuration, with the BatchNorms frozen whose parameters `freeze` finds."""
-    patterns = [f'(?:{pattern})' for pattern in (config.model.frozen_bn, config.freeze) if pattern]
+    patterns = [pattern for pattern in (config.model.frozen_bn, config.freeze) if pattern]
+    if len(patterns) > 1:
+        patterns = [f'(?:{pattern})' for pattern in patterns]
     return dataclasses.replace(config.model, frozen_bn='|'.join(patterns))
 
 

@@ -6,6 +6,8 @@ from typing import Any
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from epsanet_jax.errors import InputError
+
 FOLDER = 'tensorboard'
 _UNDRAWN = ('split', 'step', 'examples')
 
@@ -16,12 +18,18 @@ class Events:
     Args:
         workdir: of the run, on a local disk; events lie in its folder 'tensorboard'.
         step: at which the run starts or continues; TensorBoard leaves out earlier events of later steps.
+
+    Raises:
+        InputError: the folder cannot be made or written to.
     """
 
     def __init__(self, workdir: epath.Path, step: int):
         # Files are told apart, and put in order, by the second and then by this.
         suffix = f'.{step:09}.{os.getpid()}'
-        self._writer = SummaryWriter(str(workdir / FOLDER), purge_step=step + 1, filename_suffix=suffix)
+        try:
+            self._writer = SummaryWriter(str(workdir / FOLDER), purge_step=step + 1, filename_suffix=suffix)
+        except OSError as e:
+            raise InputError(f'cannot write to {workdir / FOLDER}: {e.strerror or e}') from e
 
     def write(self, line: dict[str, Any]) -> None:
         """Writes the numbers of a line, under their names."""

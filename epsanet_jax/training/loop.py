@@ -62,7 +62,7 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
     state, sums = _initial_state(run, checkpoints)
     step = int(state.step)
     report = Report(run.workdir, step, run.total_steps, config.tensorboard)
-    profiler = Profiler(config.profile, run.workdir)
+    profiler = Profiler(config.profile, run.workdir, step, report.say)
     saving = _SaveSchedule(config.checkpoint)
     batches = inputs.train_batches(config, run.train_source, step)
     feed = inputs.Feed(
@@ -106,8 +106,7 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
             state, sums = train_step(state, batch)
             step += 1
             window.add(step, sums)
-            if profiler.after(step, sums):
-                report.say(f'steps {config.profile.start + 1} to {step} are profiled: {profiler.folder}')
+            profiler.after(step, sums)
             checkpoints.check()
             report.advance()
             if step % config.log_every_steps == 0 or step == run.total_steps:

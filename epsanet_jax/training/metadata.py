@@ -46,6 +46,7 @@ def make_metadata(
             'resize_size': data.resize_size,
             'mean': list(data.mean),
             'std': list(data.std),
+            'exif_orientation': data.exif_orientation,
         },
         'config': None if config is None else dataclasses.asdict(config),
         'identity': identity,

@@ -30,12 +30,14 @@ class Weights:
         metadata: from `metadata.make_metadata`.
         step: at which a run saved them, else 0.
         averaged: whether they are a run's moving averages.
+        no_optimizer: why a run's optimizer state does not come along; '' if it does, or if there is no run.
     """
 
     content: Checkpoint
     metadata: dict[str, Any]
     step: int = 0
     averaged: bool = False
+    no_optimizer: str = ''
 
 
 def read(path: str, step: str = 'latest', model: ModelConfig | None = None, ema: bool = True) -> Weights:
@@ -51,6 +53,7 @@ def read(path: str, step: str = 'latest', model: ModelConfig | None = None, ema:
     Raises:
         InputError: there is no such thing, or it is damaged, or of another network.
     """
+    _check_choice(path, step, ema)
     if not is_weights_file(path):
         return _from_orbax(loading.load(path, step, with_momentum=True, ema=ema))
     content = read_checkpoint(path)
@@ -73,11 +76,17 @@ def read(path: str, step: str = 'latest', model: ModelConfig | None = None, ema:
 
 def load(path: str, step: str = 'latest', ema: bool = True) -> loading.Loaded:
     """Reads weights of any kind for use; see `read`."""
+    _check_choice(path, step, ema)
     if not is_weights_file(path):
         return loading.load(path, step, ema=ema)
     weights = read(path, step)
     model = model_of(weights)
     return loading.Loaded(model, from_torch(weights.content.state_dict, model), weights.metadata, 0)
+
+
+def _check_choice(path: str, step: str, ema: bool) -> None:
+    if is_weights_file(path) and (step != 'latest' or not ema):
+        raise InputError(f'{path} holds one set of weights: no step and no moving averages to choose from')
 
 
 def model_of(weights: Weights) -> EPSANet:
@@ -88,7 +97,8 @@ def model_of(weights: Weights) -> EPSANet:
 
 def _from_orbax(loaded: loading.Loaded) -> Weights:
     config, optimizer = loaded.metadata['config'], None
-    if loaded.momentum is not None and config is not None and not loaded.averaged:
+    reason = _no_optimizer(loaded)
+    if loaded.momentum is not None and config is not None and not reason:
         group = {k: config['optimizer'][k] for k in ('momentum', 'weight_decay', 'nesterov')}
         group['lr'] = loaded.metadata.get('lr', config['optimizer']['lr'])
         optimizer = momentum_to_torch(loaded.momentum, loaded.model, group)
@@ -98,7 +108,24 @@ def _from_orbax(loaded: loading.Loaded) -> Weights:
         optimizer=optimizer,
         arch=loaded.metadata['model']['name'],
     )
-    return Weights(content, loaded.metadata, loaded.step, loaded.averaged)
+    return Weights(content, loaded.metadata, loaded.step, loaded.averaged, reason)
+
+
+def _no_optimizer(loaded: loading.Loaded) -> str:
+    """Returns why the optimizer's state of a run is none that PyTorch's SGD can go on from, or ''."""
+    config = loaded.metadata['config']
+    if config is None:
+        return ''
+    optimizer = config['optimizer']
+    if loaded.averaged:
+        return 'it is of the weights themselves, not of their moving averages (--no-ema)'
+    if optimizer.get('name', 'sgd') != 'sgd':
+        return f'it is of {optimizer["name"]}'
+    if config.get('freeze'):
+        return f'parameters are frozen ({config["freeze"]})'
+    if not optimizer.get('decay_norm_and_bias', True):
+        return 'weight decay leaves out BatchNorm and biases'
+    return ''
 
 
 @dataclasses.dataclass(frozen=True)

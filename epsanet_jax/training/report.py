@@ -63,6 +63,8 @@ class Report:
         self._local = not is_remote(workdir)
         self.lines = [line for line in read_metrics(workdir) if line['step'] <= step]
         self._events = Events(workdir, step) if tensorboard and self._active and self._local else None
+        if tensorboard and not self._local:
+            say(f'no events for TensorBoard: {workdir} is not on a local disk')
         hide = not (self._active and sys.stderr.isatty())
         self._bar = tqdm(total=total, initial=step, unit='step', dynamic_ncols=True, disable=hide)
         self.flush()

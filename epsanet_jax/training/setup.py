@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import math
+import re
 from typing import Any
 
 import jax
 import numpy as np
 import optax
 from etils import epath
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from epsanet_jax.data.sources import Source
@@ -16,17 +18,17 @@ from epsanet_jax.errors import InputError, one_line
 from epsanet_jax.models.epsanet import MIN_SIZE, EPSANet
 from epsanet_jax.training import distributed, inputs, parallel, pretrained
 from epsanet_jax.training.checkpoint import FOLDER
+from epsanet_jax.training.compilation import run_mesh
 from epsanet_jax.training.config import (
     Config,
     build_model,
     flatten,
     identity,
-    mixing,
     with_frozen_bn,
 )
 from epsanet_jax.training.metadata import make_metadata
 from epsanet_jax.training.optimizer import frozen_mask, make_optimizer, make_schedule
-from epsanet_jax.training.paths import resolve
+from epsanet_jax.training.paths import is_remote, resolve
 from epsanet_jax.training.pretrained import Initial, Start, Weights
 from epsanet_jax.training.report import write_whole
 from epsanet_jax.training.validation import validate
@@ -114,7 +116,7 @@ def prepare(config: Config, workdir: str) -> Run:
     folder = _folder(workdir)
     train_source, eval_source = inputs.open_splits(config.data)
     model = _model(config, len(train_source.class_names))
-    mesh = _mesh(config, model)
+    mesh = run_mesh(config, model.bn_group)
     fields = identity(config, train_source.fingerprint, model.num_classes)
     _check_processes(config, fields, eval_source, folder)
     _check_identity(folder, fields)
@@ -122,6 +124,7 @@ def prepare(config: Config, workdir: str) -> Run:
 
     steps_per_epoch = len(train_source) / config.batch_size
     total = config.steps or max(1, round(config.epochs * steps_per_epoch))
+    _check_profile(config, folder, total)
     weights, start = _read_weights(config, folder)
     start_step = None if start is None else round(start.epoch * steps_per_epoch)
     if start_step is not None and start_step >= total:
@@ -175,22 +178,19 @@ def _model(config: Config, classes: int) -> EPSANet:
         )
     model = build_model(with_frozen_bn(config), classes)
     _check_last_stage(config, model)
-    if config.freeze:
+    if config.freeze or config.model.frozen_bn:
         images = jax.ShapeDtypeStruct((1, MIN_SIZE, MIN_SIZE, 3), model.dtype)
-        frozen_mask(jax.eval_shape(model.init, jax.random.key(0), images)['params'], config.freeze)
+        params = jax.eval_shape(model.init, jax.random.key(0), images)['params']
+        if config.freeze:
+            frozen_mask(params, config.freeze)
+        scales = (name for name in traverse_util.flatten_dict(params, sep='/') if name.endswith('scale'))
+        pattern = config.model.frozen_bn
+        if pattern and not any(re.search(pattern, name) for name in scales):
+            raise InputError(
+                f"config.model.frozen_bn={pattern!r} is found in the name of no BatchNorm's scale, as "
+                '"layer1_0/bn1/scale"'
+            )
     return model
-
-
-def _mesh(config: Config, model: EPSANet) -> Mesh:
-    microbatches = config.gradient_accumulation_steps
-    mesh = parallel.make_mesh(config.batch_size, model.bn_group, microbatches=microbatches)
-    rows = config.batch_size // microbatches // mesh.size
-    if mixing(config) and rows % 2:
-        raise InputError(
-            f'mixup and cutmix mix neighbours, and {rows} rows a device at once are odd: '
-            f'batch_size {config.batch_size} on {mesh.size} devices'
-        )
-    return mesh
 
 
 def _check_processes(
@@ -216,6 +216,8 @@ def _read_weights(config: Config, workdir: epath.Path) -> tuple[Weights | None, 
     weights = pretrained.read(config.init_from, ema=not config.init_optimizer)
     if not config.init_optimizer:
         return weights, None
+    if weights.no_optimizer:
+        raise InputError(f'--config.init_optimizer: no state of {config.init_from}: {weights.no_optimizer}')
     return weights, pretrained.read_start(weights.content, config.init_from, config.optimizer)
 
 
@@ -237,13 +239,32 @@ def _peak(
 
 def _check_last_stage(config: Config, model: EPSANet) -> None:
     """Raises InputError if the last stage leaves BatchNorm a single value to take the variance of."""
+    stages = len(model.layers)
+    scales = [f'layer{stages}_{i}/bn{k}/scale' for i in range(model.layers[-1]) for k in (1, 2, 3)]
+    if model.frozen_bn and all(re.search(model.frozen_bn, name) for name in scales):
+        return
     group, side = model.bn_group or config.batch_size, config.data.image_size
-    stride = 2 ** (len(model.layers) + 1)
+    stride = 2 ** (stages + 1)
+    if model.output_stride < 32:
+        stride = min(stride, model.output_stride)
     if group * math.ceil(side / stride) ** 2 < 2:
         raise InputError(
             f'BatchNorm over {group} picture of {side} px has one value a channel in the last stage: '
             'raise config.model.bn_group, config.batch_size or config.data.image_size'
         )
+
+
+def _check_profile(config: Config, workdir: epath.Path, total: int) -> None:
+    window = config.profile
+    if not window.steps:
+        return
+    if window.start + window.steps > total:
+        raise InputError(
+            f'config.profile ends at step {window.start + window.steps}, after the run, which has {total} '
+            'steps'
+        )
+    if is_remote(workdir):
+        raise InputError(f'config.profile needs a --workdir on a local disk, got {workdir}')
 
 
 def _check_identity(workdir: epath.Path, fields: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import jax
 from epsanet_jax.errors import InputError
 from epsanet_jax.models import get_variant
 from epsanet_jax.models.epsanet import MIN_SIZE
-from epsanet_jax.training.config import DTYPES, Config, DataConfig, build_model, flatten
+from epsanet_jax.training.config import DTYPES, Config, DataConfig, build_model, flatten, with_frozen_bn
 
 
 def validate(config: Config) -> None:
@@ -36,12 +36,28 @@ def validate(config: Config) -> None:
             raise InputError(f'config.model.{field}=float64 needs the environment variable JAX_ENABLE_X64=1')
     if config.init_optimizer and not config.init_from:
         raise InputError('config.init_optimizer needs config.init_from=FILE')
-    if config.init_optimizer and (config.optimizer.name != 'sgd' or config.freeze):
-        raise InputError('config.init_optimizer is for config.optimizer.name=sgd without config.freeze')
+    if config.init_optimizer and (
+        config.optimizer.name != 'sgd' or config.freeze or not config.optimizer.decay_norm_and_bias
+    ):
+        raise InputError(
+            'config.init_optimizer is for config.optimizer.name=sgd with decay_norm_and_bias, and without '
+            'config.freeze'
+        )
+    for field in ('freeze', 'model.frozen_bn'):
+        pattern = flatten(config)[field]
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            raise InputError(f'config.{field} must be a regular expression, got {pattern!r}: {e}') from e
     try:
-        re.compile(config.freeze)
+        re.compile(with_frozen_bn(config).frozen_bn)
     except re.error as e:
-        raise InputError(f'config.freeze must be a regular expression, got {config.freeze!r}: {e}') from e
+        raise InputError(f'config.freeze and config.model.frozen_bn do not go together: {e}') from e
+    if config.ema_decay and config.model.param_dtype in ('bfloat16', 'float16'):
+        raise InputError(
+            f'config.ema_decay needs config.model.param_dtype=float32: steps of {1 - config.ema_decay:.1g} '
+            f'vanish in {config.model.param_dtype}'
+        )
     _validate_numbers(config)
     _validate_data(config.data)
     build_model(config.model, config.model.num_classes or 1)

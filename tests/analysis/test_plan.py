@@ -162,3 +162,10 @@ def test_the_batch_must_hold_whole_groups():
     config.data.dir = '/nowhere'
     with pytest.raises(InputError, match='BatchNorm groups of 48'):
         plan.make_plan(config, topology.open_topology('cpu:8'))
+
+
+def test_rows_that_cannot_be_mixed_in_pairs_are_refused_in_one_line(capsys, recipe):
+    arguments = ('--topology=cpu:8', '--batch=8', '--config.mixup_alpha=0.2', '--config.model.bn_group=1')
+    status, out, err = run(capsys, 'plan', f'--config={recipe}', *arguments)
+    assert (status, out) == (2, '')
+    assert err.endswith('are odd: batch_size 8 on 8 devices\n')

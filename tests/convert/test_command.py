@@ -367,3 +367,17 @@ def test_every_variant_there_and_back_with_logits_at_224_pixels(capsys, tmp_path
     assert back.keys() == twin.state_dict().keys()
     for key, value in twin.state_dict().items():
         assert torch.equal(back[key], value), key
+
+
+def test_what_pytorch_files_do_not_keep_is_said(capsys, tmp_path):
+    import epsanet_jax
+
+    dense = small.model(output_stride=8)
+    epsanet_jax.save_pretrained(tmp_path / 'dense', dense, VARIABLES)
+    status, out, _ = run(capsys, 'convert', tmp_path / 'dense', tmp_path / 'dense.pth')
+    assert status == 0
+    assert 'lost: output_stride 8, which PyTorch files do not keep' in out
+    status, out, _ = run(capsys, 'convert', tmp_path / 'dense', tmp_path / 'dense.safetensors')
+    assert status == 0
+    assert 'lost' not in out
+    assert 'output_stride 8' in out

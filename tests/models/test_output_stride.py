@@ -25,6 +25,14 @@ def test_sizes_of_the_stages(output_stride, sizes):
     assert [features[f'layer{i}'].shape[1] for i in (1, 2, 3, 4)] == sizes
 
 
+def test_a_fifth_stage_halves_as_the_others_do():
+    model = small.model(layers=(1,) * 5, planes=(8,) * 5)
+    images = jnp.zeros((1, 128, 128, 3))
+    variables = jax.eval_shape(model.init, jax.random.key(0), images)
+    features = jax.eval_shape(lambda v: model.apply(v, images, method='features'), variables)
+    assert features['layer5'].shape[1] == 2
+
+
 @pytest.mark.parametrize('dilation', [1, 2, 3])
 @pytest.mark.parametrize(('stride', 'groups', 'algorithm'), [(1, 1, 'auto'), (2, 2, 'auto'), (1, 2, 'tiled')])
 def test_a_dilated_convolution_is_pytorch_s(rng, dilation, stride, groups, algorithm):

@@ -1,5 +1,7 @@
 """Options of training: moving averages, stochastic depth, freezing, other sizes, all of them at once."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from epsanet_jax.training.config import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    ProfileConfig,
     ScheduleConfig,
 )
 from epsanet_jax.training.ema import update_average
@@ -162,6 +165,12 @@ def test_fine_tuning_a_part_at_another_size(tmp_path):
         ({'init_from': 'x', 'init_optimizer': True, 'freeze': 'fc'}, 'config.init_optimizer is for'),
         ({'optimizer': OptimizerConfig(name='adam')}, "config.optimizer.name must be one of .* got 'adam'"),
         ({'optimizer': OptimizerConfig(name='adamw', nesterov=True)}, 'config.optimizer.nesterov needs'),
+        ({'model': ModelConfig(frozen_bn='nosuch')}, "config.model.frozen_bn='nosuch' is found in"),
+        (
+            {'model': ModelConfig(param_dtype='bfloat16'), 'ema_decay': 0.999},
+            'config.ema_decay needs config.model.param_dtype=float32: steps of 0.001 vanish in bfloat16',
+        ),
+        ({'profile': ProfileConfig(5, 2)}, 'config.profile ends at step 7, after the run, which has 6 steps'),
         ({'ema_decay': 1.0}, r'config.ema_decay must be in \[0, 1\), got 1.0'),
         ({'stochastic_depth': -0.1}, r'config.stochastic_depth must be in \[0, 1\), got -0.1'),
     ],
@@ -175,3 +184,32 @@ def test_options_that_cannot_be_are_refused(tmp_path, changes, message):
 def test_the_rate_is_scaled_with_the_batch_where_asked(tmp_path):
     config = recipe(schedule=ScheduleConfig('constant'), optimizer=OptimizerConfig(0.1, lr_batch=64))
     assert setup.prepare(config, str(tmp_path)).learning_rate(0) == pytest.approx(0.1 * 16 / 64)
+
+
+def test_a_run_with_frozen_parameters_continues_as_if_it_had_not_stopped(tmp_path):
+    config = recipe(
+        steps=4,
+        eval_every_epochs=0.0,
+        freeze='(?i)^CONV1|^layer1',
+        optimizer=OptimizerConfig(0.01, name='lars', clip_norm=1.0),
+        schedule=ScheduleConfig('constant'),
+    )
+    loop.train(config, str(tmp_path / 'whole'))
+    for steps in (2, 4):
+        config.steps = steps
+        loop.train(config, str(tmp_path / 'cut'))
+    chex.assert_trees_all_equal(saved_state(tmp_path / 'cut', 4), saved_state(tmp_path / 'whole', 4))
+    weights = pretrained.read(str(tmp_path / 'cut'))
+    assert (weights.content.optimizer, weights.no_optimizer) == (None, 'it is of lars')
+
+
+def test_one_picture_at_a_time_where_batchnorm_is_frozen_or_the_maps_are_large(tmp_path):
+    config = recipe(batch_size=8)
+    config.model = dataclasses.replace(
+        config.model, layers=(1,) * 4, planes=(8,) * 4, groups=(1, 2, 2, 2), bn_group=1
+    )
+    for changes in ({'frozen_bn': '.'}, {'output_stride': 16}):
+        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
+        assert setup.prepare(changed, str(tmp_path / 'run')).total_steps == 6
+    with pytest.raises(InputError, match='one value a channel in the last stage'):
+        setup.prepare(config, str(tmp_path / 'run'))

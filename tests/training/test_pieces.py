@@ -1,6 +1,7 @@
 """Loss, metrics, optimiser, schedules, configuration."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -131,8 +132,6 @@ def test_what_identifies_a_run():
 
 
 def test_every_field_of_a_configuration_survives_json():
-    import json
-
     flat = json.loads(json.dumps(configs.flatten(changed(model__planes=(8, 16)))))
     assert flat['model.planes'] == [8, 16]
     assert set(flat) == set(configs.flatten(json.loads(json.dumps(dataclasses.asdict(changed())))))
@@ -149,3 +148,24 @@ def test_averages_do_not_depend_on_how_batches_were_cut(rng):
     added = jax.tree.map(lambda *s: sum(s), *parts)
     for k in whole:
         assert float(added[k]) == pytest.approx(float(whole[k]), rel=1e-12)
+
+
+def test_the_time_of_a_run_is_that_of_its_own_steps(tmp_path):
+    """100 steps of 100 pictures at 100 pictures/s, after 1,000 steps that another training made."""
+    import types
+
+    from etils import epath
+
+    from epsanet_jax.training.pretrained import Start
+    from epsanet_jax.training.result import make_result
+
+    lines = [{'split': 'train', 'step': step, 'images_per_s': 100.0} for step in (1050, 1100)]
+    lines.append({'split': 'eval', 'step': 1100, 'loss': 1.0, 'top1': 0.5, 'top5': 0.9, 'examples': 10})
+    (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    config = Config(batch_size=100)
+    run = types.SimpleNamespace(
+        workdir=epath.Path(tmp_path), config=config, start=Start(10.0, 0.1), steps_per_epoch=100.0
+    )
+    result = make_result(run, 1100, 'runs/x')
+    assert (result.seconds, result.images_per_s) == (100.0, 100.0)
+    assert 'time: 0:01:40 of training steps' in str(result)
