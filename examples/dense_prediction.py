@@ -2,10 +2,11 @@
 
     python examples/dense_prediction.py [--steps 150] [--output-stride 16] [--out dense_prediction.png]
 
-The backbone gives four maps; 1x1 convolutions bring them to one width, coarse ones are enlarged and added to fine
-ones, and a small head says a class for each pixel. `output_stride` 16 or 8 keeps the last stages larger, with the
-same parameters. With `frozen_bn` all weights train, but BatchNorm keeps to its running statistics, as one does with
-a few large pictures and a pretrained backbone; nothing is pretrained here, so they are first taken from the pictures.
+The backbone gives four maps; 1x1 convolutions bring them to one width, coarse ones are enlarged and added
+to fine ones, and a small head says a class for each pixel. `output_stride` 16 or 8 keeps the last stages
+larger, with the same parameters. With `frozen_bn` all weights train, but BatchNorm keeps to its running
+statistics, as one does with a few large pictures and a pretrained backbone; nothing is pretrained here, so
+they are first taken from the pictures.
 
 Draws pictures, masks and predictions, and prints, with 150 steps:
 """
@@ -70,10 +71,9 @@ def train(model: Segmenter, variables: Any, images: np.ndarray, masks: np.ndarra
         updates, opt_state = optimizer.update(grads, opt_state)
         return optax.apply_updates(params, updates), batch_stats, opt_state, loss
 
-    losses = []
-    for _ in range(steps):
-        params, batch_stats, opt_state, loss = step(params, batch_stats, opt_state)
-        losses.append(float(loss))
+    losses = [0.0] * steps
+    for i in range(steps):
+        params, batch_stats, opt_state, losses[i] = step(params, batch_stats, opt_state)
     return {'params': params, 'batch_stats': batch_stats}, losses
 
 
@@ -83,19 +83,17 @@ def mean_iou(predicted: np.ndarray, masks: np.ndarray) -> float:
     return float(np.mean([(p & m).sum() / max(1, (p | m).sum()) for p, m in pairs]))
 
 
-def draw(images: np.ndarray, masks: np.ndarray, predicted: np.ndarray, path: str) -> None:
-    """Writes a PNG of three rows: pictures, masks, predictions."""
-    figure = Figure(figsize=(1.5 * len(images), 4.6), layout='constrained')
-    all_axes = figure.subplots(3, len(images), subplot_kw={'xticks': [], 'yticks': []})
-    for axes, name, row in zip(
-        all_axes, ('picture', 'target', 'prediction'), (images, masks, predicted), strict=True
-    ):
+def draw(path: str, **rows: np.ndarray) -> None:
+    """Writes a PNG with a row for each argument: pictures [N, H, W, 3] or classes [N, H, W]."""
+    figure = Figure(figsize=(9, 4.6), layout='constrained')
+    number = len(next(iter(rows.values())))
+    grid = figure.subplots(len(rows), number, squeeze=False, subplot_kw={'xticks': [], 'yticks': []})
+    for axes, (name, row) in zip(grid, rows.items(), strict=True):
         axes[0].set_ylabel(name)
         for axis, array in zip(axes, row, strict=True):
-            axis.imshow(
-                np.clip(0.5 + array / 4, 0, 1) if array.ndim == 3 else array, vmin=0, vmax=shapes.CLASSES - 1
-            )
-    figure.savefig(path, dpi=100)
+            shown = np.clip(0.5 + array / 4, 0, 1) if array.ndim == 3 else array
+            axis.imshow(shown, vmin=0, vmax=shapes.CLASSES - 1)
+    figure.savefig(path)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -112,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
     variables = collect_statistics(model, digits.init(model, jax.random.key(0), images), images)
     variables, losses = train(model, variables, images, masks, options.steps)
     predicted = np.asarray(digits.predict(model, variables, images)).argmax(axis=3)  # [N, H, W]
-    draw(images, masks, predicted, options.out)
+    draw(options.out, picture=images, target=masks, prediction=predicted)
     print(f'loss {losses[0]:.4f} -> {losses[-1]:.4f} in {options.steps} steps; written: {options.out}')
     print(f'mean IoU of {shapes.CLASSES} classes: {mean_iou(predicted, masks):.3f}')
 

@@ -42,29 +42,29 @@ def step(model: Any, state: Any, images: jax.Array, labels: jax.Array) -> Any:
     return optax.apply_updates(params, updates), batch_stats, opt_state
 
 
-def train_together(model: Any, data: digits.Arrays, steps: int, seeds: np.ndarray) -> tuple[Any, float]:
-    """Returns the state of all members, each leaf [S, ...], and the seconds of a step after the first."""
-    images, labels = data
-    states = jax.jit(jax.vmap(functools.partial(init, model)))(seeds)
-    all_step = jax.jit(jax.vmap(functools.partial(step, model)), donate_argnums=0)
-    times = []
-    for i in range(steps):
-        chosen = np.stack([digits.rows(i, BATCH, len(labels), seed) for seed in seeds])  # [S, N]
-        states = jax.block_until_ready(all_step(states, images[chosen], labels[chosen]))  # [S, N, 32, 32, 3]
-        times.append(time.perf_counter())
-    return states, (times[-1] - times[0]) / max(1, steps - 1)
+@functools.cache
+def compiled(model: Any, together: bool) -> tuple[Any, Any]:
+    """Returns `init` and `step` of this network, for one member or for all."""
+    one_init, one_step = functools.partial(init, model), functools.partial(step, model)
+    if together:
+        return jax.jit(jax.vmap(one_init)), jax.jit(jax.vmap(one_step))
+    return jax.jit(one_init), jax.jit(one_step)
 
 
-def train_alone(model: Any, data: digits.Arrays, steps: int, seed: int) -> tuple[Any, float]:
-    """Returns the state of one member, trained by itself, and the seconds of a step after the first."""
+def train(model: Any, data: digits.Arrays, steps: int, seeds: np.ndarray) -> tuple[Any, float]:
+    """Trains one member (seeds: a number) or several at once (seeds [S]).
+
+    Returns the state, with S in front of each leaf if there are several, and the CPU seconds of a later step.
+    """
     images, labels = data
-    state = jax.jit(functools.partial(init, model))(seed)
-    one_step = jax.jit(functools.partial(step, model), donate_argnums=0)
+    start, one_more = compiled(model, seeds.ndim > 0)
+    state = start(seeds)
     times = []
     for i in range(steps):
-        chosen = digits.rows(i, BATCH, len(labels), seed)  # [N]
-        state = jax.block_until_ready(one_step(state, images[chosen], labels[chosen]))
-        times.append(time.perf_counter())
+        chosen = [digits.rows(i, BATCH, len(labels), seed) for seed in seeds.ravel()]
+        chosen = np.reshape(chosen, (*seeds.shape, BATCH))  # [S, N], or [N] for one
+        state = jax.block_until_ready(one_more(state, images[chosen], labels[chosen]))
+        times.append(time.process_time())
     return state, (times[-1] - times[0]) / max(1, steps - 1)
 
 
@@ -87,15 +87,15 @@ def main(argv: list[str] | None = None) -> None:
     data, (images, labels) = digits.load()
     model, seeds = digits.small_model(), np.arange(options.seeds)
     few = min(5, options.steps)  # rounding grows from step to step, until the paths part
-    (states, _), (alone, seconds) = train_together(model, data, few, seeds), train_alone(model, data, few, 0)
+    (states, _), (alone, seconds) = (train(model, data, few, which) for which in (seeds, seeds[0]))
     pairs = zip(*map(jax.tree.leaves, (states[0], alone[0])), strict=True)
     error = max(np.abs(member[0] - single).max() for member, single in pairs)
-    states, together = train_together(model, data, options.steps, seeds)
+    states, together = train(model, data, options.steps, seeds)
 
     probabilities = predict(model, states, images)  # [S, N, K]
     members = 100 * (probabilities.argmax(axis=2) == labels).mean(axis=1)  # [S]
     mixture = 100 * (probabilities.mean(axis=0).argmax(axis=1) == labels).mean()
-    print(f'a step of {len(seeds)} members at once: {together:.2f} s; of one alone: {seconds:.2f} s')
+    print(f'a step of {len(seeds)} members at once: {together:.3f} CPU s; of one alone: {seconds:.3f}')
     print(f'after {few} steps, member 0 against one trained alone: parameters differ by {error:.1e}')
     print(f'members: top-1 {members.mean():.1f} % (from {members.min():.1f} to {members.max():.1f})')
     print(f'ensemble: top-1 {mixture:.1f} %')

@@ -20,7 +20,6 @@ import numpy as np
 import optax
 
 WRONG = 20  # one label in so many
-PICTURES = 256
 
 
 def mislabel(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -66,19 +65,20 @@ def main(argv: list[str] | None = None) -> None:
     """Trains, takes the gradients and prints what they say."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--steps', type=int, default=200, help='of training')
-    steps = parser.parse_args(argv).steps
+    parser.add_argument('--pictures', type=int, default=256, help='whose gradients are taken')
+    options = parser.parse_args(argv)
 
     (images, labels), _ = digits.load()
     labels, wrong = mislabel(labels)
     model = digits.small_model()
-    for count in (0, steps):
+    for count in (0, options.steps):
         variables = digits.train(model, (images, labels), count)
-        chosen = (images[:PICTURES], labels[:PICTURES])
+        chosen = (images[: options.pictures], labels[: options.pictures])
         gradients = flatten(jax.jit(per_example_gradients, static_argnums=0)(model, variables, *chosen))
         whole = jax.jit(jax.grad(loss, argnums=1), static_argnums=0)(model, *variables.values(), *chosen)
         mean = flatten(jax.tree.map(lambda g: g[None], whole))[0]  # [P]
         error = np.abs(gradients.mean(axis=0) - mean).max() / np.abs(mean).max()
-        longest = np.argsort(-np.linalg.norm(gradients, axis=1))[: wrong[:PICTURES].sum()]
+        longest = np.argsort(-np.linalg.norm(gradients, axis=1))[: wrong[: options.pictures].sum()]
         print(
             f'step {count}: mean of {len(gradients)} gradients against the batch gradient: error {error:.1e}'
         )

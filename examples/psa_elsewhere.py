@@ -10,6 +10,7 @@ Prints, with 150 steps:
 """
 
 import argparse
+import functools
 from typing import Any
 
 import digits
@@ -80,7 +81,8 @@ def main(argv: list[str] | None = None) -> None:
         variables = digits.train(model, data, steps)
         accuracy = digits.top1(model, variables, held_out)
         print(f'{name}: {digits.count(variables["params"]):,} parameters, top-1 {accuracy:.1f} %')
-    state: Any = model.apply(variables, held_out[0], mutable=['intermediates'])[1]
+    observe = jax.jit(functools.partial(model.apply, mutable=['intermediates']))
+    state: Any = observe(variables, held_out[0])[1]
     for block, sown in state['intermediates'].items():
         (attention,) = sown['PSAModule_0']['attention']  # [N, 4, C]
         shares = np.asarray(attention).mean(axis=(0, 2))

@@ -22,19 +22,10 @@ import jax.numpy as jnp
 from epsanet_jax.training.loss import smoothed_targets
 from epsanet_jax.training.steps import loss_and_updates
 
-PICTURES = 128
-POWER_ITERATIONS = 15
-
 
 def hvp(loss: Callable[[Any], jax.Array], params: Any, direction: Any) -> Any:
     """Returns the Hessian of `loss` at `params` times `direction`, a tree like the parameters."""
     return jax.jvp(jax.grad(loss), (params,), (direction,))[1]
-
-
-def finite_difference(loss: Callable[[Any], jax.Array], params: Any, direction: Any, size: float) -> Any:
-    """Returns the same from two gradients, up to an error of the order of `size` squared."""
-    ahead, behind = (jax.tree.map(lambda p, d, s=s: p + s * d, params, direction) for s in (size, -size))
-    return jax.tree.map(lambda a, b: (a - b) / (2 * size), jax.grad(loss)(ahead), jax.grad(loss)(behind))
 
 
 def dot(a: Any, b: Any) -> jax.Array:
@@ -64,13 +55,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--steps', type=int, default=60, help='of gradient descent')
     parser.add_argument('--lr', type=float, default=0.1, help='its learning rate')
+    parser.add_argument('--pictures', type=int, default=128, help='in the loss')
+    parser.add_argument('--iterations', type=int, default=15, help='of the power method')
+    parser.add_argument('--dtype', default='float32', help='float64 needs JAX_ENABLE_X64=1')
     options = parser.parse_args(argv)
 
-    model, ((images, labels), _) = digits.small_model(), digits.load()
-    images, targets = (
-        images[:PICTURES],
-        smoothed_targets(jnp.asarray(labels[:PICTURES]), 10, 0.0, jnp.float32),
-    )
+    model = digits.small_model(dtype=options.dtype, param_dtype=options.dtype)
+    (images, labels), _ = digits.load()
+    images, labels = images[: options.pictures].astype(options.dtype), jnp.asarray(labels[: options.pictures])
+    targets = smoothed_targets(labels, 10, 0.0, options.dtype)
     variables = digits.init(model, jax.random.key(0), images[:1])
     params = variables['params']
 
@@ -82,10 +75,19 @@ def main(argv: list[str] | None = None) -> None:
     times_hessian = jax.jit(functools.partial(hvp, loss))
     direction = random_direction(jax.random.key(1), params)
     sharpness = jnp.nan
+    if options.dtype == 'float64':  # float32 would need steps so large that they cross many of ReLU's kinks
+        ahead, behind = (
+            value_and_grad(jax.tree.map(lambda p, d, s=size: p + s * d, params, direction))[1]
+            for size in (1e-8, -1e-8)
+        )
+        product = times_hessian(params, direction)
+        error = jax.tree.map(lambda h, a, b: h - (a - b) / 2e-8, product, ahead, behind)
+        error = jnp.sqrt(dot(error, error) / dot(product, product))
+        print(f'Hessian-vector product against differences of gradients: error {error:.1e}')
     for step in range(options.steps + 1):
         value, gradient = value_and_grad(params)
         if step in (0, options.steps // 3, 2 * options.steps // 3, options.steps):
-            for _ in range(POWER_ITERATIONS):  # from the direction found before, which changes slowly
+            for _ in range(options.iterations):  # from the direction found before, which changes slowly
                 product = times_hessian(params, direction)
                 sharpness, direction = dot(direction, product), unit(product)
             print(f'step {step}: loss {value:.4f}, sharpness {sharpness:.2f}')
