@@ -1,0 +1,119 @@
+"""A feature pyramid network (FPN) on `features`: which pixel belongs to a circle, a square or a triangle.
+
+    python examples/dense_prediction.py [--steps 150] [--output-stride 16] [--out dense_prediction.png]
+
+The backbone gives four maps; 1x1 convolutions bring them to one width, coarse ones are enlarged and added
+to fine ones, and a small head says a class for each pixel. `output_stride` 16 or 8 keeps the last stages
+larger, with the same parameters. With `frozen_bn` all weights train, but BatchNorm keeps to its running
+statistics, as one does with a few large pictures and a pretrained backbone; nothing is pretrained here, so
+they are first taken from the pictures.
+
+Draws pictures, masks and predictions, and prints, with 150 steps:
+"""
+
+import argparse
+from typing import Any
+
+import digits
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import shapes
+from matplotlib.figure import Figure
+
+from epsanet_jax.models.epsanet import EPSANet
+
+
+class Segmenter(nn.Module):
+    """An FPN with a dense head on a backbone."""
+
+    backbone: EPSANet
+    width: int = 32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Maps [N, H, W, 3] to logits of each pixel, [N, H, W, classes]."""
+        maps = self.backbone.features(images, train)
+        levels = [nn.Conv(self.width, (1, 1))(maps[f'layer{i}']) for i in (4, 3, 2, 1)]  # coarse to fine
+        x = levels[0]  # [N, H/s, W/s, width], s = output stride
+        for level in levels[1:]:
+            x = level + jax.image.resize(x, level.shape, 'nearest')  # at last [N, H/4, W/4, width]
+        x = nn.relu(nn.Conv(self.width, (3, 3))(x))
+        x = nn.Conv(shapes.CLASSES, (1, 1))(x)  # [N, H/4, W/4, classes]
+        return jax.image.resize(x, (*images.shape[:3], shapes.CLASSES), 'bilinear')
+
+
+def collect_statistics(model: Segmenter, variables: Any, images: np.ndarray, passes: int = 30) -> Any:
+    """Returns variables whose running statistics are those of the pictures, by forward passes."""
+    free = model.clone(backbone=model.backbone.clone(frozen_bn=''))
+    forward = jax.jit(lambda v: free.apply(v, images, train=True, mutable=['batch_stats'])[1])
+    for _ in range(passes):  # a tenth of what is missing comes in with each
+        variables = {**variables, **forward(variables)}
+    return variables
+
+
+def train(model: Segmenter, variables: Any, images: np.ndarray, masks: np.ndarray, steps: int):
+    """Returns the trained variables and the loss before each step."""
+    optimizer = optax.adam(3e-3)
+    params, batch_stats = variables['params'], variables['batch_stats']
+    opt_state = optimizer.init(params)
+
+    @jax.jit
+    def step(params, batch_stats, opt_state):
+        def loss_fn(params):
+            both = {'params': params, 'batch_stats': batch_stats}
+            logits, new = model.apply(both, images, train=True, mutable=['batch_stats'])
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, masks)  # [N, H, W]
+            return losses.mean(), new['batch_stats']  # frozen: what they were
+
+        (loss, batch_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(params, updates), batch_stats, opt_state, loss
+
+    losses = [0.0] * steps
+    for i in range(steps):
+        params, batch_stats, opt_state, losses[i] = step(params, batch_stats, opt_state)
+    return {'params': params, 'batch_stats': batch_stats}, losses
+
+
+def mean_iou(predicted: np.ndarray, masks: np.ndarray) -> float:
+    """Returns intersection over union, the mean of the classes."""
+    pairs = [(predicted == c, masks == c) for c in range(shapes.CLASSES)]
+    return float(np.mean([(p & m).sum() / max(1, (p | m).sum()) for p, m in pairs]))
+
+
+def draw(path: str, **rows: np.ndarray) -> None:
+    """Writes a PNG with a row for each argument: pictures [N, H, W, 3] or classes [N, H, W]."""
+    figure = Figure(figsize=(9, 4.6), layout='constrained')
+    number = len(next(iter(rows.values())))
+    grid = figure.subplots(len(rows), number, squeeze=False, subplot_kw={'xticks': [], 'yticks': []})
+    for axes, (name, row) in zip(grid, rows.items(), strict=True):
+        axes[0].set_ylabel(name)
+        for axis, array in zip(axes, row, strict=True):
+            shown = np.clip(0.5 + array / 4, 0, 1) if array.ndim == 3 else array
+            axis.imshow(shown, vmin=0, vmax=shapes.CLASSES - 1)
+    figure.savefig(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains on the pictures until they are known by heart, and draws what comes out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('--steps', type=int, default=150, help='of training')
+    parser.add_argument('--output-stride', type=int, default=16, choices=(32, 16, 8))
+    parser.add_argument('--out', default='dense_prediction.png', help='the picture')
+    options = parser.parse_args(argv)
+
+    shape = {'layers': (1, 1, 1, 1), 'planes': (8, 16, 16, 32), 'output_stride': options.output_stride}
+    model = Segmenter(digits.small_model(frozen_bn='.', **shape))
+    images, masks = shapes.draw()
+    variables = collect_statistics(model, digits.init(model, jax.random.key(0), images), images)
+    variables, losses = train(model, variables, images, masks, options.steps)
+    predicted = np.asarray(digits.predict(model, variables, images)).argmax(axis=3)  # [N, H, W]
+    draw(options.out, picture=images, target=masks, prediction=predicted)
+    print(f'loss {losses[0]:.4f} -> {losses[-1]:.4f} in {options.steps} steps; written: {options.out}')
+    print(f'mean IoU of {shapes.CLASSES} classes: {mean_iou(predicted, masks):.3f}')
+
+
+if __name__ == '__main__':
+    main()

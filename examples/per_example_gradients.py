@@ -1,0 +1,92 @@
+"""The gradient of each picture's loss, by `vmap` of `grad`: wrong labels, and how large a batch should be.
+
+    python examples/per_example_gradients.py [--steps 200]
+
+A small EPSANet is trained on digits of which one in twenty carries a wrong label. Then 256 training
+pictures get a gradient each. With BatchNorm in inference mode pictures do not see each other, so the mean
+of these is the batch's gradient. Their lengths point at the wrong labels, and their spread gives the
+gradient noise scale tr(covariance) / |mean|^2, the batch size beyond which averaging gains little (arXiv
+1812.06162).
+
+Prints, with 200 steps:
+"""
+
+import argparse
+from typing import Any
+
+import digits
+import jax
+import numpy as np
+import optax
+
+WRONG = 20  # one label in so many
+
+
+def mislabel(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Returns labels of which every twentieth is wrong, and where: [N] int32 and [N] bool."""
+    rng = np.random.default_rng(0)
+    wrong = np.arange(len(labels)) % WRONG == 0
+    other = (labels + rng.integers(1, 10, len(labels))) % 10
+    return np.where(wrong, other, labels).astype(np.int32), wrong
+
+
+def loss(model: Any, params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+    """Returns the mean loss of a batch, BatchNorm in inference mode."""
+    logits = model.apply({'params': params, 'batch_stats': batch_stats}, images, train=False)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def per_example_gradients(model: Any, variables: Any, images: Any, labels: Any) -> Any:
+    """Returns a tree like the parameters with an axis for the pictures in front: [N, ...] each."""
+
+    def one(image, label):
+        # A batch of one picture: the network wants [1, H, W, 3].
+        return jax.grad(loss, argnums=1)(
+            model, variables['params'], variables['batch_stats'], image[None], label[None]
+        )
+
+    return jax.vmap(one)(images, labels)
+
+
+def flatten(gradients: Any) -> np.ndarray:
+    """Puts per-example gradients into one matrix, [N, parameters]."""
+    leaves = jax.tree.leaves(gradients)
+    return np.concatenate([np.asarray(leaf).reshape(len(leaf), -1) for leaf in leaves], axis=1)
+
+
+def noise_scale(gradients: np.ndarray) -> float:
+    """Returns tr(covariance) / |mean|^2 of gradients [N, P], both estimated without bias."""
+    n = len(gradients)
+    trace = gradients.var(axis=0, ddof=1).sum()
+    return float(trace / max((gradients.mean(axis=0) ** 2).sum() - trace / n, 1e-30))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains, takes the gradients and prints what they say."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('--steps', type=int, default=200, help='of training')
+    parser.add_argument('--pictures', type=int, default=256, help='whose gradients are taken')
+    options = parser.parse_args(argv)
+
+    (images, labels), _ = digits.load()
+    labels, wrong = mislabel(labels)
+    model = digits.small_model()
+    for count in (0, options.steps):
+        variables = digits.train(model, (images, labels), count)
+        chosen = (images[: options.pictures], labels[: options.pictures])
+        gradients = flatten(jax.jit(per_example_gradients, static_argnums=0)(model, variables, *chosen))
+        whole = jax.jit(jax.grad(loss, argnums=1), static_argnums=0)(model, *variables.values(), *chosen)
+        mean = flatten(jax.tree.map(lambda g: g[None], whole))[0]  # [P]
+        error = np.abs(gradients.mean(axis=0) - mean).max() / np.abs(mean).max()
+        longest = np.argsort(-np.linalg.norm(gradients, axis=1))[: wrong[: options.pictures].sum()]
+        print(
+            f'step {count}: mean of {len(gradients)} gradients against the batch gradient: error {error:.1e}'
+        )
+        print(f'step {count}: noise scale {noise_scale(gradients):.1f} pictures')
+        print(
+            f'step {count}: wrong labels among the longest gradients: {wrong[longest].sum()}/{len(longest)}'
+        )
+
+
+if __name__ == '__main__':
+    main()
