@@ -5,8 +5,6 @@
 Each member has its own initial weights and its own order of the pictures. Nothing in the network knows of
 the ensemble: parameters, running statistics and optimizer state get an axis in front, [seeds, ...]; so
 does the batch.
-
-Prints, with 150 steps:
 """
 
 import argparse

@@ -7,8 +7,6 @@ pictures get a gradient each. With BatchNorm in inference mode pictures do not s
 of these is the batch's gradient. Their lengths point at the wrong labels, and their spread gives the
 gradient noise scale tr(covariance) / |mean|^2, the batch size beyond which averaging gains little (arXiv
 1812.06162).
-
-Prints, with 200 steps:
 """
 
 import argparse

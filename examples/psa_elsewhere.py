@@ -5,8 +5,6 @@
 `PSAModule` is an ordinary flax module: it maps [N, H, W, C] to [N, H / stride, W / stride, planes],
 rounded up, and sows its attention into 'intermediates', whatever network it is in. Here it stands beside
 flax's own layers.
-
-Prints, with 150 steps:
 """
 
 import argparse

@@ -6,8 +6,6 @@ A product with the Hessian is a `jvp` through a `grad`, at the price of two or t
 iteration on it finds the eigenvalue of largest magnitude. Plain gradient descent on 128 digits, BatchNorm
 in training mode. On a quadratic it diverges where the sharpness is above 2 / lr; networks may go on along
 that edge (arXiv 2103.00065).
-
-Prints, with 60 steps:
 """
 
 import argparse
@@ -62,7 +60,8 @@ def main(argv: list[str] | None = None) -> None:
 
     model = digits.small_model(dtype=options.dtype, param_dtype=options.dtype)
     (images, labels), _ = digits.load()
-    images, labels = images[: options.pictures].astype(options.dtype), jnp.asarray(labels[: options.pictures])
+    images = jnp.asarray(images[: options.pictures], options.dtype)
+    labels = jnp.asarray(labels[: options.pictures])
     targets = smoothed_targets(labels, 10, 0.0, options.dtype)
     variables = digits.init(model, jax.random.key(0), images[:1])
     params = variables['params']

@@ -19,6 +19,7 @@ import sharpness
 from PIL import Image
 
 EXAMPLES = pathlib.Path(digits.__file__).parent
+pytestmark = pytest.mark.slow  # nearly all of it compilation
 
 
 @pytest.fixture(autouse=True, scope='module')
