@@ -39,14 +39,14 @@ class EPSABlock(nn.Module):
     planes: int
     expansion: int = 4
     stride: int = 1
-    dilation: int = 1
     downsample: bool = False
     middle: str = 'psa'
-    use_se: bool = False
     kernels: tuple[int, ...] = (3, 5, 7, 9)
     groups: tuple[int, ...] = (1, 4, 8, 16)
     reduction: int = 16
     psa_bias: bool = False
+    use_se: bool = False
+    dilation: int = 1
     bn_group: int | None = None
     bn_axis: str | None = None
     frozen_bn: str = ''

@@ -13,6 +13,7 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh
 
+from epsanet_jax.convert.files import is_weights_file
 from epsanet_jax.data.sources import Source
 from epsanet_jax.errors import InputError, one_line
 from epsanet_jax.models.epsanet import MIN_SIZE, EPSANet
@@ -213,7 +214,9 @@ def _read_weights(config: Config, workdir: epath.Path) -> tuple[Weights | None, 
     if _has_checkpoint(workdir):
         start = json.loads((workdir / CONFIG_FILE).read_text()).get('start')
         return None, None if start is None else Start(**start)
-    weights = pretrained.read(config.init_from, ema=not config.init_optimizer)
+    # Momentum is of the weights themselves; files hold one set of weights.
+    ema = not config.init_optimizer or is_weights_file(config.init_from)
+    weights = pretrained.read(config.init_from, ema=ema)
     if not config.init_optimizer:
         return weights, None
     if weights.no_optimizer:

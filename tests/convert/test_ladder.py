@@ -102,9 +102,8 @@ def test_rung_2_pyramid(rng, stride, bias):
 @pytest.mark.parametrize('train', [False, True])
 def test_rung_3_block(rng, inputs, stride, train):
     pyramid = torch_model.PSAModule(16, stride, **PYRAMID)
-    module = randomise(torch_model.EPSABlock(inputs, 16, 32, stride, pyramid), rng)
-    downsample = module.downsample is not None
-    assert downsample == (inputs != 32 or stride == 2)
+    downsample = inputs != 32 or stride == 2
+    module = randomise(torch_model.EPSABlock(inputs, 16, 32, stride, downsample, pyramid), rng)
     variables = params_of(module)
     x = rng.standard_normal((3, 7, 6, inputs))
     expected = to_nhwc(module.train(train)(to_nchw(x)))
