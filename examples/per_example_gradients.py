@@ -7,6 +7,14 @@ pictures get a gradient each. With BatchNorm in inference mode pictures do not s
 of these is the batch's gradient. Their lengths point at the wrong labels, and their spread gives the
 gradient noise scale tr(covariance) / |mean|^2, the batch size beyond which averaging gains little (arXiv
 1812.06162).
+
+Printed with 200 steps:
+
+    step 0: noise scale 121.5 pictures
+    step 0: wrong labels among the longest gradients: 1/13
+    step 200: mean of 256 gradients against the batch gradient: error 5.7e-07
+    step 200: noise scale 383.6 pictures
+    step 200: wrong labels among the longest gradients: 12/13
 """
 
 import argparse

@@ -5,6 +5,12 @@
 `PSAModule` is an ordinary flax module: it maps [N, H, W, C] to [N, H / stride, W / stride, planes],
 rounded up, and sows its attention into 'intermediates', whatever network it is in. Here it stands beside
 flax's own layers.
+
+Printed with 150 steps (the pyramid has ten times the parameters; its attention has hardly left 1 / 4):
+
+    depthwise 3x3: 7,674 parameters, top-1 95.3 %
+    pyramid: 74,146 parameters, top-1 99.4 %
+    InvertedResidual_2: mean attention to kernels 3, 5, 7, 9: 0.250 0.241 0.237 0.273
 """
 
 import argparse

@@ -70,6 +70,19 @@ def test_hessian_vector_products_are_differences_of_gradients(said):
     assert len(numbers('loss')) == 2
 
 
+def test_the_largest_eigenvalue_is_found_beside_a_more_negative_one():
+    def loss(x):
+        return (x**2 * np.array([-5.0, 1.0, 3.0])).sum() / 2
+
+    def product(x, direction):
+        return sharpness.hvp(loss, x, direction)
+
+    start = np.ones(3) / np.sqrt(3)
+    eigenvalue, direction = sharpness.largest_eigenvalue(product, np.zeros(3), start, 60)
+    assert eigenvalue == pytest.approx(3.0, rel=1e-4)
+    np.testing.assert_allclose(np.abs(direction), [0, 0, 1], atol=1e-2)
+
+
 def test_the_ablation_counts_what_each_variant_has(said):
     names = ('as published', 'separate SE, no softmax')
     numbers = said(ablation, '--steps', 1, '--seeds', 1, '--only', *names)
