@@ -8,10 +8,10 @@ import jax
 import pytest
 
 from epsanet_jax.training import parallel
-from epsanet_jax.training.compilation import trace_train_step
 from epsanet_jax.training.config import build_model, with_frozen_bn
 from epsanet_jax.training.optimizer import make_optimizer, make_schedule
 from epsanet_jax.training.state import create_state
+from epsanet_jax.training.tracing import trace_train_step
 from epsanet_jax.training.validation import validate
 
 ROOT = pathlib.Path(__file__).parents[1]

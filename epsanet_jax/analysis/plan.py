@@ -11,10 +11,10 @@ import jax
 from epsanet_jax.analysis import hlo
 from epsanet_jax.analysis.topology import GIB, Topology
 from epsanet_jax.errors import InputError
-from epsanet_jax.training.compilation import run_mesh, trace_train_step
 from epsanet_jax.training.config import Config, build_model, with_frozen_bn
 from epsanet_jax.training.optimizer import make_optimizer, make_schedule
 from epsanet_jax.training.state import create_state
+from epsanet_jax.training.tracing import run_mesh, trace_train_step
 from epsanet_jax.training.validation import validate
 
 

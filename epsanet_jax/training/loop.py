@@ -12,7 +12,6 @@ from epsanet_jax.data.decode import BadImageError
 from epsanet_jax.errors import InputError, Interrupted, TrainingError
 from epsanet_jax.training import distributed, inputs, parallel
 from epsanet_jax.training.checkpoint import Checkpoints
-from epsanet_jax.training.compilation import trace_eval_step, trace_train_step
 from epsanet_jax.training.config import CheckpointConfig, Config
 from epsanet_jax.training.evaluation import evaluate
 from epsanet_jax.training.profiler import Profiler
@@ -21,6 +20,7 @@ from epsanet_jax.training.result import Result, make_result
 from epsanet_jax.training.setup import Run, prepare
 from epsanet_jax.training.signals import StopSignals
 from epsanet_jax.training.state import TrainState, create_state
+from epsanet_jax.training.tracing import trace_eval_step, trace_train_step
 from epsanet_jax.training.window import Window
 
 

@@ -19,7 +19,6 @@ from epsanet_jax.errors import InputError, one_line
 from epsanet_jax.models.epsanet import MIN_SIZE, EPSANet
 from epsanet_jax.training import distributed, inputs, parallel, pretrained
 from epsanet_jax.training.checkpoint import FOLDER
-from epsanet_jax.training.compilation import run_mesh
 from epsanet_jax.training.config import (
     Config,
     build_model,
@@ -32,6 +31,7 @@ from epsanet_jax.training.optimizer import frozen_mask, make_optimizer, make_sch
 from epsanet_jax.training.paths import is_remote, resolve
 from epsanet_jax.training.pretrained import Initial, Start, Weights
 from epsanet_jax.training.report import write_whole
+from epsanet_jax.training.tracing import run_mesh
 from epsanet_jax.training.validation import validate
 
 CONFIG_FILE = 'config.json'
