@@ -84,19 +84,13 @@ def _add_evaluate(subcommands: Any) -> None:
         description='Evaluates a checkpoint on every picture of a data set, each exactly once.',
         epilog='example: epsanet evaluate runs/digits --data digits --split test',
     )
-    evaluate.add_argument(
-        'checkpoint',
-        metavar='CHECKPOINT',
-        help='a workdir, a checkpoint, or a weights file',
-    )
+    _add_checkpoint(evaluate)
     evaluate.add_argument(
         '--data', metavar='DIR_OR_NAME', help="an image folder or a TFDS data set; default: the run's own"
     )
     evaluate.add_argument('--split', help="folder or TFDS split; default: the run's own, or what there is")
     evaluate.add_argument('--data-dir', metavar='DIR', help='where TFDS data sets lie')
     evaluate.add_argument('--batch-size', type=_positive, default=64, metavar='N')
-    evaluate.add_argument('--step', default='latest', help="'latest' (default), 'best' or a number")
-    _add_no_ema(evaluate)
     evaluate.add_argument(
         '--on-bad', choices=('stop', 'skip'), default='stop', help='at a picture that cannot be decoded'
     )
@@ -113,7 +107,8 @@ def _add_predict(subcommands: Any) -> None:
         'status 2 if none could be.',
         epilog='example: epsanet predict runs/pets cat.jpg holiday/ --csv > predictions.csv',
     )
-    _add_checkpoint_and_images(predict)
+    _add_checkpoint(predict)
+    _add_images(predict)
     predict.add_argument('--top', type=_positive, default=5, metavar='N', help='classes to name (default: 5)')
     kinds = predict.add_mutually_exclusive_group()
     for kind in ('json', 'csv'):
@@ -133,7 +128,8 @@ def _add_explain(subcommands: Any) -> None:
         'prints, and writes to attention.csv, the average attention of each class (subfolder).',
         epilog='example: epsanet explain runs/pets cat.jpg --out explained --stages layer3 layer4',
     )
-    _add_checkpoint_and_images(explain)
+    _add_checkpoint(explain)
+    _add_images(explain)
     explain.add_argument('--out', required=True, metavar='DIR', help='for the PNG files')
     explain.add_argument(
         '--stages',
@@ -151,14 +147,19 @@ def _add_explain(subcommands: Any) -> None:
     explain.set_defaults(run=commands.explain)
 
 
-def _add_checkpoint_and_images(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='a workdir, a checkpoint, or a weights file')
+def _add_images(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('images', metavar='IMAGE', nargs='+', help='a picture, or a folder of pictures')
-    parser.add_argument('--step', default='latest', help="'latest' (default), 'best' or a number")
-    _add_no_ema(parser)
 
 
-def _add_no_ema(parser: argparse.ArgumentParser) -> None:
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='a workdir, a checkpoint, or a weights file')
+    _add_choice_of_weights(parser)
+
+
+def _add_choice_of_weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--step', default='latest', help="of a workdir: 'latest' (default), 'best' or a number"
+    )
     parser.add_argument(
         '--no-ema', action='store_true', help='of a run: the weights themselves, not their moving average'
     )
@@ -182,8 +183,7 @@ def _add_convert(subcommands: Any) -> None:
         metavar='N',
         help='a classifier of another size is replaced',
     )
-    convert.add_argument('--step', default='latest', help="of a workdir: 'latest', 'best' or a number")
-    _add_no_ema(convert)
+    _add_choice_of_weights(convert)
     convert.add_argument(
         '--verify',
         action='store_true',
@@ -201,7 +201,7 @@ def _add_export(subcommands: Any) -> None:
         "(.pth, .pt, .pth.tar), or a folder in the layout of Hugging Face's Hub.",
         epilog='example: epsanet export runs/pets pets.stablehlo --step best --verify',
     )
-    export.add_argument('checkpoint', metavar='CHECKPOINT', help='a workdir, a checkpoint, or a weights file')
+    _add_checkpoint(export)
     export.add_argument('dst', metavar='DST', help='a new file or folder')
     export.add_argument(
         '--format',
@@ -220,8 +220,6 @@ def _add_export(subcommands: Any) -> None:
         choices=('float32', 'bfloat16', 'float16', 'float64'),
         help="of the computation; default: the checkpoint's",
     )
-    export.add_argument('--step', default='latest', help="of a workdir: 'latest', 'best' or a number")
-    _add_no_ema(export)
     export.add_argument('--verify', action='store_true', help='compare the logits before writing')
     export.set_defaults(run=commands.export)
 

@@ -76,10 +76,9 @@ def read(path: str, step: str = 'latest', model: ModelConfig | None = None, ema:
 
 def load(path: str, step: str = 'latest', ema: bool = True) -> loading.Loaded:
     """Reads weights of any kind for use; see `read`."""
-    _check_choice(path, step, ema)
     if not is_weights_file(path):
         return loading.load(path, step, ema=ema)
-    weights = read(path, step)
+    weights = read(path, step, ema=ema)
     model = model_of(weights)
     return loading.Loaded(model, from_torch(weights.content.state_dict, model), weights.metadata, 0)
 
@@ -139,6 +138,10 @@ class Start:
 
     epoch: float
     last_lr: float
+
+    def step(self, steps_per_epoch: float) -> int:
+        """Returns the number of steps that the training so far is in the run that goes on."""
+        return round(self.epoch * steps_per_epoch)
 
 
 def read_start(content: Checkpoint, path: str, config: OptimizerConfig) -> Start:

@@ -53,7 +53,7 @@ def make_result(run: Run, step: int, workdir: str) -> Result:
     evaluations = [line for line in lines if line['split'] == 'eval']
     best = max(evaluations, key=lambda line: (best_by(line), line['step']))
     seconds, images = 0.0, 0
-    before = 0 if run.start is None else round(run.start.epoch * run.steps_per_epoch)
+    before = 0 if run.start is None else run.start.step(run.steps_per_epoch)
     for line in lines:
         if line['split'] != 'train':
             continue

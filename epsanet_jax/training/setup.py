@@ -127,7 +127,7 @@ def prepare(config: Config, workdir: str) -> Run:
     total = config.steps or max(1, round(config.epochs * steps_per_epoch))
     _check_profile(config, folder, total)
     weights, start = _read_weights(config, folder)
-    start_step = None if start is None else round(start.epoch * steps_per_epoch)
+    start_step = None if start is None else start.step(steps_per_epoch)
     if start_step is not None and start_step >= total:
         raise InputError(f'{config.init_from} has {start_step} steps behind it, and the run ends at {total}')
     initial = None

@@ -171,7 +171,7 @@ def test_a_disk_without_room_ends_the_run_with_one_line_and_loses_nothing(tiny, 
 
     more = ('--config.steps=30', '--config.eval_every_epochs=0')
     no_cache = {'JAX_ENABLE_COMPILATION_CACHE': '0'}
-    full = ('bash', '-c', 'ulimit -f 4; exec "$@"', 'bash')  # writing beyond 4 KiB fails, as on a full disk
+    full = ('bash', '-c', 'ulimit -f 16; exec "$@"', 'bash')  # writing beyond 16 KiB fails, as on a full disk
     process = start(tiny, tmp_path, *more, settings=no_cache, prefix=full)
     _, err = finish(process, status=1)
     assert err.startswith(f'error: cannot write a checkpoint to {tmp_path}')
