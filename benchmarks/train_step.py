@@ -5,8 +5,9 @@
 
 The sides take turns in one process, on uint8 images that lie on the device, and each prints a line with the
 median. PyTorch runs NCHW and channels_last, eager and with --compile compiled; autocast if dtype is
-bfloat16. A train step is forward, backward and the update by SGD with momentum. 'ratio' is our images per
-second divided by those of the best PyTorch.
+bfloat16. A train step is forward, backward and the update by SGD with momentum; inference is the forward
+pass of evaluation, ours with BatchNorm folded into the convolutions, as `epsanet predict` has it. 'ratio' is
+our images per second divided by those of the best PyTorch.
 """
 
 import argparse
@@ -25,7 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from epsanet_jax.models import create_model
+from epsanet_jax.data.augment import normalize
+from epsanet_jax.models import create_model, fold_batch_norm
 from epsanet_jax.training import parallel, steps
 from epsanet_jax.training.compilation import use_persistent_cache
 from epsanet_jax.training.config import DataConfig, OptimizerConfig
@@ -35,6 +37,7 @@ from epsanet_jax.training.state import create_state
 DATA = DataConfig()  # mean and std of the pictures
 SMOOTHING = 0.1
 LR = 1e-3
+MODES = ('forward', 'inference', 'train')
 Step = Callable[[], Any]  # runs once and returns when the result is there
 
 
@@ -72,7 +75,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument('--batch', type=int, default=8)
     parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
     parser.add_argument('--image-size', type=int, default=224)
-    parser.add_argument('--modes', nargs='+', choices=('forward', 'train'), default=['forward', 'train'])
+    parser.add_argument('--modes', nargs='+', choices=MODES, default=['forward', 'train'])
     parser.add_argument('--rounds', type=int, default=7, help='turns that each side takes')
     parser.add_argument('--compile', action='store_true', help='torch.compile too')
     parser.add_argument('--no-torch', dest='torch', action='store_false', help='ours alone')
@@ -124,6 +127,13 @@ def ours(args: argparse.Namespace, mode: str, facts: dict[str, Any]) -> Step:
         batch['mask'] = np.ones(args.batch, bool)
         step: Any = steps.make_eval_step(model, mesh, smoothing=SMOOTHING, mean=DATA.mean, std=DATA.std)
         held: Any = state.variables
+    elif mode == 'inference':
+        folded, held = fold_batch_norm(model, state.variables)
+
+        @jax.jit
+        def step(variables: Any, batch: Any) -> jax.Array:
+            return folded.apply(variables, normalize(batch['image'], DATA.mean, DATA.std, model.dtype))
+
     else:
         step = steps.make_train_step(
             model, optimizer, mesh, smoothing=SMOOTHING, mean=DATA.mean, std=DATA.std
@@ -141,7 +151,7 @@ def ours(args: argparse.Namespace, mode: str, facts: dict[str, Any]) -> Step:
 
     def run() -> None:
         nonlocal held
-        if mode == 'forward':
+        if mode != 'train':
             jax.block_until_ready(compiled(held, on_device))
         else:
             held, sums = compiled(held, on_device)
@@ -189,7 +199,7 @@ def torch_step(
             return net((images - mean) / std)
 
     def run() -> None:
-        if mode == 'forward':
+        if mode != 'train':
             with torch.no_grad():
                 forward()
         else:

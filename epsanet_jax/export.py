@@ -19,6 +19,7 @@ from epsanet_jax.data.augment import normalize
 from epsanet_jax.errors import InputError
 from epsanet_jax.models.dtypes import at_least_float32
 from epsanet_jax.models.epsanet import MIN_SIZE, EPSANet
+from epsanet_jax.models.folding import fold_batch_norm
 from epsanet_jax.models.zoo import Preprocessing
 from epsanet_jax.training import loading, pretrained
 from epsanet_jax.training.config import DTYPES, model_config
@@ -47,7 +48,8 @@ def to_stablehlo(
     """Exports inference with the weights inside: images [batch, H, W, 3] to logits [batch, num_classes].
 
     The batch may be of any size, and the convolutions are those chosen for each platform. Their precision is
-    that of `jax.default_matmul_precision` at this call, not where the file is used.
+    that of `jax.default_matmul_precision` at this call, not where the file is used. BatchNorm is folded into
+    them (`models.fold_batch_norm`).
 
     Args:
         model: the network.
@@ -65,8 +67,8 @@ def to_stablehlo(
     """
     if model.dtype == jnp.float64 and not jax.config.jax_enable_x64:
         raise InputError('exporting a float64 network needs the environment variable JAX_ENABLE_X64=1')
-    model = model.clone(remat=False)
-    variables = jax.tree.map(np.asarray, dict(variables))  # wherever they lie, the file has them once
+    model, variables = fold_batch_norm(model.clone(remat=False), variables)
+    variables = jax.tree.map(np.asarray, variables)  # wherever they lie, the file has them once
 
     def epsanet(images: jax.Array) -> jax.Array:
         if pixels is not None:

@@ -15,6 +15,7 @@ from epsanet_jax.data.files import OnBad, PictureFile
 from epsanet_jax.data.pipeline import Reading
 from epsanet_jax.data.transforms import CentreCrop
 from epsanet_jax.errors import InputError
+from epsanet_jax.models.folding import fold_batch_norm
 from epsanet_jax.training.loading import Loaded
 
 BATCH_SIZE = 64
@@ -48,7 +49,7 @@ def predict(
     """Yields a prediction for every picture, in order, while later ones are being read.
 
     Pictures are resized, cut and normalised as the weights' metadata say. All batches have one shape, so
-    there is one compilation; the computation is on one device.
+    there is one compilation; the computation is on one device, with BatchNorm folded into the convolutions.
 
     Args:
         weights: from `training.pretrained.load`.
@@ -60,9 +61,11 @@ def predict(
     Raises:
         InputError: a path is not there, or a folder has no picture; or the network's outputs are no numbers.
     """
+    model, variables = fold_batch_norm(weights.model, weights.variables)
+    weights = dataclasses.replace(weights, model=model, variables=variables)
 
     def step(variables: Any, images: jax.Array) -> Any:
-        return weights.model.apply(variables, images, train=False)
+        return model.apply(variables, images)
 
     rows = run(step, weights, paths, batch_size, on_bad)
     with contextlib.closing(rows):

@@ -1,6 +1,7 @@
 """The networks and their parts, as flax.linen Modules."""
 
 from epsanet_jax.models.epsanet import EPSABlock, EPSANet
+from epsanet_jax.models.folding import fold_batch_norm
 from epsanet_jax.models.norm import BatchNorm
 from epsanet_jax.models.psa import PSAModule, SEWeightModule
 from epsanet_jax.models.zoo import create_model, get_variant, list_models
@@ -12,6 +13,7 @@ __all__ = [
     'PSAModule',
     'SEWeightModule',
     'create_model',
+    'fold_batch_norm',
     'get_variant',
     'list_models',
 ]

@@ -1,6 +1,8 @@
 """EPSANet, and ResNet from the same parts."""
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,10 +12,11 @@ from jax import lax
 from epsanet_jax.errors import InputError
 from epsanet_jax.models.conv import Conv, Linear
 from epsanet_jax.models.dtypes import Dtype, at_least_float32
-from epsanet_jax.models.norm import BatchNorm
+from epsanet_jax.models.norm import Affine, BatchNorm
 from epsanet_jax.models.psa import PSAModule, SEWeightModule
 
 STEM_WIDTH = 64
+Norm = Callable[[Any, bool], jax.Array]  # an activation, or a `Weighted`; training mode
 MIN_SIZE = 32  # the network's total stride: below it the last stage has nothing left to halve
 MIDDLES = ('psa', 'conv3x3')
 
@@ -31,6 +34,7 @@ class EPSABlock(nn.Module):
         use_se: whether a squeeze-and-excitation module weighs what the last convolution gives.
         kernels, groups, reduction, psa_bias: of the PSA module; reduction is that of `use_se` too.
         bn_group, bn_axis, frozen_bn: of BatchNorm (`group`, `axis_name`, `frozen`).
+        folded: no BatchNorm, see `EPSANet`.
         conv: algorithm, see `epsanet_jax.ops.grouped_conv`.
         dtype: of the computation and the result.
         param_dtype: of the parameters.
@@ -50,16 +54,19 @@ class EPSABlock(nn.Module):
     bn_group: int | None = None
     bn_axis: str | None = None
     frozen_bn: str = ''
+    folded: bool = False
     conv: str = 'auto'
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     def setup(self):
         dtypes = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
-        conv = functools.partial(Conv, conv=self.conv, **dtypes)
+        conv = functools.partial(Conv, conv=self.conv, use_bias=self.folded, **dtypes)
         norm = functools.partial(
             BatchNorm, group=self.bn_group, axis_name=self.bn_axis, frozen=self.frozen_bn, **dtypes
         )
+        if self.folded:
+            norm = _no_norm
         width = self.planes * self.expansion
         self.conv1, self.bn1 = conv(self.planes, 1), norm()
         if self.middle == 'psa':
@@ -76,7 +83,7 @@ class EPSABlock(nn.Module):
             )
         else:
             self.conv2 = conv(self.planes, 3, stride=self.stride, dilation=self.dilation)
-        self.bn2 = norm()
+        self.bn2: Norm = Affine(**dtypes) if self.folded and self.middle == 'psa' else norm()
         self.conv3, self.bn3 = conv(width, 1), norm()
         if self.use_se:
             self.se = SEWeightModule(width, self.reduction, **dtypes)
@@ -120,6 +127,8 @@ class EPSANet(nn.Module):
         bn_axis: mesh axis over which one BatchNorm group is spread; set by `training.parallel`.
         frozen_bn: regular expression for the BatchNorms that keep to their running statistics in training,
             by the name of their scale: '^bn1|^layer1' the first ones, '.' all.
+        folded: the convolutions have biases instead of a BatchNorm behind them; for inference, with what
+            `models.fold_batch_norm` makes of the variables.
         conv: algorithm of the convolutions, see `epsanet_jax.ops.grouped_conv`.
         remat: recompute each block's activations in the backward pass instead of storing them.
         dtype: of the computation.
@@ -140,6 +149,7 @@ class EPSANet(nn.Module):
     bn_group: int | None = None
     bn_axis: str | None = None
     frozen_bn: str = ''
+    folded: bool = False
     conv: str = 'auto'
     remat: bool = False
     dtype: Dtype = jnp.float32
@@ -147,8 +157,11 @@ class EPSANet(nn.Module):
 
     def setup(self):
         dtypes = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
-        self.conv1 = Conv(STEM_WIDTH, 7, stride=2, conv=self.conv, **dtypes)
-        self.bn1 = BatchNorm(group=self.bn_group, axis_name=self.bn_axis, frozen=self.frozen_bn, **dtypes)
+        self.conv1 = Conv(STEM_WIDTH, 7, stride=2, conv=self.conv, use_bias=self.folded, **dtypes)
+        if self.folded:
+            self.bn1 = _no_norm()
+        else:
+            self.bn1 = BatchNorm(group=self.bn_group, axis_name=self.bn_axis, frozen=self.frozen_bn, **dtypes)
         block = nn.remat(EPSABlock, static_argnums=(2,)) if self.remat else EPSABlock
         width, reached, dilation = STEM_WIDTH, 4, 1
         for stage, (count, planes) in enumerate(zip(self.layers, self.planes, strict=True)):
@@ -173,6 +186,7 @@ class EPSANet(nn.Module):
                         bn_group=self.bn_group,
                         bn_axis=self.bn_axis,
                         frozen_bn=self.frozen_bn,
+                        folded=self.folded,
                         conv=self.conv,
                         **dtypes,
                     )
@@ -235,6 +249,11 @@ class EPSANet(nn.Module):
         wide = at_least_float32(self.dtype)  # x: [N, H/32, W/32, C]
         x = x.mean(axis=(1, 2), dtype=wide)  # [N, C]
         return self.fc(x).astype(wide)
+
+
+def _no_norm() -> Norm:
+    """In the place of a BatchNorm that is folded into the convolution before it."""
+    return lambda x, train: x
 
 
 def max_pool(x: jax.Array) -> jax.Array:

@@ -12,6 +12,8 @@ from jax import lax
 from epsanet_jax.errors import InputError
 from epsanet_jax.models.dtypes import Dtype, at_least_float32
 
+EPSILON = 1e-5  # PyTorch's
+
 
 class Weighted(NamedTuple):
     """An activation [N, H, W, C] that is not computed yet: parts side by side, times weights.
@@ -67,7 +69,7 @@ class BatchNorm(nn.Module):
     group: int | None = None
     axis_name: str | None = None
     momentum: float = 0.9
-    epsilon: float = 1e-5
+    epsilon: float = EPSILON
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     frozen: str = ''
@@ -161,6 +163,28 @@ class BatchNorm(nn.Module):
                 'use larger groups (bn_group) or images'
             )
         return first, jnp.maximum(square - jnp.square(first), 0), n
+
+
+class Affine(nn.Module):
+    """What is left of a BatchNorm behind a pyramid in inference: a factor and an offset for each channel.
+
+    Attributes:
+        dtype: of the result.
+        param_dtype: of the parameters.
+    """
+
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Weighted, train: bool = False) -> jax.Array:
+        """Returns x * scale + bias, [N, H, W, C]; `train` makes no difference."""
+        shape = (x.weights.shape[1],)
+        scale = self.param('scale', nn.initializers.ones, shape, self.param_dtype)
+        bias = self.param('bias', nn.initializers.zeros, shape, self.param_dtype)
+        wide = at_least_float32(x.parts[0].dtype, self.param_dtype)
+        factor = x.weights.astype(wide) * scale.astype(wide)  # [N, C]
+        return x.affine(factor, jnp.broadcast_to(bias.astype(wide), factor.shape)).astype(self.dtype)
 
 
 def _moments(x: Weighted, shift: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -37,6 +37,7 @@ def test_every_convolution_of_a_network_is_measured_and_the_best_is_written(tmp_
     assert [row['forward'] for row in rows] == [{'name': 'tiled', 'merge': 2, 'tile': [2, 4]}]
 
 
+@pytest.mark.slow
 def test_both_frameworks_take_turns_at_the_step(tmp_path):
     out = tmp_path / 'lines.jsonl'
     arguments = ['--batch', '2', '--image-size', '32', '--modes', 'forward', '--rounds', '1', '--out']

@@ -47,7 +47,7 @@ def test_attention_of_every_psa_module_can_be_had(rng):
         np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize('psa_bias', [False, True])
+@pytest.mark.parametrize('psa_bias', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(rng, psa_bias):
     net = small.model(dtype=jnp.float64, param_dtype=jnp.float64, psa_bias=psa_bias, reduction=1)
     images = small.images(rng, 4, 64)
@@ -97,7 +97,8 @@ def test_rematerialisation_changes_nothing_but_memory(rng):
     images = small.images(rng, 4)
 
     def gradients(remat):
-        net = small.model(dtype=jnp.float64, param_dtype=jnp.float64, remat=remat)
+        settings = {'layers': (2, 1), 'planes': (8, 16), 'dtype': jnp.float64, 'param_dtype': jnp.float64}
+        net = small.model(remat=remat, **settings)
         variables = small.random_variables(net)
 
         def loss(params):

@@ -95,7 +95,10 @@ def assert_equal_up_to_rounding(workdir, expected):
         assert line == pytest.approx(other, rel=1e-9)
 
 
-@pytest.mark.parametrize(('processes', 'devices', 'microbatches'), [(2, 2, 1), (2, 2, 2), (4, 1, 1)])
+@pytest.mark.parametrize(
+    ('processes', 'devices', 'microbatches'),
+    [pytest.param(2, 2, 1, marks=pytest.mark.slow), (2, 2, 2), (4, 1, 1)],
+)
 def test_several_processes_make_the_run_of_one(recipe, alone, tmp_path, processes, devices, microbatches):
     """BatchNorm groups of 8 examples lie within a process, or (in microbatches, or of 4) span two."""
     accumulate = f'--config.gradient_accumulation_steps={microbatches}'
@@ -169,7 +172,7 @@ def test_processes_that_share_no_localhost_make_the_run_of_one(recipe, alone, tm
     assert_equal_up_to_rounding(tmp_path, alone)
 
 
-@pytest.mark.parametrize('killed', [0, 1])
+@pytest.mark.parametrize('killed', [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_when_a_process_is_killed_the_others_end_and_say_so(recipe, tmp_path, killed):
     two = start(recipe, tmp_path, 2, 2, '--config.steps=100000')
     wait_for(two[0], 'step 5/')

@@ -100,7 +100,9 @@ def by_hand(model, data, n_steps=2, mixing=None, stochastic_depth=0.0, ema_decay
     return state
 
 
-@pytest.mark.parametrize('bn_group', [None, 4, 2, 1, 16, 8])
+@pytest.mark.parametrize(
+    'bn_group', [None, 4, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8, 16))]
+)
 def test_eight_devices_make_the_update_of_one(rng, bn_group):
     """2 rows a device: groups of all rows, of several devices, of the local batch, and of less."""
     model, data = net(bn_group=bn_group, **F64), batch(rng, size=64)
@@ -113,7 +115,14 @@ def test_eight_devices_make_the_update_of_one(rng, bn_group):
 
 
 @pytest.mark.parametrize(
-    ('devices', 'bn_group', 'microbatches'), [(8, 4, 2), (8, 8, 4), (1, 4, 8), (2, 16, 2), (8, 1, 4)]
+    ('devices', 'bn_group', 'microbatches'),
+    [
+        (8, 4, 2),
+        (1, 4, 8),
+        (2, 16, 2),
+        pytest.param(8, 8, 4, marks=pytest.mark.slow),
+        pytest.param(8, 1, 4, marks=pytest.mark.slow),
+    ],
 )
 def test_microbatches_make_the_update_of_the_batch(rng, devices, bn_group, microbatches):
     """Groups within a device, over several, and over all of them."""
@@ -125,7 +134,9 @@ def test_microbatches_make_the_update_of_the_batch(rng, devices, bn_group, micro
     assert sums['requests'].tolist() == [31 * 16]
 
 
-@pytest.mark.parametrize(('devices', 'microbatches'), [(8, 1), (4, 4), (1, 2)])
+@pytest.mark.parametrize(
+    ('devices', 'microbatches'), [(8, 1), (4, 4), pytest.param(1, 2, marks=pytest.mark.slow)]
+)
 def test_what_is_random_does_not_depend_on_devices_and_microbatches(rng, devices, microbatches):
     model, data = net(bn_group=4, **F64), batch(rng, n=32, size=32)
     state, _ = sharded(model, data, jax.devices()[:devices], microbatches=microbatches, **OPTIONS)
@@ -151,7 +162,7 @@ def test_another_grouping_is_another_update(rng):
     assert not np.allclose(whole['conv1']['kernel'], grouped['conv1']['kernel'])
 
 
-@pytest.mark.parametrize('bn_group', [None, 2, 4])
+@pytest.mark.parametrize('bn_group', [None, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_compiled_step_reduces_and_gathers_nothing(bn_group):
     model = net(bn_group=bn_group)
     mesh = parallel.make_mesh(16, bn_group)

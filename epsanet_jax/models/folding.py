@@ -1,0 +1,62 @@
+"""Inference without BatchNorm: what it does is folded into the convolutions before it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax import lax
+
+from epsanet_jax.errors import InputError
+from epsanet_jax.models.dtypes import at_least_float32
+from epsanet_jax.models.epsanet import EPSANet
+from epsanet_jax.models.norm import EPSILON
+
+# A convolution and the BatchNorm behind it, where there are both.
+_PAIRS = {'conv1': 'bn1', 'conv2': 'bn2', 'conv3': 'bn3', 'downsample_0': 'downsample_1'}
+
+
+def fold_batch_norm(model: EPSANet, variables: Mapping[str, Any]) -> tuple[EPSANet, dict[str, Any]]:
+    """Turns a network into one without BatchNorm that gives the same, but for rounding; for inference only.
+
+    Each BatchNorm's factor goes into the kernel of the convolution before it and its offset becomes a bias.
+    Behind a pyramid there is attention between the two: there the factor goes into the attention, which
+    costs nothing either.
+
+    Args:
+        model: the network.
+        variables: its 'params' and 'batch_stats'; may be traced.
+
+    Returns:
+        The network with `folded` set, and its variables: 'params' alone.
+
+    Raises:
+        InputError: the network is folded already.
+    """
+    if model.folded:
+        raise InputError('fold_batch_norm: the network is folded already')
+    return model.clone(folded=True), {'params': _fold_tree(variables['params'], variables['batch_stats'])}
+
+
+@jax.jit  # one compilation, not one for each kernel
+def _fold_tree(params: Mapping[str, Any], stats: Mapping[str, Any]) -> dict[str, Any]:
+    blocks = {name: _fold(params[name], stats[name]) for name in params if name.startswith('layer')}
+    return _fold(params, stats) | blocks
+
+
+def _fold(params: Mapping[str, Any], stats: Mapping[str, Any]) -> dict[str, Any]:
+    """Folds the convolutions and BatchNorms of one level of the tree."""
+    folded = dict(params)
+    for conv, norm in _PAIRS.items():
+        if norm not in params:
+            continue
+        scale, bias = params[norm]['scale'], params[norm]['bias']
+        wide = at_least_float32(scale.dtype)
+        factor = lax.rsqrt(stats[norm]['var'].astype(wide) + EPSILON) * scale.astype(wide)  # [C]
+        offset = (bias.astype(wide) - stats[norm]['mean'].astype(wide) * factor).astype(bias.dtype)
+        if 'kernel' in params[conv]:
+            kernel = params[conv]['kernel']  # [k, k, I, C]
+            del folded[norm]
+            folded[conv] = {'kernel': (kernel.astype(wide) * factor).astype(kernel.dtype), 'bias': offset}
+        else:
+            folded[norm] = {'scale': factor.astype(scale.dtype), 'bias': offset}
+    return folded

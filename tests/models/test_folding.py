@@ -1,0 +1,87 @@
+"""Inference with BatchNorm folded into the convolutions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import small
+
+from epsanet_jax import InputError
+from epsanet_jax.models import fold_batch_norm
+
+
+def logits(net, variables, images):
+    return np.asarray(jax.jit(net.apply)(variables, images))
+
+
+@pytest.mark.parametrize(
+    'changes',
+    [
+        {'psa_bias': True, 'output_stride': 16},
+        {'middle': 'conv3x3'},
+        {'middle': 'conv3x3', 'use_se': True},
+    ],
+    ids=['epsanet', 'resnet', 'se-resnet'],
+)
+def test_the_logits_are_the_same(rng, changes):
+    net = small.model(dtype=jnp.float64, param_dtype=jnp.float64).clone(**changes)
+    variables, images = small.random_variables(net), small.images(rng)
+    folded, params = fold_batch_norm(net, variables)
+    expected = logits(net, variables, images)
+    np.testing.assert_allclose(
+        logits(folded, params, images), expected, rtol=0, atol=1e-10 * np.abs(expected).max()
+    )
+
+
+def test_in_float32_to_a_hundred_thousandth(rng):
+    net = small.model()
+    variables = small.random_variables(net, dtype=np.float32)
+    images = small.images(rng, dtype=np.float32)
+    folded, params = fold_batch_norm(net, variables)
+    expected = logits(net, variables, images)
+    assert np.abs(logits(folded, params, images) - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_in_bfloat16_the_error_is_that_of_the_type(rng):
+    net = small.model()
+    variables = small.random_variables(net, dtype=np.float32)
+    images = small.images(rng, n=8, dtype=np.float32)
+    exact = logits(net, variables, images)
+    narrow = net.clone(dtype=jnp.bfloat16)
+    plain = np.abs(logits(narrow, variables, images) - exact).max()
+    assert np.abs(logits(*fold_batch_norm(narrow, variables), images) - exact).max() < 3 * plain
+
+
+def test_nothing_is_left_to_normalise_and_the_shapes_are_the_module_s(rng):
+    net = small.model()
+    folded, params = fold_batch_norm(net, small.random_variables(net, dtype=np.float32))
+    shapes = jax.eval_shape(folded.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, dict(shapes))
+    assert set(params) == {'params'}
+
+
+def test_it_is_a_pure_function(rng):
+    net = small.model(layers=(1,), planes=(8,))
+    variables, images = small.random_variables(net, dtype=np.float32), small.images(rng, dtype=np.float32)
+
+    def through_folding(params):
+        folded, params = fold_batch_norm(net, variables | {'params': params})
+        return folded.apply(params, images).sum()
+
+    def plain(params):
+        return net.apply(variables | {'params': params}, images).sum()
+
+    def gradient(function):
+        return np.concatenate(
+            [np.ravel(x) for x in jax.tree.leaves(jax.jit(jax.grad(function))(variables['params']))]
+        )
+
+    expected = gradient(plain)
+    assert np.abs(gradient(through_folding) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_folding_twice_is_refused():
+    net = small.model()
+    folded, params = fold_batch_norm(net, small.random_variables(net, dtype=np.float32))
+    with pytest.raises(InputError, match='folded already'):
+        fold_batch_norm(folded, params)
