@@ -5,7 +5,8 @@
 Kernels and groups are settings of `PSAModule`; the rest takes a variant of it, 20 lines here, in a network
 of one block. Whether a difference in top-1 means anything is to be judged by the spread between seeds, and
 by the standard error of 0.9 points that 360 pictures leave. Put your own pictures into `digits.load` for
-more.
+more. Mean of three seeds after 100 steps, with the spread between them: as published 73.1 (3.3), kernels
+3 3 3 3 49.2 (6.4), 9 9 9 9 80.4 (5.0), no attention 71.6 (6.1).
 """
 
 import argparse

@@ -5,6 +5,13 @@
 Each member has its own initial weights and its own order of the pictures. Nothing in the network knows of
 the ensemble: parameters, running statistics and optimizer state get an axis in front, [seeds, ...]; so
 does the batch.
+
+Printed with 150 steps (on a CPU grouped convolutions, which `vmap` makes of several members', are slow):
+
+    a step of 8 members at once: 1.289 CPU s; of one alone: 0.089
+    after 5 steps, member 0 against one trained alone: parameters differ by 6.8e-06
+    members: top-1 97.4 % (from 96.7 to 98.3)
+    ensemble: top-1 98.9 %
 """
 
 import argparse
