@@ -12,6 +12,7 @@ import matplotlib
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt
 
+SHOWN = ('epsanet50_small', 8, 'float32')
 COLOURS = {'ours': 'C0', 'torch-nchw': 'C7', 'torch-channels-last': 'C8'}
 
 
@@ -39,9 +40,9 @@ def _tpu(axis, lines) -> None:
 
 
 def _cpu(axis, lines) -> None:
-    plain = [x for x in lines if x['model'] == 'epsanet50_small' and 'settings' not in x]
+    plain = [x for x in lines if (x['model'], x['batch'], x['dtype']) == SHOWN and 'settings' not in x]
     latest = {(x['mode'], x['side']): x for x in plain}
-    modes = ['forward', 'train']
+    modes = ['inference', 'forward', 'train']
     for i, (side, colour) in enumerate(COLOURS.items()):
         for m, mode in enumerate(modes):
             if (mode, side) in latest:

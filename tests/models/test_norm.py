@@ -95,6 +95,17 @@ def test_a_single_value_has_no_variance(rng):
         train(BatchNorm(group=1, **F64), BatchNorm(**F64).init(jax.random.key(0), x), x)
 
 
+@pytest.fixture(params=['tpu', 'default'])
+def platform(request, monkeypatch):
+    """Computes as on this platform."""
+
+    def chosen(*args, **branches):
+        return branches[request.param](*args)
+
+    monkeypatch.setattr(jax.lax, 'platform_dependent', chosen)
+
+
+@pytest.mark.usefixtures('platform')
 @pytest.mark.parametrize('group', [None, 2])
 @pytest.mark.parametrize('mean', [0, 1000])
 def test_a_weighted_activation_is_normalised_as_if_it_were_computed(rng, group, mean):
@@ -126,6 +137,7 @@ def test_a_weighted_activation_is_normalised_as_if_it_were_computed(rng, group, 
         chex.assert_trees_all_close(actual, result, rtol=1e-8, atol=1e-8)
 
 
+@pytest.mark.usefixtures('platform')
 def test_the_value_of_a_weighted_activation(rng):
     parts = tuple(rng.standard_normal((2, 3, 3, 2)).astype(np.float32) for _ in range(2))
     weights = rng.uniform(size=(2, 4)).astype(np.float32)
