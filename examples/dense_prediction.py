@@ -8,7 +8,7 @@ larger, with the same parameters. With `frozen_bn` all weights train, but BatchN
 statistics, as one does with a few large pictures and a pretrained backbone; nothing is pretrained here, so
 they are first taken from the pictures.
 
-Draws pictures, masks and predictions. With 150 steps: loss 1.2873 -> 0.0188, mean IoU of 4 classes 0.974.
+Draws the predictions. 150 steps: loss 1.2873 -> 0.0188, mean IoU 0.974 (output stride 32: 0.907, 8: 0.876).
 """
 
 import argparse

@@ -123,7 +123,8 @@ def test_the_dense_head_learns_while_the_statistics_stay(said, monkeypatch, tmp_
     assert last < first
     assert 0 <= numbers('classes:')[0] <= 1
     jax.tree.map(np.testing.assert_array_equal, *seen[0])
-    assert Image.open(tmp_path / 'out.png').size == (900, 460)
+    with Image.open(tmp_path / 'out.png') as picture:
+        assert picture.size == (900, 460)
 
 
 @pytest.mark.parametrize('path', sorted(EXAMPLES.glob('*.py')), ids=lambda path: path.stem)
