@@ -5,11 +5,14 @@
 Beside others a convolution costs something else than alone: the compiler fuses what comes before and after,
 and layouts must agree. So each pyramid's convolutions, the largest kernel first, take in turn the algorithms
 that are cheap on their own, direction by direction, and keep the one with which the block, forward and
-backward, costs the fewest cycles. The table that conv='auto' reads (epsanet_jax/ops/choices.json) is
+backward, costs the fewest cycles. Then the input gradients of neighbours are computed as one convolution,
+where that is cheaper still. The table that conv='auto' reads (epsanet_jax/ops/choices.json) is
 rewritten on the way, and can be kept or not. Takes 10 to 20 minutes a block on 2 cores; needs libtpu, no TPU.
 """
 
 import argparse
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,7 @@ import tpu_cost
 
 from epsanet_jax.models import create_model
 from epsanet_jax.ops import choice
+from epsanet_jax.ops.algorithms import Algorithm, divisors
 
 BATCH = 128  # the lanes of a TPU
 
@@ -35,17 +39,18 @@ def main() -> None:
         convolutions = [
             choice.Problem(k, block.stride, g, block.planes, block.planes // 4, shape[1], BATCH, 'bfloat16')
             for k, g in zip(block.kernels, block.groups, strict=True)
-            if g > 1
         ]
 
         def cost(block=block, shape=shape) -> int:
             choice.reload()
             return tpu_cost.block_cost(block, shape, device)['cycles_per_image']
 
+        where = {'benchmark': 'tpu_choices', 'model': args.model, 'topology': args.topology, 'block': layer}
         for problem in sorted(set(convolutions), reverse=True):
-            record = improve(problem, cost, device, args)
-            where = {'benchmark': 'tpu_choices', 'model': args.model, 'topology': args.topology}
-            common.emit({**where, 'block': layer, **problem._asdict(), **record}, args.out)
+            if problem.groups > 1:
+                common.emit({**where, **problem._asdict(), **improve(problem, cost, device, args)}, args.out)
+        for pair in itertools.pairwise(sorted(set(convolutions))):
+            common.emit({**where, 'pair': [p.kernel for p in pair], **join(pair, cost)}, args.out)
 
 
 def improve(problem: choice.Problem, cost, device: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -67,6 +72,25 @@ def improve(problem: choice.Problem, cost, device: Any, args: argparse.Namespace
     grouped_conv.write('tpu', problem, best._asdict())
     chosen = {direction: grouped_conv.shorten(a) for direction, a in best._asdict().items()}
     return {'cycles_per_image_before': before, 'cycles_per_image': fewest, **chosen}
+
+
+def join(pair: tuple[choice.Problem, choice.Problem], cost) -> dict[str, Any]:
+    """Tries the input gradients of two convolutions as one; returns the block's cycles per image."""
+    chosen = [choice.choose('tpu', problem) for problem in pair]
+    before = fewest = cost()
+    kept = None
+    for groups in reversed(divisors(math.gcd(*(problem.groups for problem in pair)))[-2:]):
+        for problem, old in zip(pair, chosen, strict=True):
+            joint = old._replace(input_gradient=Algorithm('joint', problem.groups // groups))
+            grouped_conv.write('tpu', problem, joint._asdict())
+        cycles = cost()
+        common.say(f'joint in {groups} groups: {cycles} cycles, best {fewest}')
+        if cycles < fewest:
+            kept, fewest = groups, cycles
+    for problem, old in zip(pair, chosen, strict=True):
+        joint = Algorithm('joint', problem.groups // kept) if kept else old.input_gradient
+        grouped_conv.write('tpu', problem, old._replace(input_gradient=joint)._asdict())
+    return {'cycles_per_image_before': before, 'cycles_per_image': fewest, 'groups': kept}
 
 
 def _parse() -> argparse.Namespace:

@@ -58,22 +58,34 @@ class Conv(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [N, H, W, C_in] to [N, ceil(H / stride), ceil(W / stride), features]."""
-        inputs, k = x.shape[-1] // self.groups, self.kernel_size
+    def parameters(self, channels: int) -> tuple[jax.Array, jax.Array | None]:
+        """Returns the kernel, [k, k, channels / groups, features], and the bias, [features]."""
+        inputs, k = channels // self.groups, self.kernel_size
         kernel = self.param('kernel', conv_kernel_init, (k, k, inputs, self.features), self.param_dtype)
-        y = grouped_conv(
-            x.astype(self.dtype),
-            kernel.astype(self.dtype),
-            stride=self.stride,
-            groups=self.groups,
-            dilation=self.dilation,
-            algorithm=self.conv,
-        )
+        bias = None
         if self.use_bias:
             bias = self.param('bias', uniform_init(inputs * k * k), (self.features,), self.param_dtype)
-            y = y + bias.astype(self.dtype)
-        return y
+            bias = bias.astype(self.dtype)
+        return kernel.astype(self.dtype), bias
+
+    def __call__(self, x: jax.Array, convolved: jax.Array | None = None) -> jax.Array:
+        """Maps [N, H, W, C_in] to [N, ceil(H / stride), ceil(W / stride), features].
+
+        Args:
+            x: images.
+            convolved: x convolved with the kernel, where that was computed along with something else.
+        """
+        kernel, bias = self.parameters(x.shape[-1])
+        if convolved is None:
+            convolved = grouped_conv(
+                x.astype(self.dtype),
+                kernel,
+                stride=self.stride,
+                groups=self.groups,
+                dilation=self.dilation,
+                algorithm=self.conv,
+            )
+        return convolved if bias is None else convolved + bias
 
 
 class Linear(nn.Module):

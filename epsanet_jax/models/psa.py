@@ -8,6 +8,7 @@ from epsanet_jax.errors import InputError
 from epsanet_jax.models.conv import Conv
 from epsanet_jax.models.dtypes import Dtype, at_least_float32
 from epsanet_jax.models.norm import Weighted
+from epsanet_jax.ops import pyramid_conv
 
 
 class SEWeightModule(nn.Module):
@@ -102,7 +103,16 @@ class PSAModule(nn.Module):
 
     def weighted(self, x: jax.Array) -> Weighted:
         """Returns the branches and their attention, for a BatchNorm that need not see their product."""
-        branches = [getattr(self, f'conv_{i + 1}')(x) for i in range(len(self.kernels))]
+        convs = [getattr(self, f'conv_{i + 1}') for i in range(len(self.kernels))]
+        outputs = pyramid_conv(
+            x.astype(self.dtype),
+            [conv.parameters(x.shape[-1])[0] for conv in convs],
+            groups=self.groups,
+            stride=self.stride,
+            dilation=self.dilation,
+            algorithm=self.conv,
+        )
+        branches = [conv(x, y) for conv, y in zip(convs, outputs, strict=True)]
         wide = at_least_float32(self.dtype)
         means = jnp.stack([b.mean(axis=(1, 2), dtype=wide) for b in branches], axis=1)  # [N, S, C]
         weights = self.se.excite(means[:, :, None, :])[:, :, 0, :]  # [N, S, C]

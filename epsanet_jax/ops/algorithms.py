@@ -13,9 +13,16 @@ kernels, which is what the pyramid of EPSANet consists of. Three things mend tha
     folding   As tiling, with the tiles of the *input* moved into channels beforehand (space to depth), so
               that the window becomes small and the stride 1.
 
+And where several convolutions read the same input, as the branches of a pyramid do:
+
+    joining   They become one, with as many groups and the largest kernel, into which the others are padded:
+              few output channels cost a matrix unit as much as many.
+
 All of them equal the plain convolution up to rounding, in value and in both gradients.
 """
 
+import itertools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -29,7 +36,8 @@ class Algorithm(NamedTuple):
     """How to compute a grouped convolution.
 
     Attributes:
-        name: 'stock', 'merged', 'tiled', 'folded', or 'matmul' for 1x1 kernels.
+        name: 'stock', 'merged', 'joint' (alone the same as 'merged'), 'tiled', 'folded', or 'matmul' for 1x1
+            kernels.
         merge: how many neighbouring groups are merged into one; divides the number of groups.
         tile: rows and columns of output pixels that are computed at once.
         split: one convolution for each group that remains, instead of one with `feature_group_count`.
@@ -41,7 +49,7 @@ class Algorithm(NamedTuple):
     split: bool = False
 
 
-NAMES = ('stock', 'merged', 'dense', 'tiled', 'folded', 'matmul')
+NAMES = ('stock', 'merged', 'dense', 'joint', 'tiled', 'folded', 'matmul')
 MERGED_CHANNELS = 64  # below this many input channels a dense convolution leaves vector units idle
 
 
@@ -60,6 +68,7 @@ def by_name(name: str, kernel_shape: tuple[int, ...], groups: int) -> Algorithm:
     stock, and whatever does not apply: one convolution with `feature_group_count = groups`
     merged: neighbouring groups merged until each has `MERGED_CHANNELS` input channels
     dense: all groups merged
+    joint: all groups merged, and convolutions of the same input joined
     tiled, folded: groups as they are, tiles of 4x4 pixels for the large kernels, of 2x2 for the others
     matmul: a matrix product, for 1x1 kernels
 
@@ -71,6 +80,8 @@ def by_name(name: str, kernel_shape: tuple[int, ...], groups: int) -> Algorithm:
     size, _, channels, _ = kernel_shape
     if name == 'matmul':
         return Algorithm('matmul' if size == 1 and groups == 1 else 'stock')
+    if name == 'joint' and size > 1:
+        return Algorithm('joint', groups)
     if name == 'dense' and groups > 1:
         return Algorithm('merged', groups)
     if name == 'merged' and groups > 1:
@@ -84,6 +95,42 @@ def by_name(name: str, kernel_shape: tuple[int, ...], groups: int) -> Algorithm:
 def divisors(n: int) -> list[int]:
     """Returns the divisors of n, smallest first."""
     return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def convolve_all(
+    x: jax.Array,
+    kernels: Sequence[jax.Array],
+    stride: int,
+    groups: Sequence[int],
+    algorithms: Sequence[Algorithm],
+) -> tuple[jax.Array, ...]:
+    """Convolves the same images with each kernel as `convolve` does, in one go where that is 'joint'.
+
+    Args:
+        x: images, [N, H, W, C_in].
+        kernels: [k, k, C_in / groups, C_out]; k is odd; all three may differ.
+        stride: step in both directions, of all.
+        groups: number of groups, for each kernel.
+        algorithms: how, for each kernel.
+
+    Returns:
+        [N, ceil(H / stride), ceil(W / stride), C_out] for each kernel.
+    """
+    together: dict[int, list[int]] = {}
+    for i, algorithm in enumerate(algorithms):
+        # One convolution has one number of groups: what has as many left after merging is joined.
+        key = groups[i] // algorithm.merge if algorithm.name == 'joint' else -1 - i
+        together.setdefault(key, []).append(i)
+    outputs: list[jax.Array] = [x] * len(kernels)
+    for members in together.values():
+        if len(members) == 1:
+            (i,) = members
+            outputs[i] = convolve(x, kernels[i], stride, groups[i], algorithms[i])
+            continue
+        merged = [_merge(kernels[i], groups[i], algorithms[i].merge) for i in members]
+        for i, y in zip(members, _joint(x, merged, stride), strict=True):
+            outputs[i] = y
+    return tuple(outputs)
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, groups: int, algorithm: Algorithm) -> jax.Array:
@@ -104,7 +151,7 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, groups: int, algorith
     if algorithm.name == 'stock':
         return _stock(x, kernel, stride, groups)
     kernels = _merge(kernel, groups, algorithm.merge)  # [k, k, I, B, O]
-    if algorithm.name == 'merged':
+    if algorithm.name in ('merged', 'joint'):
         return _merged(x, kernels, stride, algorithm.split)
     return _tiled(x, kernels, stride, algorithm)
 
@@ -153,13 +200,14 @@ def _merge(kernel: jax.Array, groups: int, merge: int) -> jax.Array:
     """Turns [k, k, I, C_out] into [k, k, merge * I, B, C_out / B], block-diagonal; B is groups / merge."""
     kh, kw, inputs, outputs = kernel.shape
     each = outputs // groups
-    if merge == 1:
-        return kernel.reshape(kh, kw, inputs, groups, each)
-    k = kernel.reshape(kh, kw, inputs, groups // merge, merge, each).transpose(0, 1, 4, 2, 3, 5)
-    same_group = jnp.eye(merge, dtype=bool)[:, None, None, :, None]  # [merge, 1, 1, merge, 1]
-    # A selection, not a product: an infinite weight must not put NaN into other groups. Repeated along
-    # the outputs, not the inputs: the TPU compiler makes gradients of the latter four times as dear.
-    k = jnp.where(same_group, k[..., None, :], jnp.zeros((), kernel.dtype))  # [.., I, B, merge, o]
+    # Selections, not products: an infinite weight must not put NaN into other groups.
+    zero = jnp.zeros((), kernel.dtype)
+    if merge == groups > 1:  # the form below makes weight gradients four times as dear on a TPU here
+        k = kernel.reshape(kh, kw, inputs, groups, 1, each).transpose(0, 1, 3, 2, 4, 5)
+        same_group = jnp.eye(groups, dtype=bool)[:, None, :, None]  # [groups, 1, groups, 1]
+        return jnp.where(same_group, k, zero).reshape(kh, kw, groups * inputs, 1, outputs)
+    member = jnp.arange(outputs) // each % merge  # which of the groups that become one an output is of
+    k = jnp.concatenate([jnp.where(member == i, kernel, zero) for i in range(merge)], axis=2)
     return k.reshape(kh, kw, merge * inputs, groups // merge, merge * each)
 
 
@@ -173,6 +221,18 @@ def _merged(x, kernels, stride, split):
         x = jnp.pad(x, ((0, 0), (0, grown[0] - h), (0, grown[1] - w), (0, 0)))
     y = _conv_groups(x, kernels, (stride, stride), ((pad, pad), (pad, pad)), split)
     return y[:, : -(-h // stride), : -(-w // stride)]
+
+
+def _joint(x, kernels, stride):
+    """Convolves with each of [k, k, I, B, O], the k and the O of each its own, in one convolution."""
+    size = max(k.shape[0] for k in kernels)
+    widths = [k.shape[4] for k in kernels]
+    margins = [(size - k.shape[0]) // 2 for k in kernels]
+    padded = [_pad(k, ((m, m), (m, m), *(((0, 0),) * 3))) for k, m in zip(kernels, margins, strict=True)]
+    y = _merged(x, jnp.concatenate(padded, axis=4), stride, split=False)
+    y = y.reshape(*y.shape[:3], -1, sum(widths))  # [N, H, W, B, O of all]
+    ends = list(itertools.accumulate(widths))[:-1]
+    return [part.reshape(*part.shape[:3], -1) for part in jnp.split(y, ends, axis=4)]
 
 
 def _tiled(x, kernels, stride, algorithm):

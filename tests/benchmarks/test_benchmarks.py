@@ -37,6 +37,37 @@ def test_every_convolution_of_a_network_is_measured_and_the_best_is_written(tmp_
     assert [row['forward'] for row in rows] == [{'name': 'tiled', 'merge': 2, 'tile': [2, 4]}]
 
 
+@pytest.mark.usefixtures('scripts')
+@pytest.mark.parametrize(('cheapest', 'merges'), [(8, (1, 2)), (4, (2, 4)), (1, None)])
+def test_neighbours_are_joined_in_the_groups_that_make_their_block_cheapest(
+    tmp_path, monkeypatch, cheapest, merges
+):
+    import grouped_conv
+    import tpu_choices
+
+    table = tmp_path / 'choices.json'
+    monkeypatch.setattr(grouped_conv, 'TABLE', table)
+    pair = tuple(grouped_conv.Problem(k, 1, g, 64, 16, 56, 128, 'bfloat16') for k, g in ((7, 8), (9, 16)))
+
+    def rows():
+        return json.loads(table.read_text())['tpu'] if table.exists() else []
+
+    def cost():
+        groups = {row['groups'] // row['input_gradient'].get('merge', 1) for row in rows()}
+        joint = {row['input_gradient']['name'] for row in rows()} == {'joint'}
+        return 90 if joint and groups == {cheapest} else 100
+
+    record = tpu_choices.join(pair, cost)
+    assert record['cycles_per_image'] == cost() == (90 if merges else 100)
+    assert record['groups'] == (cheapest if merges else None)
+    kept = [row['input_gradient'] for row in rows()]
+    if merges:
+        assert [(a['name'], a.get('merge', 1)) for a in kept] == [('joint', m) for m in merges]
+    else:
+        chosen = [tpu_choices.choice.choose('tpu', problem).input_gradient for problem in pair]
+        assert kept == [grouped_conv.shorten(a) for a in chosen]
+
+
 @pytest.mark.slow
 def test_both_frameworks_take_turns_at_the_step(tmp_path):
     out = tmp_path / 'lines.jsonl'
