@@ -55,8 +55,8 @@ def main() -> None:
 
 def improve(problem: choice.Problem, cost, device: Any, args: argparse.Namespace) -> dict[str, Any]:
     """Tries what is cheap alone in each direction of a convolution; returns the block's cycles per image."""
+    before = fewest = cost()  # which reads the table as it is now
     best = choice.choose('tpu', problem)
-    before = fewest = cost()
     for direction in choice.DIRECTIONS:
         alone = grouped_conv.measure(problem, direction, 'tpu', device, args.limit)
         ranked = sorted(alone, key=lambda algorithm: alone[algorithm]['cycles'])[: args.candidates]
@@ -76,8 +76,8 @@ def improve(problem: choice.Problem, cost, device: Any, args: argparse.Namespace
 
 def join(pair: tuple[choice.Problem, choice.Problem], cost) -> dict[str, Any]:
     """Tries the input gradients of two convolutions as one; returns the block's cycles per image."""
+    before = fewest = cost()  # which reads the table as it is now
     chosen = [choice.choose('tpu', problem) for problem in pair]
-    before = fewest = cost()
     kept = None
     for groups in reversed(divisors(math.gcd(*(problem.groups for problem in pair)))[-2:]):
         for problem, old in zip(pair, chosen, strict=True):

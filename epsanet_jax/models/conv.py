@@ -68,7 +68,7 @@ class Conv(nn.Module):
             bias = bias.astype(self.dtype)
         return kernel.astype(self.dtype), bias
 
-    def __call__(self, x: jax.Array, convolved: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, *, convolved: jax.Array | None = None) -> jax.Array:
         """Maps [N, H, W, C_in] to [N, ceil(H / stride), ceil(W / stride), features].
 
         Args:

@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from epsanet_jax.errors import InputError, suggest
@@ -49,7 +50,7 @@ class Algorithm(NamedTuple):
     split: bool = False
 
 
-NAMES = ('stock', 'merged', 'dense', 'joint', 'tiled', 'folded', 'matmul')
+NAMES = ('stock', 'merged', 'dense', 'tiled', 'folded', 'matmul')
 MERGED_CHANNELS = 64  # below this many input channels a dense convolution leaves vector units idle
 
 
@@ -68,7 +69,6 @@ def by_name(name: str, kernel_shape: tuple[int, ...], groups: int) -> Algorithm:
     stock, and whatever does not apply: one convolution with `feature_group_count = groups`
     merged: neighbouring groups merged until each has `MERGED_CHANNELS` input channels
     dense: all groups merged
-    joint: all groups merged, and convolutions of the same input joined
     tiled, folded: groups as they are, tiles of 4x4 pixels for the large kernels, of 2x2 for the others
     matmul: a matrix product, for 1x1 kernels
 
@@ -80,8 +80,6 @@ def by_name(name: str, kernel_shape: tuple[int, ...], groups: int) -> Algorithm:
     size, _, channels, _ = kernel_shape
     if name == 'matmul':
         return Algorithm('matmul' if size == 1 and groups == 1 else 'stock')
-    if name == 'joint' and size > 1:
-        return Algorithm('joint', groups)
     if name == 'dense' and groups > 1:
         return Algorithm('merged', groups)
     if name == 'merged' and groups > 1:
@@ -116,21 +114,17 @@ def convolve_all(
     Returns:
         [N, ceil(H / stride), ceil(W / stride), C_out] for each kernel.
     """
-    together: dict[int, list[int]] = {}
+    outputs: dict[int, jax.Array] = {}
+    joint: dict[int, list[int]] = {}  # by the number of groups left: one convolution has one
     for i, algorithm in enumerate(algorithms):
-        # One convolution has one number of groups: what has as many left after merging is joined.
-        key = groups[i] // algorithm.merge if algorithm.name == 'joint' else -1 - i
-        together.setdefault(key, []).append(i)
-    outputs: list[jax.Array] = [x] * len(kernels)
-    for members in together.values():
-        if len(members) == 1:
-            (i,) = members
-            outputs[i] = convolve(x, kernels[i], stride, groups[i], algorithms[i])
-            continue
+        if algorithm.name == 'joint':
+            joint.setdefault(groups[i] // algorithm.merge, []).append(i)
+        else:
+            outputs[i] = convolve(x, kernels[i], stride, groups[i], algorithm)
+    for members in joint.values():
         merged = [_merge(kernels[i], groups[i], algorithms[i].merge) for i in members]
-        for i, y in zip(members, _joint(x, merged, stride), strict=True):
-            outputs[i] = y
-    return tuple(outputs)
+        outputs.update(zip(members, _joint(x, merged, stride), strict=True))
+    return tuple(outputs[i] for i in range(len(kernels)))
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, groups: int, algorithm: Algorithm) -> jax.Array:
@@ -200,13 +194,15 @@ def _merge(kernel: jax.Array, groups: int, merge: int) -> jax.Array:
     """Turns [k, k, I, C_out] into [k, k, merge * I, B, C_out / B], block-diagonal; B is groups / merge."""
     kh, kw, inputs, outputs = kernel.shape
     each = outputs // groups
+    if merge == 1:
+        return kernel.reshape(kh, kw, inputs, groups, each)
     # Selections, not products: an infinite weight must not put NaN into other groups.
     zero = jnp.zeros((), kernel.dtype)
-    if merge == groups > 1:  # the form below makes weight gradients four times as dear on a TPU here
+    if merge == groups:  # the form below makes weight gradients four times as dear on a TPU here
         k = kernel.reshape(kh, kw, inputs, groups, 1, each).transpose(0, 1, 3, 2, 4, 5)
         same_group = jnp.eye(groups, dtype=bool)[:, None, :, None]  # [groups, 1, groups, 1]
         return jnp.where(same_group, k, zero).reshape(kh, kw, groups * inputs, 1, outputs)
-    member = jnp.arange(outputs) // each % merge  # which of the groups that become one an output is of
+    member = np.arange(outputs) // each % merge  # which of the groups that become one an output is of
     k = jnp.concatenate([jnp.where(member == i, kernel, zero) for i in range(merge)], axis=2)
     return k.reshape(kh, kw, merge * inputs, groups // merge, merge * each)
 
@@ -225,14 +221,16 @@ def _merged(x, kernels, stride, split):
 
 def _joint(x, kernels, stride):
     """Convolves with each of [k, k, I, B, O], the k and the O of each its own, in one convolution."""
+    if len(kernels) == 1:
+        return [_merged(x, kernels[0], stride, split=False)]
     size = max(k.shape[0] for k in kernels)
-    widths = [k.shape[4] for k in kernels]
+    blocks, widths = kernels[0].shape[3], [k.shape[4] for k in kernels]
     margins = [(size - k.shape[0]) // 2 for k in kernels]
     padded = [_pad(k, ((m, m), (m, m), *(((0, 0),) * 3))) for k, m in zip(kernels, margins, strict=True)]
     y = _merged(x, jnp.concatenate(padded, axis=4), stride, split=False)
-    y = y.reshape(*y.shape[:3], -1, sum(widths))  # [N, H, W, B, O of all]
-    ends = list(itertools.accumulate(widths))[:-1]
-    return [part.reshape(*part.shape[:3], -1) for part in jnp.split(y, ends, axis=4)]
+    y = y.reshape(*y.shape[:3], blocks, sum(widths))
+    parts = jnp.split(y, list(itertools.accumulate(widths))[:-1], axis=4)
+    return [part.reshape(*y.shape[:3], blocks * width) for part, width in zip(parts, widths, strict=True)]
 
 
 def _tiled(x, kernels, stride, algorithm):

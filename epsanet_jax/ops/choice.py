@@ -60,8 +60,8 @@ def choose(platform: str, problem: Problem) -> Choice:
     rows = _table().get(platform, ())
     if not rows:
         return Choice(*(Algorithm('stock'),) * 3)
-    _, choice = min(rows, key=lambda row: _distance(row[0], problem))
-    return Choice(*(_fit(algorithm, problem) for algorithm in choice))
+    known, choice = min(rows, key=lambda row: _distance(row[0], problem))
+    return Choice(*(_fit(algorithm, known, problem) for algorithm in choice))
 
 
 def _distance(known: Problem, problem: Problem) -> float:
@@ -79,16 +79,19 @@ def _distance(known: Problem, problem: Problem) -> float:
         + 2 * octaves(known.features / known.groups, problem.features / problem.groups)
         + octaves(known.groups, problem.groups)
         + octaves(known.size, problem.size)
-        + (0.5 * octaves(known.batch, problem.batch) if isinstance(problem.batch, int) else 0.0)
+        + (0.5 * octaves(known.batch, max(problem.batch, 1)) if isinstance(problem.batch, int) else 0.0)
         + 0.5 * (known.dtype != problem.dtype)
     )
 
 
-def _fit(algorithm: Algorithm, problem: Problem) -> Algorithm:
-    """Fits an algorithm measured on another convolution to this one."""
+def _fit(algorithm: Algorithm, known: Problem, problem: Problem) -> Algorithm:
+    """Fits an algorithm measured on `known` to another convolution."""
     if algorithm.name == 'matmul' and (problem.kernel, problem.groups) != (1, 1):
         return Algorithm('stock')
     merge = max(d for d in divisors(problem.groups) if d <= algorithm.merge)
+    alike = known[:3] == problem[:3]  # kernel, stride, groups
+    if algorithm.name == 'joint' and not alike:  # measured beside certain others, which may not be there
+        return Algorithm('merged', merge) if merge > 1 else Algorithm('stock')
     return algorithm._replace(merge=merge)
 
 

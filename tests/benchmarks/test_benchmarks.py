@@ -37,35 +37,47 @@ def test_every_convolution_of_a_network_is_measured_and_the_best_is_written(tmp_
     assert [row['forward'] for row in rows] == [{'name': 'tiled', 'merge': 2, 'tile': [2, 4]}]
 
 
-@pytest.mark.usefixtures('scripts')
-@pytest.mark.parametrize(('cheapest', 'merges'), [(8, (1, 2)), (4, (2, 4)), (1, None)])
-def test_neighbours_are_joined_in_the_groups_that_make_their_block_cheapest(
-    tmp_path, monkeypatch, cheapest, merges
-):
-    import grouped_conv
+@pytest.fixture
+def branches(scripts, tmp_path, monkeypatch):
+    """The script that chooses, on a table of its own with three branches, none of them joint."""
     import tpu_choices
 
-    table = tmp_path / 'choices.json'
-    monkeypatch.setattr(grouped_conv, 'TABLE', table)
-    pair = tuple(grouped_conv.Problem(k, 1, g, 64, 16, 56, 128, 'bfloat16') for k, g in ((7, 8), (9, 16)))
+    choice, grouped_conv = tpu_choices.choice, tpu_choices.grouped_conv
+    monkeypatch.setattr(grouped_conv, 'TABLE', tmp_path / choice.TABLE)
+    monkeypatch.setattr(choice.resources, 'files', lambda package: tmp_path)
+    each = ((5, 4, 'stock'), (7, 8, 'merged'), (9, 16, 'tiled'))
+    problems = [choice.Problem(k, 1, g, 64, 16, 56, 128, 'bfloat16') for k, g, _ in each]
+    for problem, (_, _, name) in zip(problems, each, strict=True):
+        algorithm = tpu_choices.Algorithm(name)
+        grouped_conv.write('tpu', problem, dict.fromkeys(choice.DIRECTIONS, algorithm))
+    choice.reload()
+    yield tpu_choices, problems
+    monkeypatch.undo()
+    choice.reload()
 
-    def rows():
-        return json.loads(table.read_text())['tpu'] if table.exists() else []
+
+@pytest.mark.parametrize(('cheapest', 'merges'), [(8, (1, 2)), (4, (2, 4)), (2, None)])
+def test_neighbours_are_joined_in_the_groups_that_make_their_block_cheapest(branches, cheapest, merges):
+    tpu_choices, problems = branches
+    choice = tpu_choices.choice
 
     def cost():
-        groups = {row['groups'] // row['input_gradient'].get('merge', 1) for row in rows()}
-        joint = {row['input_gradient']['name'] for row in rows()} == {'joint'}
+        choice.reload()
+        chosen = [choice.choose('tpu', problem).input_gradient for problem in problems[1:]]
+        joint = {a.name for a in chosen} == {'joint'}
+        groups = {p.groups // a.merge for p, a in zip(problems[1:], chosen, strict=True)}
         return 90 if joint and groups == {cheapest} else 100
 
-    record = tpu_choices.join(pair, cost)
+    before = [choice.choose('tpu', problem) for problem in problems]
+    rejected = tpu_choices.join(tuple(problems[:2]), cost)
+    assert rejected == {'cycles_per_image_before': 100, 'cycles_per_image': 100, 'groups': None}
+    record = tpu_choices.join(tuple(problems[1:]), cost)
     assert record['cycles_per_image'] == cost() == (90 if merges else 100)
     assert record['groups'] == (cheapest if merges else None)
-    kept = [row['input_gradient'] for row in rows()]
     if merges:
-        assert [(a['name'], a.get('merge', 1)) for a in kept] == [('joint', m) for m in merges]
-    else:
-        chosen = [tpu_choices.choice.choose('tpu', problem).input_gradient for problem in pair]
-        assert kept == [grouped_conv.shorten(a) for a in chosen]
+        joint = [tpu_choices.Algorithm('joint', merge) for merge in merges]
+        before[1:] = [c._replace(input_gradient=a) for c, a in zip(before[1:], joint, strict=True)]
+    assert [choice.choose('tpu', problem) for problem in problems] == before
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 import pytest
 
+from epsanet_jax.models import create_model, list_models
 from epsanet_jax.ops import choice
 from epsanet_jax.ops.algorithms import NAMES, Algorithm
 from epsanet_jax.ops.choice import Choice, Problem, choose
@@ -63,11 +64,26 @@ def test_a_matrix_product_is_for_1x1_kernels_alone():
     assert choose('cpu', POINT._replace(groups=4)) != MATMUL
 
 
+@pytest.mark.parametrize('name', [n for n in list_models() if n.startswith('epsanet')])
+def test_only_pairs_that_were_measured_are_joined(name):
+    model = create_model(name)
+    for stage, planes in enumerate(model.planes):
+        for stride, size in ((1, 56 >> stage), (2, 112 >> stage)):
+            left = []
+            for kernel, groups in zip(model.kernels, model.groups, strict=True):
+                problem = Problem(kernel, stride, groups, planes, planes // 4, size, 128, 'bfloat16')
+                chosen = choose('tpu', problem).input_gradient
+                if chosen.name == 'joint':
+                    left.append(groups // chosen.merge)
+            assert all(left.count(groups) == 2 for groups in left)
+            assert not left or name.endswith('small')
+
+
 @pytest.mark.parametrize('platform', ['cpu', 'tpu'])
 def test_the_table_in_the_package_is_one_of_algorithms_that_exist(platform):
     rows = choice._table()[platform]
     assert len({problem for problem, _ in rows}) == len(rows) > 10
     for problem, chosen in rows:
         for algorithm in chosen:
-            assert algorithm.name in NAMES
+            assert algorithm.name in (*NAMES, 'joint')
             assert problem.groups % algorithm.merge == 0

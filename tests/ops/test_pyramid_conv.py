@@ -84,20 +84,42 @@ def test_one_direction_alone_can_be_joint(rng):
 
 
 @pytest.mark.usefixtures('joint_input_gradients')
-@pytest.mark.parametrize('argument', [0, 1])
-def test_second_derivatives(rng, argument):
-    arguments = inputs(rng, (4, 4))
+def test_every_mode_of_differentiation(rng):
+    arguments = jax.tree.map(jnp.asarray, inputs(rng, (4, 4)))
 
-    def hessian_vector_product(pyramid):
-        def loss(argument_value):
-            changed = (*arguments[:argument], argument_value, *arguments[argument + 1 :])
-            return sum((y**3).sum() for y in pyramid(*changed))
+    def results(pyramid):
+        def loss(x, kernels):
+            return sum((y**3).sum() for y in pyramid(x, kernels))
 
-        at = arguments[argument]
-        return jax.jit(lambda at: jax.jvp(jax.grad(loss), (at,), (at,))[1])(at)
+        gradient = jax.grad(loss, (0, 1))
+        hessian_vector_product = jax.jvp(gradient, arguments, arguments)[1]
+        x, kernels = arguments
+        per_example = jax.vmap(gradient, (0, None))(x[:, None], kernels)
+        one_kernel_of_several = (jnp.stack([kernels[0], -kernels[0]]), *kernels[1:])
+        ensemble = jax.vmap(loss, (None, (0, None, None, None)))(x, one_kernel_of_several)
+        return hessian_vector_product, per_example, ensemble
 
-    actual = hessian_vector_product(functools.partial(pyramid_conv, groups=GROUPS))
-    chex.assert_trees_all_close(actual, hessian_vector_product(one_by_one), rtol=1e-9, atol=1e-6)
+    actual = jax.jit(functools.partial(results, functools.partial(pyramid_conv, groups=GROUPS)))()
+    expected = jax.jit(functools.partial(results, one_by_one))()
+    chex.assert_trees_all_close(actual, expected, rtol=1e-9, atol=1e-6)
+
+
+@pytest.mark.usefixtures('joint_input_gradients')
+def test_an_export_to_several_platforms_keeps_what_is_joint_on_one(rng):
+    x, kernels = inputs(rng)
+    gradient = jax.jit(
+        jax.grad(lambda x, kernels: sum((y**2).sum() for y in pyramid_conv(x, kernels, groups=GROUPS)))
+    )
+    exported = jax.export.export(gradient, platforms=['cpu', 'tpu'])(x, kernels)
+    expected = jax.grad(lambda x, kernels: sum((y**2).sum() for y in one_by_one(x, kernels)))(x, kernels)
+    np.testing.assert_allclose(exported.call(x, kernels), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.usefixtures('joint_input_gradients')
+def test_an_empty_batch_gives_empty_outputs(rng):
+    x, kernels = inputs(rng)
+    loss = jax.jit(jax.grad(lambda x, kernels: sum(y.sum() for y in pyramid_conv(x, kernels, groups=GROUPS))))
+    assert loss(x[:0], kernels).shape == (0, *x.shape[1:])
 
 
 def test_a_pyramid_that_does_not_fit_is_refused(rng):
