@@ -78,18 +78,21 @@ def join(pair: tuple[choice.Problem, choice.Problem], cost) -> dict[str, Any]:
     """Tries the input gradients of two convolutions as one; returns the block's cycles per image."""
     before = fewest = cost()  # which reads the table as it is now
     chosen = [choice.choose('tpu', problem) for problem in pair]
+
+    def write(groups: int | None) -> None:
+        for problem, row in zip(pair, chosen, strict=True):
+            if groups is not None:
+                row = row._replace(input_gradient=Algorithm('joint', problem.groups // groups))
+            grouped_conv.write('tpu', problem, row._asdict())
+
     kept = None
     for groups in reversed(divisors(math.gcd(*(problem.groups for problem in pair)))[-2:]):
-        for problem, old in zip(pair, chosen, strict=True):
-            joint = old._replace(input_gradient=Algorithm('joint', problem.groups // groups))
-            grouped_conv.write('tpu', problem, joint._asdict())
+        write(groups)
         cycles = cost()
         common.say(f'joint in {groups} groups: {cycles} cycles, best {fewest}')
         if cycles < fewest:
             kept, fewest = groups, cycles
-    for problem, old in zip(pair, chosen, strict=True):
-        joint = Algorithm('joint', problem.groups // kept) if kept else old.input_gradient
-        grouped_conv.write('tpu', problem, old._replace(input_gradient=joint)._asdict())
+    write(kept)
     return {'cycles_per_image_before': before, 'cycles_per_image': fewest, 'groups': kept}
 
 

@@ -221,8 +221,6 @@ def _merged(x, kernels, stride, split):
 
 def _joint(x, kernels, stride):
     """Convolves with each of [k, k, I, B, O], the k and the O of each its own, in one convolution."""
-    if len(kernels) == 1:
-        return [_merged(x, kernels[0], stride, split=False)]
     size = max(k.shape[0] for k in kernels)
     blocks, widths = kernels[0].shape[3], [k.shape[4] for k in kernels]
     margins = [(size - k.shape[0]) // 2 for k in kernels]

@@ -1,5 +1,4 @@
 import functools
-import re
 
 import chex
 import jax
@@ -51,9 +50,8 @@ def test_what_keeps_as_many_groups_is_one_convolution(rng, stride, merges, convo
         convolve_all, stride=stride, groups=GROUPS, algorithms=[Algorithm('joint', m) for m in merges]
     )
     x, kernels = inputs(rng)
-    assert (
-        len(re.findall(r'stablehlo.convolution', jax.jit(joint).lower(x, kernels).as_text())) == convolutions
-    )
+    lowered = jax.jit(joint).lower(x, kernels).as_text()
+    assert lowered.count('stablehlo.convolution') == convolutions
     expected = value_and_gradients(functools.partial(one_by_one, stride=stride), x, kernels)
     actual = jax.jit(functools.partial(value_and_gradients, joint))(x, kernels)
     chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-10)
@@ -77,7 +75,7 @@ def test_one_direction_alone_can_be_joint(rng):
     x, kernels = inputs(rng)
     auto = functools.partial(pyramid_conv, groups=GROUPS)
     gradient = jax.jit(jax.grad(lambda x, kernels: sum(y.sum() for y in auto(x, kernels))))
-    assert len(re.findall(r'stablehlo.convolution', gradient.lower(x, kernels).as_text())) == 1
+    assert gradient.lower(x, kernels).as_text().count('stablehlo.convolution') == 1
     expected = value_and_gradients(one_by_one, x, kernels)
     actual = jax.jit(functools.partial(value_and_gradients, auto))(x, kernels)
     chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-10)
@@ -105,7 +103,7 @@ def test_every_mode_of_differentiation(rng):
 
 
 @pytest.mark.usefixtures('joint_input_gradients')
-def test_an_export_to_several_platforms_keeps_what_is_joint_on_one(rng):
+def test_an_export_to_several_platforms_of_which_one_joins_gives_the_same(rng):
     x, kernels = inputs(rng)
     gradient = jax.jit(
         jax.grad(lambda x, kernels: sum((y**2).sum() for y in pyramid_conv(x, kernels, groups=GROUPS)))
