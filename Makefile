@@ -38,7 +38,7 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow and not faults'
 
 test-slow: .venv/installed-dev
-	$(BIN)/python -m pytest -n 2 -m slow
+	EPSANET_TESTS_OPTIMIZE=1 $(BIN)/python -m pytest -n 2 -m slow
 
 test-faults: .venv/installed-dev
 	$(BIN)/python -m pytest -m faults -s

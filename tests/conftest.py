@@ -3,9 +3,11 @@
 import os
 import tracemalloc  # noqa: F401  (imported late, it breaks within etils' lazy imports)
 
+from fake_devices import xla_flags
+
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['XLA_FLAGS'] = (
-    '--xla_force_host_platform_device_count=8 '
+    f'{xla_flags(devices=8)} '
     # On a machine under load the threads of 8 devices may be minutes apart; XLA would end the process.
     '--xla_cpu_collective_call_warn_stuck_timeout_seconds=300 '
     '--xla_cpu_collective_call_terminate_timeout_seconds=900'

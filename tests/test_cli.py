@@ -17,7 +17,7 @@ from epsanet_jax.training.config import CheckpointConfig, Config, DataConfig, Mo
 def digits_run(tmp_path_factory, digits_dir):
     """A short run on the digits."""
     workdir = tmp_path_factory.mktemp('digits') / 'run'
-    model = ModelConfig(layers=(1, 1), planes=(8, 16), expansion=2, groups=(1, 2, 2, 2), reduction=2)
+    model = ModelConfig(layers=(1,), planes=(8,), expansion=2, kernels=(3, 5), groups=(1, 2), reduction=2)
     data = DataConfig(
         source='tfds',
         name='digits',

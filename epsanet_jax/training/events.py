@@ -4,7 +4,6 @@ import os
 from typing import Any
 
 from etils import epath
-from tensorboardX import SummaryWriter
 
 from epsanet_jax.errors import InputError
 
@@ -24,6 +23,8 @@ class Events:
     """
 
     def __init__(self, workdir: epath.Path, step: int):
+        from tensorboardX import SummaryWriter  # imports torch, where there is one: seconds
+
         # Files are told apart, and put in order, by the second and then by this.
         suffix = f'.{step:09}.{os.getpid()}'
         try:

@@ -20,9 +20,10 @@ from epsanet_jax.training.config import (
 )
 from epsanet_jax.training.loading import load
 
-MODEL = {k: v for k, v in small.SETTINGS.items() if k != 'num_classes'}
+TWO_STAGES = {'layers': (1, 1), 'planes': (8, 16)}
+MODEL = {k: v for k, v in {**small.SETTINGS, **TWO_STAGES}.items() if k != 'num_classes'}
 EXAMPLES, BATCH = 64, 16  # 4 steps an epoch
-NET = small.model(num_classes=4)
+NET = small.model(**MODEL, num_classes=4)
 
 
 def recipe(**changes):
@@ -175,7 +176,7 @@ def test_optimizers_that_do_not_fit(half_trained, tmp_path):
         ({'optimizer': OptimizerConfig(momentum=0.8, weight_decay=1e-3)}, 'optimizer.momentum=0.9'),
         ({'optimizer': OptimizerConfig()}, 'config.optimizer.weight_decay=0.001'),
         ({'epochs': 1.0}, 'has 4 steps behind it, and the run ends at 4'),
-        ({'model': ModelConfig(**{**MODEL, 'layers': (1, 1, 1, 1)})}, 'unexpected layer1.1.conv1.weight'),
+        ({'model': ModelConfig(**{**MODEL, 'layers': (1,), 'planes': (8,)})}, 'unexpected layer2.0.conv1'),
         ({'init_from': ''}, 'needs config.init_from'),
     ):
         config = recipe(**{'init_from': path, 'init_optimizer': True, **changes})
@@ -245,4 +246,4 @@ def test_weights_of_a_run_start_another_with_a_new_classifier(tmp_path, capsys):
     assert 'classifier of 4 classes replaced by a new one of 3' in capsys.readouterr().out
     first, second = (load(str(tmp_path / name)).variables['params'] for name in ('first', 'second'))
     np.testing.assert_array_equal(first['conv1']['kernel'], second['conv1']['kernel'])
-    assert second['fc']['kernel'].shape == (64, 3)
+    assert second['fc']['kernel'].shape == (32, 3)

@@ -11,6 +11,8 @@ from epsanet_jax import InputError
 
 pytestmark = pytest.mark.usefixtures('strict')
 
+TWO_STAGES = {'layers': (1, 1), 'planes': (8, 16)}  # both kinds of block
+
 
 def test_features_have_the_strides_of_a_backbone(rng):
     net = small.model()
@@ -49,7 +51,8 @@ def test_attention_of_every_psa_module_can_be_had(rng):
 
 @pytest.mark.parametrize('psa_bias', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(rng, psa_bias):
-    net = small.model(dtype=jnp.float64, param_dtype=jnp.float64, psa_bias=psa_bias, reduction=1)
+    f64 = {'dtype': jnp.float64, 'param_dtype': jnp.float64}
+    net = small.model(psa_bias=psa_bias, reduction=1, **f64, **TWO_STAGES)
     images = small.images(rng, 4, 64)
     variables = jax.jit(net.init)(jax.random.key(1), images)
 
@@ -97,8 +100,7 @@ def test_rematerialisation_changes_nothing_but_memory(rng):
     images = small.images(rng, 4)
 
     def gradients(remat):
-        settings = {'layers': (2, 1), 'planes': (8, 16), 'dtype': jnp.float64, 'param_dtype': jnp.float64}
-        net = small.model(remat=remat, **settings)
+        net = small.model(remat=remat, dtype=jnp.float64, param_dtype=jnp.float64, **TWO_STAGES)
         variables = small.random_variables(net)
 
         def loss(params):
@@ -129,7 +131,7 @@ def test_images_that_will_not_do_are_refused(images, message):
 
 
 def test_groups_of_examples_change_training_and_not_evaluation(rng):
-    f64 = {'dtype': jnp.float64, 'param_dtype': jnp.float64}
+    f64 = {'dtype': jnp.float64, 'param_dtype': jnp.float64, **TWO_STAGES}
     images = small.images(rng, 4)
     whole, grouped = small.model(**f64), small.model(bn_group=2, **f64)
     variables = small.random_variables(whole)
@@ -144,7 +146,7 @@ def test_groups_of_examples_change_training_and_not_evaluation(rng):
 
 
 def test_initial_parameters_depend_on_the_key_alone():
-    net = small.model()
+    net = small.model(**TWO_STAGES)
     small_images, large_images = (jnp.zeros((n, 32 * n, 32, 3), jnp.float32) for n in (1, 2))
     init = jax.jit(net.init)
     a = init(jax.random.key(3), small_images)

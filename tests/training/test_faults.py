@@ -12,6 +12,7 @@ import threading
 import chex
 import orbax.checkpoint as ocp
 import pytest
+from fake_devices import xla_flags
 from test_flags import ROOT
 from test_loop import TIMING, lines, recipe, saved_state
 
@@ -21,10 +22,11 @@ from epsanet_jax.training import inputs, loop
 IMPORTS = 'from epsanet_jax.training.config import *\n'
 TINY = """
 def get_config():
-    model = ModelConfig(layers=(1,), planes=(8,), expansion=2, groups=(1, 1, 2, 2), reduction=2, bn_group=8)
+    model = ModelConfig(layers=(1,), planes=(8,), kernels=(3, 5), groups=(1, 2), reduction=2, bn_group=8)
     data = DataConfig(source='synthetic', image_size=32, resize_size=32, synthetic_examples=160)
     checkpoint = CheckpointConfig(every_steps=7, every_minutes=0)
-    return Config(batch_size=16, epochs=6, log_every_steps=5, model=model, data=data, checkpoint=checkpoint)
+    common = {"model": model, "data": data, "checkpoint": checkpoint, "tensorboard": False}
+    return Config(batch_size=16, epochs=6, log_every_steps=5, **common)
 """
 
 
@@ -135,7 +137,7 @@ def tiny(tmp_path_factory):
 
 
 def start(config, workdir, *arguments, settings=(), prefix=()):
-    environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
+    environment = {**os.environ, 'XLA_FLAGS': xla_flags(1)}
     environment |= {'PYTHONUNBUFFERED': '1', **dict(settings)}
     command = [sys.executable, str(ROOT / 'train.py'), f'--config={config}', f'--workdir={workdir}']
     pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
@@ -204,10 +206,11 @@ def kill_at_random(config, workdir, kills, seed, *arguments):
     return sent
 
 
-def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tiny, tmp_path):
+@pytest.mark.parametrize('kills', [2, pytest.param(6, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tiny, tmp_path, kills):
     more = '--config.epochs=12'
     finish(start(tiny, tmp_path / 'whole', more))
-    sent = kill_at_random(tiny, tmp_path / 'killed', 4, 0, more)
+    sent = kill_at_random(tiny, tmp_path / 'killed', kills, 0, more)
     assert {name for name, _, _ in sent} == {'SIGTERM', 'SIGKILL'}
     assert_equal_runs(tmp_path / 'killed', tmp_path / 'whole', 120)
 

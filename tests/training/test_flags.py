@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 IMPORTS = 'from epsanet_jax.training.config import Config, DataConfig, ModelConfig\n'
 TINY = """
 def get_config(size: str = '32'):
-    model = ModelConfig(layers=(1,), planes=(8,), expansion=2, groups=(1, 1, 2, 2), reduction=2)
+    model = ModelConfig(layers=(1,), planes=(8,), expansion=2, kernels=(3, 5), groups=(1, 2), reduction=2)
     data = DataConfig(source='synthetic', image_size=int(size), resize_size=int(size), synthetic_examples=64)
     return Config(batch_size=32, steps=2, log_every_steps=1, model=model, data=data)
 """

@@ -33,13 +33,14 @@ def recipe(**changes):
         log_every_steps=2,
         eval_every_epochs=0.1,
         model=ModelConfig(
-            layers=(1, 1), planes=(8, 16), expansion=2, groups=(1, 2, 2, 2), reduction=2, bn_group=4
+            layers=(1,), planes=(8,), expansion=2, kernels=(3, 5), groups=(1, 2), reduction=2, bn_group=4
         ),
         data=DataConfig(
             source='synthetic', image_size=32, resize_size=32, synthetic_examples=300, synthetic_classes=4
         ),
         optimizer=OptimizerConfig(lr=0.05),
-        schedule=ScheduleConfig(name='cosine', warmup_epochs=0.1),
+        # It does not depend on the number of steps: runs of any length share what is compiled.
+        schedule=ScheduleConfig(name='step', step_epochs=0.25, warmup_epochs=0.1),
         checkpoint=CheckpointConfig(every_minutes=0, keep=3),
     )
     for name, value in changes.items():

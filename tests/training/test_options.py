@@ -37,8 +37,8 @@ def test_everything_switched_on_and_interrupted_equals_uninterrupted(tmp_path, s
         stochastic_depth=0.3,
         ema_decay=0.99,
         model=ModelConfig(
-            layers=(1, 1), planes=(8, 16), expansion=2, groups=(1, 2, 2, 2), reduction=2, bn_group=8,
-            dtype='bfloat16', remat=True,
+            layers=(1, 1), planes=(8, 16), expansion=2, kernels=(3, 5), groups=(1, 2), reduction=2,
+            bn_group=8, dtype='bfloat16', remat=True,
         ),
         data=DataConfig(
             source='synthetic', image_size=32, resize_size=32, synthetic_examples=64, randaugment_ops=2,
@@ -118,7 +118,7 @@ def _without(variables, name):
 def test_frozen_batchnorms_keep_to_their_statistics(rng):
     images = small.images(rng, n=4)
     for pattern, frozen in (('^bn1|^layer1', {'bn1', 'layer1_0', 'layer1_1'}), ('.', None), ('', set())):
-        model = small.model(frozen_bn=pattern)
+        model = small.model(layers=(2, 1), planes=(8, 16), frozen_bn=pattern)
         variables = small.random_variables(model)
         logits, new = model.apply(variables, images, train=True, mutable=['batch_stats'])
         for name, before in variables['batch_stats'].items():
@@ -134,10 +134,13 @@ def chex_equal(a, b):
 
 def test_fine_tuning_a_part_at_another_size(tmp_path):
     """Other classes, larger pictures, the stem and the first stage as they were; class names are kept."""
-    loop.train(recipe(steps=3, eval_every_epochs=0.0), str(tmp_path / 'first'))
+    first = recipe(steps=3, eval_every_epochs=0.0)
+    first.model = dataclasses.replace(first.model, layers=(1, 1), planes=(8, 16))
+    loop.train(first, str(tmp_path / 'first'))
     config = recipe(
         steps=3,
         eval_every_epochs=0.0,
+        model=first.model,
         init_from=str(tmp_path / 'first'),
         freeze='^conv1|^bn1|^layer1',
         data=DataConfig(
@@ -190,7 +193,7 @@ def test_a_run_with_frozen_parameters_continues_as_if_it_had_not_stopped(tmp_pat
     config = recipe(
         steps=4,
         eval_every_epochs=0.0,
-        freeze='(?i)^CONV1|^layer1',
+        freeze='(?i)^CONV1|^layer1_0/conv1',
         optimizer=OptimizerConfig(0.01, name='lars', clip_norm=1.0),
         schedule=ScheduleConfig('constant'),
     )
@@ -205,9 +208,7 @@ def test_a_run_with_frozen_parameters_continues_as_if_it_had_not_stopped(tmp_pat
 
 def test_one_picture_at_a_time_where_batchnorm_is_frozen_or_the_maps_are_large(tmp_path):
     config = recipe(batch_size=8)
-    config.model = dataclasses.replace(
-        config.model, layers=(1,) * 4, planes=(8,) * 4, groups=(1, 2, 2, 2), bn_group=1
-    )
+    config.model = dataclasses.replace(config.model, layers=(1,) * 4, planes=(8,) * 4, bn_group=1)
     for changes in ({'frozen_bn': '.'}, {'output_stride': 16}):
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
         assert setup.prepare(changed, str(tmp_path / 'run')).total_steps == 6

@@ -12,6 +12,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from fake_devices import xla_flags
 from test_faults import IMPORTS, wait_for, without_timing
 from test_flags import ROOT
 
@@ -20,13 +21,13 @@ from epsanet_jax.training.loading import load
 RECIPE = """
 def get_config():
     model = ModelConfig(
-        layers=(1,), planes=(8,), expansion=2, groups=(1, 1, 2, 2), reduction=2, bn_group=8,
+        layers=(1,), planes=(8,), expansion=2, kernels=(3, 5), groups=(1, 2), reduction=2, bn_group=8,
         dtype='float64', param_dtype='float64',
     )
     data = DataConfig(source='synthetic', image_size=32, resize_size=32, synthetic_examples=75)
     return Config(
         batch_size=16, steps=20, log_every_steps=5, eval_every_epochs=2, model=model, data=data,
-        optimizer=OptimizerConfig(lr=0.01), checkpoint=CheckpointConfig(every_minutes=0),
+        optimizer=OptimizerConfig(lr=0.01), checkpoint=CheckpointConfig(every_minutes=0), tensorboard=False,
     )
 """
 
@@ -50,7 +51,7 @@ def start(recipe, workdir, processes, devices, *arguments, only=None, host='loca
     for i in range(processes) if only is None else only:
         environment = {
             **os.environ,
-            'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}',
+            'XLA_FLAGS': xla_flags(devices),
             'JAX_ENABLE_X64': '1',
             'PYTHONUNBUFFERED': '1',
         }
@@ -97,7 +98,7 @@ def assert_equal_up_to_rounding(workdir, expected):
 
 @pytest.mark.parametrize(
     ('processes', 'devices', 'microbatches'),
-    [pytest.param(2, 2, 1, marks=pytest.mark.slow), (2, 2, 2), (4, 1, 1)],
+    [(2, 2, 2), *(pytest.param(p, d, 1, marks=pytest.mark.slow) for p, d in ((2, 2), (4, 1)))],
 )
 def test_several_processes_make_the_run_of_one(recipe, alone, tmp_path, processes, devices, microbatches):
     """BatchNorm groups of 8 examples lie within a process, or (in microbatches, or of 4) span two."""
@@ -125,7 +126,7 @@ def test_a_signal_to_one_process_stops_all_and_other_numbers_continue(recipe, al
     assert_equal_up_to_rounding(tmp_path, alone)
 
 
-@pytest.mark.parametrize('signalled', [0, 1])
+@pytest.mark.parametrize('signalled', [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_process_during_compilation_ends_all(recipe, tmp_path, signalled):
     two = start(recipe, tmp_path, 2, 2)
     wait_for(two[0], 'compiling ...')
@@ -166,6 +167,7 @@ def _remove(names, etc):
         shutil.rmtree(etc / name, ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_processes_that_share_no_localhost_make_the_run_of_one(recipe, alone, tmp_path, namespaces):
     prefixes = [('ip', 'netns', 'exec', name) for name in namespaces]
     finish(start(recipe, tmp_path, 2, 2, host=ADDRESSES[namespaces[0]], prefixes=prefixes))
@@ -211,7 +213,12 @@ def test_a_workdir_that_is_not_shared_is_refused(recipe, tmp_path):
             sys.executable, str(ROOT / 'train.py'), f'--config={recipe}', '--workdir=run',
             f'--coordinator=localhost:{port}', '--num_processes=2', f'--process_id={i}',
         ]  # fmt: skip
-        environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '', 'JAX_ENABLE_X64': '1'}
+        environment = {
+            **os.environ,
+            'PYTHONPATH': str(ROOT),
+            'XLA_FLAGS': xla_flags(1),
+            'JAX_ENABLE_X64': '1',
+        }
         pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
         started.append(subprocess.Popen(command, cwd=tmp_path / place, env=environment, **pipes))
     for _, err in finish(started, status=2):
