@@ -5,14 +5,16 @@
 Beside others a convolution costs something else than alone: the compiler fuses what comes before and after,
 and layouts must agree. So each pyramid's convolutions, the largest kernel first, take in turn the algorithms
 that are cheap on their own, direction by direction, and keep the one with which the block, forward and
-backward, costs the fewest cycles. Then the input gradients of neighbours are computed as one convolution,
-where that is cheaper still. The table that conv='auto' reads (epsanet_jax/ops/choices.json) is
-rewritten on the way, and can be kept or not. Takes 10 to 20 minutes a block on 2 cores; needs libtpu, no TPU.
+backward, costs the fewest cycles. Then some are computed as one convolution where that is cheaper still: the
+input gradients of neighbours, or, where all have as many groups, all of them in every direction. The table
+that conv='auto' reads (epsanet_jax/ops/choices.json) is rewritten on the way, and can be kept or not. Takes
+10 to 20 minutes a block on 2 cores; needs libtpu, no TPU.
 """
 
 import argparse
 import itertools
 import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +48,13 @@ def main() -> None:
             return tpu_cost.block_cost(block, shape, device)['cycles_per_image']
 
         where = {'benchmark': 'tpu_choices', 'model': args.model, 'topology': args.topology, 'block': layer}
-        for problem in sorted(set(convolutions), reverse=True):
+        pyramid = sorted(set(convolutions))
+        for problem in reversed(pyramid):
             if problem.groups > 1:
                 common.emit({**where, **problem._asdict(), **improve(problem, cost, device, args)}, args.out)
-        for pair in itertools.pairwise(sorted(set(convolutions))):
-            common.emit({**where, 'pair': [p.kernel for p in pair], **join(pair, cost)}, args.out)
+        for members, directions in together(pyramid):
+            record = join(members, directions, cost)
+            common.emit({**where, 'joint': [p.kernel for p in members], **record}, args.out)
 
 
 def improve(problem: choice.Problem, cost, device: Any, args: argparse.Namespace) -> dict[str, Any]:
@@ -74,25 +78,36 @@ def improve(problem: choice.Problem, cost, device: Any, args: argparse.Namespace
     return {'cycles_per_image_before': before, 'cycles_per_image': fewest, **chosen}
 
 
-def join(pair: tuple[choice.Problem, choice.Problem], cost) -> dict[str, Any]:
-    """Tries the input gradients of two convolutions as one; returns the block's cycles per image."""
-    before = fewest = cost()  # which reads the table as it is now
-    chosen = [choice.choose('tpu', problem) for problem in pair]
+def together(pyramid: Sequence[choice.Problem]) -> Iterator[tuple[Sequence[choice.Problem], Sequence[str]]]:
+    """Yields convolutions that are worth a try as one, with the directions to try."""
+    if len({problem.groups for problem in pyramid}) == 1:
+        yield pyramid, ('input_gradient', 'forward', 'weight_gradient')
+    else:
+        for pair in itertools.pairwise(pyramid):
+            yield pair, ('input_gradient',)
 
-    def write(groups: int | None) -> None:
-        for problem, row in zip(pair, chosen, strict=True):
-            if groups is not None:
-                row = row._replace(input_gradient=Algorithm('joint', problem.groups // groups))
+
+def join(members: Sequence[choice.Problem], directions: Sequence[str], cost) -> dict[str, Any]:
+    """Tries convolutions as one, direction by direction; returns the block's cycles per image."""
+    before = fewest = cost()  # which reads the table as it is now
+    rows = {problem: choice.choose('tpu', problem) for problem in members}
+
+    def write(rows: dict[choice.Problem, choice.Choice]) -> None:
+        for problem, row in rows.items():
             grouped_conv.write('tpu', problem, row._asdict())
 
-    kept = None
-    for groups in reversed(divisors(math.gcd(*(problem.groups for problem in pair)))[-2:]):
-        write(groups)
-        cycles = cost()
-        common.say(f'joint in {groups} groups: {cycles} cycles, best {fewest}')
-        if cycles < fewest:
-            kept, fewest = groups, cycles
-    write(kept)
+    kept: dict[str, int] = {}  # in how many groups
+    for direction in directions:
+        apart = rows
+        for groups in reversed(divisors(math.gcd(*(problem.groups for problem in members)))):
+            merges = {problem: Algorithm('joint', problem.groups // groups) for problem in members}
+            trial = {problem: row._replace(**{direction: merges[problem]}) for problem, row in apart.items()}
+            write(trial)
+            cycles = cost()
+            common.say(f'{direction} joint in {groups} groups: {cycles} cycles, best {fewest}')
+            if cycles < fewest:
+                rows, fewest, kept[direction] = trial, cycles, groups
+    write(rows)
     return {'cycles_per_image_before': before, 'cycles_per_image': fewest, 'groups': kept}
 
 

@@ -38,46 +38,78 @@ def test_every_convolution_of_a_network_is_measured_and_the_best_is_written(tmp_
 
 
 @pytest.fixture
-def branches(scripts, tmp_path, monkeypatch):
-    """The script that chooses, on a table of its own with three branches, none of them joint."""
+def choices(scripts, tmp_path, monkeypatch):
+    """The script that chooses, on a table of its own."""
     import tpu_choices
 
-    choice, grouped_conv = tpu_choices.choice, tpu_choices.grouped_conv
-    monkeypatch.setattr(grouped_conv, 'TABLE', tmp_path / choice.TABLE)
-    monkeypatch.setattr(choice.resources, 'files', lambda package: tmp_path)
-    each = ((5, 4, 'stock'), (7, 8, 'merged'), (9, 16, 'tiled'))
-    problems = [choice.Problem(k, 1, g, 64, 16, 56, 128, 'bfloat16') for k, g, _ in each]
-    for problem, (_, _, name) in zip(problems, each, strict=True):
-        algorithm = tpu_choices.Algorithm(name)
-        grouped_conv.write('tpu', problem, dict.fromkeys(choice.DIRECTIONS, algorithm))
-    choice.reload()
-    yield tpu_choices, problems
+    monkeypatch.setattr(tpu_choices.grouped_conv, 'TABLE', tmp_path / tpu_choices.choice.TABLE)
+    monkeypatch.setattr(tpu_choices.choice.resources, 'files', lambda package: tmp_path)
+    yield tpu_choices
     monkeypatch.undo()
-    choice.reload()
+    tpu_choices.choice.reload()
 
 
-@pytest.mark.parametrize(('cheapest', 'merges'), [(8, (1, 2)), (4, (2, 4)), (2, None)])
-def test_neighbours_are_joined_in_the_groups_that_make_their_block_cheapest(branches, cheapest, merges):
-    tpu_choices, problems = branches
-    choice = tpu_choices.choice
+def pyramid(choices, kernels, groups):
+    """Returns convolutions with rows in the table, none of them joint."""
+    problems = []
+    for k, g in zip(kernels, groups, strict=True):
+        problems.append(choices.choice.Problem(k, 1, g, 64, 32, 56, 128, 'bfloat16'))
+        row = dict.fromkeys(choices.choice.DIRECTIONS, choices.Algorithm('merged', g))
+        choices.grouped_conv.write('tpu', problems[-1], row)
+    return problems
+
+
+def chosen_for(choices, problems):
+    choices.choice.reload()
+    return [choices.choice.choose('tpu', problem) for problem in problems]
+
+
+def joint_groups(choices, problems, direction):
+    """Returns how many groups are left where all are one convolution, None where they are not."""
+    chosen = [getattr(row, direction) for row in chosen_for(choices, problems)]
+    groups = {p.groups // a.merge for p, a in zip(problems, chosen, strict=True)}
+    return groups.pop() if {a.name for a in chosen} == {'joint'} and len(groups) == 1 else None
+
+
+@pytest.mark.parametrize('cheapest', [8, 4, 3])
+def test_neighbours_are_joined_in_the_groups_that_make_their_block_cheapest(choices, cheapest):
+    problems = pyramid(choices, (5, 7, 9), (4, 8, 16))
 
     def cost():
-        choice.reload()
-        chosen = [choice.choose('tpu', problem).input_gradient for problem in problems[1:]]
-        joint = {a.name for a in chosen} == {'joint'}
-        groups = {p.groups // a.merge for p, a in zip(problems[1:], chosen, strict=True)}
-        return 90 if joint and groups == {cheapest} else 100
+        return 90 if joint_groups(choices, problems[1:], 'input_gradient') == cheapest else 100
 
-    before = [choice.choose('tpu', problem) for problem in problems]
-    rejected = tpu_choices.join(tuple(problems[:2]), cost)
-    assert rejected == {'cycles_per_image_before': 100, 'cycles_per_image': 100, 'groups': None}
-    record = tpu_choices.join(tuple(problems[1:]), cost)
-    assert record['cycles_per_image'] == cost() == (90 if merges else 100)
-    assert record['groups'] == (cheapest if merges else None)
-    if merges:
-        joint = [tpu_choices.Algorithm('joint', merge) for merge in merges]
-        before[1:] = [c._replace(input_gradient=a) for c, a in zip(before[1:], joint, strict=True)]
-    assert [choice.choose('tpu', problem) for problem in problems] == before
+    sets = list(choices.together(problems))
+    assert sets == [(pair, ('input_gradient',)) for pair in (tuple(problems[:2]), tuple(problems[1:]))]
+    before = chosen_for(choices, problems)
+    rejected = choices.join(*sets[0], cost)
+    assert rejected == {'cycles_per_image_before': 100, 'cycles_per_image': 100, 'groups': {}}
+    assert chosen_for(choices, problems) == before
+    record = choices.join(*sets[1], cost)
+    after = chosen_for(choices, problems)
+    if cheapest == 3:  # which divides neither
+        assert record['groups'] == {}
+        assert after == before
+    else:
+        assert record['cycles_per_image'] == cost() == 90
+        assert record['groups'] == {'input_gradient': cheapest}
+        assert after[0] == before[0]
+        assert [row[::2] for row in after] == [row[::2] for row in before]  # the other two directions
+
+
+def test_a_pyramid_of_equal_groups_is_joined_in_every_direction_that_pays(choices):
+    problems = pyramid(choices, (3, 5, 7), (32, 32, 32))
+    cheapest = {'input_gradient': 32, 'weight_gradient': 2}
+
+    def cost():
+        left = {d: joint_groups(choices, problems, d) for d in choices.choice.DIRECTIONS}
+        return 100 + 5 * (left['forward'] is not None) - sum(left[d] == g for d, g in cheapest.items())
+
+    ((members, directions),) = choices.together(problems)
+    assert list(members) == problems
+    assert set(directions) == set(choices.choice.DIRECTIONS)
+    record = choices.join(members, directions, cost)
+    assert record == {'cycles_per_image_before': 100, 'cycles_per_image': 98, 'groups': cheapest}
+    assert cost() == 98
 
 
 @pytest.mark.slow

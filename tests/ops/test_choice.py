@@ -65,18 +65,20 @@ def test_a_matrix_product_is_for_1x1_kernels_alone():
 
 
 @pytest.mark.parametrize('name', [n for n in list_models() if n.startswith('epsanet')])
-def test_only_pairs_that_were_measured_are_joined(name):
+@pytest.mark.parametrize('direction', choice.DIRECTIONS)
+def test_only_branches_that_were_measured_together_are_joined(name, direction):
     model = create_model(name)
+    together = 2 if name.endswith('small') else 4
     for stage, planes in enumerate(model.planes):
         for stride, size in ((1, 56 >> stage), (2, 112 >> stage)):
             left = []
             for kernel, groups in zip(model.kernels, model.groups, strict=True):
                 problem = Problem(kernel, stride, groups, planes, planes // 4, size, 128, 'bfloat16')
-                chosen = choose('tpu', problem).input_gradient
+                chosen = getattr(choose('tpu', problem), direction)
                 if chosen.name == 'joint':
                     left.append(groups // chosen.merge)
-            assert all(left.count(groups) == 2 for groups in left)
-            assert not left or name.endswith('small')
+            assert all(left.count(groups) == together for groups in left)
+            assert not left or together == 4 or direction == 'input_gradient'
 
 
 @pytest.mark.parametrize('platform', ['cpu', 'tpu'])

@@ -57,6 +57,23 @@ def test_what_keeps_as_many_groups_is_one_convolution(rng, stride, merges, convo
     chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize('stride', [1, 2])
+@pytest.mark.parametrize('merge', [1, 2, 8])
+def test_all_branches_of_equal_groups_can_be_one_convolution(rng, stride, merge):
+    kernels = tuple(rng.standard_normal((k, k, 4, 16)) for k in (3, 5, 5, 7))
+    x = rng.standard_normal((2, 6, 7, 32))
+
+    def pyramid(algorithm, x, kernels):
+        chosen = [algorithm] * 4
+        return convolve_all(x, kernels, stride=stride, groups=[8] * 4, algorithms=chosen)
+
+    joint = functools.partial(pyramid, Algorithm('joint', merge))
+    assert jax.jit(joint).lower(x, kernels).as_text().count('stablehlo.convolution') == 1
+    expected = value_and_gradients(functools.partial(pyramid, Algorithm('stock')), x, kernels)
+    actual = jax.jit(functools.partial(value_and_gradients, joint))(x, kernels)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
 @pytest.fixture
 def joint_input_gradients(monkeypatch):
     def choose(platform, problem):
