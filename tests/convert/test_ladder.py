@@ -57,9 +57,18 @@ def randomise(module, rng):
     return module.double()
 
 
-def twins(net, seed=0, dtype=np.float64):
-    """Random variables for a JAX model, and the PyTorch model with the same."""
+def twins(net, seed=0, dtype=np.float64, damping=1.0):
+    """Random variables for a JAX model, and the PyTorch model with the same.
+
+    `damping` multiplies the gates' last kernels and the scale of each block's last BatchNorm.
+    """
     variables = small.random_variables(net, seed, dtype)
+
+    def damp(path, leaf):
+        ends = [key.key for key in path[-2:]]
+        return leaf * dtype(damping) if ends in (['fc2', 'kernel'], ['bn3', 'scale']) else leaf
+
+    variables = jax.tree_util.tree_map_with_path(damp, variables)
     twin = torch_model.EPSANet(net)
     twin = twin.double() if dtype == np.float64 else twin
     twin.load_state_dict({k: torch.from_numpy(v) for k, v in to_torch(variables, net).items()}, strict=True)
@@ -205,7 +214,9 @@ def test_rung_8_five_updates_on_eight_devices(rng):
 def forward_float32(name, size):
     """Relative errors of stages and logits of a whole variant, float32 at highest precision."""
     net = create_model(name)
-    variables, twin = twins(net, dtype=np.float32)
+    # Where no softmax follows them, random gates between 0 and 1 on growing activations make a deep network
+    # ill-conditioned: PyTorch's own float32 was up to 0.1 from its float64.
+    variables, twin = twins(net, dtype=np.float32, damping=0.1 if net.use_se else 1.0)
     images = small.images(np.random.default_rng(1), 1, size, np.float32)
     twin.eval()
     with torch.no_grad():
