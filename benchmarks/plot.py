@@ -3,8 +3,8 @@
 python benchmarks/plot.py benchmarks/results docs/performance.png
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -18,12 +18,18 @@ COLOURS = {'ours': 'C0', 'torch-nchw': 'C7', 'torch-channels-last': 'C8'}
 
 def main() -> None:
     """Reads the results and writes the picture."""
-    folder, target = Path(sys.argv[1]), Path(sys.argv[2])
-    lines = [json.loads(line) for f in sorted(folder.glob('*.jsonl')) for line in f.read_text().splitlines()]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('results', type=Path, help='folder of .jsonl files')
+    parser.add_argument('picture', type=Path, help='file to write')
+    args = parser.parse_args()
+    files = sorted(args.results.glob('*.jsonl'))
+    lines = [json.loads(line) for f in files for line in f.read_text().splitlines()]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout='constrained')
     _tpu(axes[0], [x for x in lines if x['benchmark'] == 'tpu_cost' and x['topology'] == 'v5e:2x4'])
     _cpu(axes[1], [x for x in lines if x['benchmark'] == 'train_step' and x['platform'] == 'cpu'])
-    figure.savefig(target, dpi=120)
+    figure.savefig(args.picture, dpi=120)
 
 
 def _tpu(axis, lines) -> None:

@@ -3,7 +3,7 @@
 python benchmarks/variants.py docs/variants.md
 """
 
-import sys
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,4 +56,8 @@ def _shown(value: float | None) -> str:
 
 
 if __name__ == '__main__':
-    Path(sys.argv[1]).write_text('\n'.join(lines()) + '\n')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument('page', type=Path, help='file to write')
+    parser.parse_args().page.write_text('\n'.join(lines()) + '\n')

@@ -38,3 +38,8 @@ def suggest(name: str, known: Sequence[str]) -> str:
     """Returns " (did you mean 'x'?)" for the known name nearest to `name`, or an empty string."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f' (did you mean {near[0]!r}?)' if near else ''
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """Returns the first names as 'a, b and 3 more'."""
+    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')

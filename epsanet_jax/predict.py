@@ -59,17 +59,21 @@ def predict(
         on_bad: told of each picture that cannot be decoded, in one line; by default that raises.
 
     Raises:
-        InputError: a path is not there, or a folder has no picture; or the network's outputs are no numbers.
+        InputError: a path is not there, or a folder has no picture; `top` or `batch_size` is less than 1; or
+            the network's outputs are no numbers.
     """
+    for option, value in (('top', top), ('batch_size', batch_size)):
+        if value < 1:
+            raise InputError(f'{option} must be at least 1, got {value}')
     model, variables = fold_batch_norm(weights.model, weights.variables)
     weights = dataclasses.replace(weights, model=model, variables=variables)
 
     def step(variables: Any, images: jax.Array) -> Any:
-        return model.apply(variables, images)
+        return model.apply(variables, images), ()
 
     rows = run(step, weights, paths, batch_size, on_bad)
     with contextlib.closing(rows):
-        for file, _, logits in rows:
+        for file, _, logits, _ in rows:
             # Here, not in the compiled step, which is then the same one for any `top`.
             shares = np.exp(logits - logits.max())
             classes = np.argsort(-logits, kind='stable')[:top]
@@ -77,18 +81,18 @@ def predict(
 
 
 def run(
-    step: Callable[[Any, jax.Array], Any],
+    step: Callable[[Any, jax.Array], tuple[jax.Array, Any]],
     weights: Loaded,
     paths: Sequence[str],
     batch_size: int,
     on_bad: OnBad,
     without: str | None = None,
-) -> Generator[tuple[PictureFile, np.ndarray, Any], None, None]:
+) -> Generator[tuple[PictureFile, np.ndarray, np.ndarray, Any], None, None]:
     """Yields each picture with what a function of batches computes for it.
 
     Args:
-        step: `(variables, images [N, H, W, 3], normalised) -> tree of arrays [N, ...]`, to be compiled. The
-            first of them, by which damaged weights are noticed, holds logits.
+        step: `(variables, images [N, H, W, 3], normalised) -> (logits [N, num_classes], tree of arrays
+            [N, ...])`, to be compiled.
         weights: see `predict`.
         paths: likewise.
         batch_size: likewise.
@@ -96,8 +100,13 @@ def run(
         without: see `files.find_pictures`.
 
     Yields:
-        The file, its picture as the network sees it, uint8 [H, W, 3], and its rows of the results.
+        The file, its picture as the network sees it, uint8 [H, W, 3], its logits and its rows of the tree.
+
+    Raises:
+        InputError: see `predict`.
     """
+    if isinstance(paths, str):
+        raise InputError(f'paths must be a list of paths, got {paths!r}')
     files.check_paths(paths, without)
     model, preprocessing = weights.model, weights.metadata['preprocessing']
     crop = CentreCrop(preprocessing['image_size'], preprocessing['resize_size'])
@@ -130,17 +139,15 @@ def _rows(found: Iterable[Any], batch_size: int) -> int:
 
 def _each(
     batch: list[PictureFile], images: np.ndarray, computed: Any
-) -> Iterator[tuple[PictureFile, np.ndarray, Any]]:
+) -> Iterator[tuple[PictureFile, np.ndarray, np.ndarray, Any]]:
     computed = jax.device_get(computed)
     for row, file in enumerate(batch):
-        result = jax.tree.map(lambda a, row=row: a[row], computed)
-        if not np.isfinite(jax.tree.leaves(result)[0]).all():
+        logits, rest = jax.tree.map(lambda a, row=row: a[row], computed)
+        if not np.isfinite(logits).all():
             raise InputError(f'{file.path}: the logits are not finite; are the weights damaged?')
-        yield file, images[row], result
+        yield file, images[row], logits, rest
 
 
 def class_names(weights: Loaded) -> list[str]:
     """Returns the names of the classes, their numbers where the weights come without names."""
-    names = weights.metadata['class_names']
-    count = weights.model.num_classes
-    return list(names) if len(names) == count else [str(i) for i in range(count)]
+    return list(weights.metadata['class_names']) or [str(i) for i in range(weights.model.num_classes)]

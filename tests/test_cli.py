@@ -137,7 +137,11 @@ def test_bad_usage_and_input_give_one_line_and_status_2(capsys, arguments, part)
     ('arguments', 'part'),
     [
         (('--data', '/no/such/data'), 'no such data directory: /no/such/data'),
-        (('--data', 'no_such_set'), "no TFDS data set 'no_such_set'"),
+        (
+            ('--data', 'no_such_set'),
+            "no TFDS data set 'no_such_set' is known or found in TFDS's default folder, "
+            "and there is no folder 'no_such_set'",
+        ),
         (('--step', '11'), 'no checkpoint of step 11'),
         (('--step', 'newest'), "got 'newest'"),
         (('--split', 'val'), 'val'),

@@ -179,6 +179,7 @@ def test_what_cannot_be_saved(tmp_path):
         (('no/such', NET, VARIABLES), 'No such file'),
         (('x', NET, VARIABLES, ['cat']), '7 classes, but 1 names'),
         (('x', NET, VARIABLES, (), Preprocessing(8, 8)), 'image_size'),
+        (('x', NET, VARIABLES, (), Preprocessing(32, 40, std=(0.2, 0.2, 0.0))), 'std must be three numbers'),
         (('x', small.model(num_classes=3), VARIABLES), 'fc/kernel'),
     ):
         with pytest.raises(InputError, match=part):

@@ -131,13 +131,13 @@ def test_any_number_of_pictures_is_one_shape(capsys, weights, pictures):
 
     def step(variables, images):
         shapes.append(images.shape)
-        return loaded.model.apply(variables, images)
+        return loaded.model.apply(variables, images), ()
 
     done = list(run_step(step, loaded, [str(pictures)], 2, files.stop_at_bad))
     assert (len(done), shapes) == (5, [(2, 32, 32, 3)])
     content = of_json(capsys, weights, pictures, '--top', 99)
     assert len(content[0]['predictions']) == len(NAMES)
-    for (_, _, logits), picture in zip(done, content, strict=True):
+    for (_, _, logits, _), picture in zip(done, content, strict=True):
         shares = np.exp(logits) / np.exp(logits).sum()
         for p in picture['predictions']:
             assert p['probability'] == pytest.approx(shares[p['number']], rel=1e-4, abs=1e-6)
@@ -232,6 +232,9 @@ def test_bad_usage_and_weights(capsys, weights, pictures, tmp_path):
         (('/no/such/run', pictures), 'no such checkpoint: /no/such/run'),
         ((weights, pictures, '--top', '0'), "got '0'"),
         ((weights, pictures, '--step', 'newest'), "got 'newest'"),
+        ((weights / '0', pictures, '--step', 'newest'), "got 'newest'"),
+        ((weights / '0', pictures, '--step', '5'), 'is the checkpoint of step 0, not 5'),
+        ((weights / '0', pictures, '--step', 'best'), 'is the checkpoint of step 0, not best'),
     ):
         status, out, err = run(capsys, 'predict', *arguments)
         assert (status, out, err.count('\n'), part in err) == (2, '', 1, True)
@@ -239,6 +242,26 @@ def test_bad_usage_and_weights(capsys, weights, pictures, tmp_path):
     damaged = jax.tree.map(lambda a: a * np.nan, loaded.variables)
     with pytest.raises(InputError, match='the logits are not finite'):
         list(predict(dataclasses.replace(loaded, variables=damaged), [str(pictures)]))
+    with pytest.raises(InputError, match="paths must be a list of paths, got 'a.jpg'"):
+        list(predict(loaded, 'a.jpg'))
+    for option in ('top', 'batch_size'):
+        with pytest.raises(InputError, match=f'{option} must be at least 1, got 0'):
+            list(predict(loaded, [str(pictures)], **{option: 0}))
+
+
+def test_float64_is_not_cut_to_float32_without_a_word(capsys, pictures, tmp_path):
+    settings = ModelConfig(**SETTINGS, dtype='float64', param_dtype='float64')
+    variables = small.random_variables(NET, dtype=np.float64)
+    loading.save_weights(str(tmp_path / 'x'), variables, make_metadata(settings, NAMES, DATA))
+    jax.config.update('jax_enable_x64', False)
+    try:
+        status, out, err = run(capsys, 'predict', tmp_path / 'x', pictures)
+    finally:
+        jax.config.update('jax_enable_x64', True)
+    assert (status, out) == (2, '')
+    expected = 'a network with dtype=float64 needs the environment variable JAX_ENABLE_X64=1'
+    assert err == f'error: {expected}\n'
+    assert run(capsys, 'predict', tmp_path / 'x', pictures)[0] == 0
 
 
 def test_help_has_an_example(capsys):

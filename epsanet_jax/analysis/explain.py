@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from epsanet_jax.errors import InputError, suggest
+from epsanet_jax.errors import InputError
 from epsanet_jax.models.dtypes import at_least_float32
-from epsanet_jax.models.epsanet import EPSANet
+from epsanet_jax.models.epsanet import EPSANet, check_stage
 
 
 def grad_cam(
@@ -28,7 +28,8 @@ def grad_cam(
         model: from `create_model`.
         variables: {'params', 'batch_stats'}.
         images: [N, H, W, 3], normalised.
-        classes: integers [N], or one for all images.
+        classes: integers [N], or one for all images; where a number is that of no class, the map is zero or
+            NaN, since values are not known under jit.
         stage: 'stem', 'layer1' .. 'layer4'.
         upsample: whether to enlarge the map to the images' size, bilinearly, as the paper's figures do.
 
@@ -88,19 +89,6 @@ def attention(model: EPSANet, variables: Any, images: jax.Array) -> dict[str, ja
 def has_pyramids(model: EPSANet) -> bool:
     """Whether there is attention to look at; ResNets have none."""
     return model.middle == 'psa'
-
-
-def stages(model: EPSANet) -> list[str]:
-    """Returns the names of a network's stages, 'stem' first."""
-    return ['stem', *(f'layer{i + 1}' for i in range(len(model.layers)))]
-
-
-def check_stage(model: EPSANet, stage: str) -> None:
-    """Raises InputError if a network has no such stage."""
-    if stage not in stages(model):
-        raise InputError(
-            f'no stage {stage!r}{suggest(stage, stages(model))}; there are {", ".join(stages(model))}'
-        )
 
 
 def kernel_labels(model: EPSANet) -> list[str]:

@@ -12,17 +12,15 @@ import numpy as np
 
 from epsanet_jax.analysis.explain import (
     attention,
-    check_stage,
     grad_cam,
     has_pyramids,
     kernel_labels,
-    stages,
 )
 from epsanet_jax.analysis.pictures import Explanation, draw, save
 from epsanet_jax.convert.files import write_atomically
 from epsanet_jax.data.files import PictureFile, check_paths
 from epsanet_jax.errors import InputError, one_line, suggest
-from epsanet_jax.models.epsanet import EPSANet
+from epsanet_jax.models.epsanet import EPSANet, check_stage, stages
 from epsanet_jax.predict import class_names, run
 from epsanet_jax.predict_command import Skipped, progress, shown
 from epsanet_jax.training import pretrained
@@ -72,7 +70,7 @@ def command(
     skipped = Skipped()
     rows = run(make_step(model, chosen_stages, numbers), weights, images, batch_size, skipped, without=out)
     with contextlib.closing(rows):
-        for file, image, found in progress(skipped.counted(rows), images, without=out):
+        for file, image, _, found in progress(skipped.counted(rows), images, without=out):
             explanation = Explanation(
                 file.below,
                 image,
@@ -100,15 +98,15 @@ def command(
 
 def make_step(
     model: EPSANet, chosen_stages: Sequence[str], classes: Sequence[int] | None
-) -> Callable[[Any, jax.Array], dict[str, Any]]:
-    """Returns the function `(variables, images) -> arrays` behind a drawing.
+) -> Callable[[Any, jax.Array], tuple[jax.Array, dict[str, Any]]]:
+    """Returns the function `(variables, images) -> (logits, arrays)` behind a drawing.
 
-    Its results are 'probabilities' [N, num_classes]; 'classes' int [N, K], those given or the likeliest one;
+    The arrays are 'probabilities' [N, num_classes]; 'classes' int [N, K], those given or the likeliest one;
     'cams', for each stage [N, K, H, W]; and 'attention', for each stage [N, blocks, S], means over channels,
     empty for a ResNet.
     """
 
-    def step(variables: Any, images: jax.Array) -> dict[str, Any]:
+    def step(variables: Any, images: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         logits: Any = model.apply(variables, images, train=False)
         probabilities = jax.nn.softmax(logits)
         if classes is None:
@@ -121,7 +119,7 @@ def make_step(
             return jax.vmap(one, in_axes=1, out_axes=1)(chosen)
 
         looked_at = attention(model, variables, images) if has_pyramids(model) else {}
-        return {
+        return logits, {
             'probabilities': probabilities,
             'classes': chosen,
             'cams': {stage: cams(stage) for stage in chosen_stages},

@@ -11,7 +11,7 @@ import numpy as np
 
 from epsanet_jax.convert import files
 from epsanet_jax.convert.momentum import momentum_from_torch, momentum_to_torch, parse_sgd
-from epsanet_jax.convert.state_dict import as_numpy, from_torch, to_torch
+from epsanet_jax.convert.state_dict import as_numpy, from_torch, name_table, to_torch
 from epsanet_jax.errors import InputError
 from epsanet_jax.models import get_variant
 from epsanet_jax.models.epsanet import EPSANet
@@ -71,6 +71,9 @@ def convert(
     yield from _losses(state_dict, replaced, model)
     if weights.no_optimizer:
         yield f'dropped: the optimizer state: {weights.no_optimizer}'
+    epoch = weights.content.epoch or 0
+    if epoch != round(epoch) and dst.lower().endswith('.pth.tar'):
+        yield f'lost: epoch {epoch:.4g}: .pth.tar files hold whole ones, here {round(epoch)}'
     if settings.output_stride != 32 and dst.lower().endswith(files.TORCH_SUFFIXES):
         yield f'lost: output_stride {settings.output_stride}, which PyTorch files do not keep'
     if verify:
@@ -154,10 +157,14 @@ def _losses(state_dict: Mapping[str, Any], replaced: bool, model: EPSANet) -> It
     if replaced:
         old = (*getattr(state_dict.get('fc.weight'), 'shape', ()), 'no')[0]
         yield f'dropped: the classifier of {old} classes; a new one of {model.num_classes} is drawn'
-    types = {str(getattr(v, 'dtype', '')).removeprefix('torch.') for v in state_dict.values()}
-    others = types - {'float32', 'int64', ''}
-    if others:
-        yield f'converted to float32: tensors of type {", ".join(sorted(others))}'
+    types: dict[str, set[str]] = {}
+    for name, (_, leaf) in name_table(model).items():
+        if name in state_dict:
+            theirs = str(state_dict[name].dtype).removeprefix('torch.')
+            types.setdefault(str(leaf.dtype), set()).add(theirs)
+    for ours, theirs in types.items():
+        if theirs - {ours}:
+            yield f'converted to {ours}: tensors of type {", ".join(sorted(theirs - {ours}))}'
 
 
 def verify_weights(

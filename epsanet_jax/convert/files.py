@@ -18,7 +18,8 @@ from epsanet_jax.errors import InputError, one_line
 
 TORCH_SUFFIXES = ('.pth.tar', '.pth', '.pt')
 SAFETENSORS_SUFFIX = '.safetensors'
-_INSIDE = ('state_dict', 'model', 'state_dict_ema')  # where training scripts keep the weights
+# Where training scripts keep the weights.
+_INSIDE = ('state_dict', 'model', 'state_dict_ema', 'model_state_dict')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +52,9 @@ def is_weights_file(path: str | os.PathLike[str]) -> bool:
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Reads .pth, .pth.tar, .pt (needs PyTorch), .safetensors or a folder in the Hub's layout (do not).
 
-    The weights of a PyTorch file are the dict itself, or its 'state_dict', 'model' or 'state_dict_ema'. Of a
-    folder, config.json says what the metadata of a safetensors file would.
+    The weights of a PyTorch file are the dict itself, or its 'state_dict', 'model', 'state_dict_ema' or
+    'model_state_dict'; 'epoch', 'arch', 'best_prec1' and 'optimizer' are read as the reference writes them,
+    whose epoch counts those done. Of a folder, config.json says what a safetensors file's metadata would.
 
     Raises:
         InputError: there is no such file, it is of another kind or damaged, or it holds objects other than

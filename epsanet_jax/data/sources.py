@@ -209,7 +209,9 @@ def _find_builder(name: str, data_dir: str | None) -> Any:
     try:
         builder: Any = tfds.builder(name, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError as e:
-        raise InputError(f'no TFDS data set {name!r} is known or found in {data_dir!r}') from e
+        place = data_dir or "TFDS's default folder"
+        folder = '' if os.path.exists(name) else f', and there is no folder {name!r}'
+        raise InputError(f'no TFDS data set {name!r} is known or found in {place}{folder}') from e
     except Exception as e:  # for a name or version that it cannot parse TFDS raises many things
         raise InputError(f'TFDS cannot open the data set {name!r}: {_line(e)}') from e
     if not os.path.exists(builder.data_path):

@@ -7,12 +7,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from epsanet_jax.errors import InputError
+from epsanet_jax.errors import InputError, suggest
 from epsanet_jax.models.conv import Conv, Linear
 from epsanet_jax.models.dtypes import Dtype, at_least_float32
 from epsanet_jax.models.norm import Affine, BatchNorm
+from epsanet_jax.models.pool import max_pool
 from epsanet_jax.models.psa import PSAModule, SEWeightModule
 
 STEM_WIDTH = 64
@@ -242,8 +242,12 @@ class EPSANet(nn.Module):
             x: what `features` gives for `stage`; its gradient is what Grad-CAM needs.
             stage: 'stem', 'layer1', ...
             train: as `features`.
+
+        Raises:
+            InputError: there is no such stage.
         """
-        for later in range(0 if stage == 'stem' else int(stage.removeprefix('layer')), len(self.layers)):
+        check_stage(self, stage)
+        for later in range(stages(self).index(stage), len(self.layers)):
             for block in getattr(self, f'layer{later + 1}'):
                 x = block(x, train)
         wide = at_least_float32(self.dtype)  # x: [N, H/32, W/32, C]
@@ -256,31 +260,17 @@ def _no_norm() -> Norm:
     return lambda x, train: x
 
 
-def max_pool(x: jax.Array) -> jax.Array:
-    """3x3 max-pooling with stride 2 and one row of padding on every side: [N, H, W, C] to half the size.
-
-    Where several places of a window share the maximum, the gradient goes to the first of them, as in PyTorch.
-    """
-    return lax.platform_dependent(x, cpu=_max_of_slices, default=_max_window)
+def stages(model: EPSANet) -> list[str]:
+    """Returns the names of a network's stages, 'stem' first."""
+    return ['stem', *(f'layer{i + 1}' for i in range(len(model.layers)))]
 
 
-def _max_window(x: jax.Array) -> jax.Array:
-    padding = ((1, 1), (1, 1))
-    return nn.max_pool(x, (3, 3), strides=(2, 2), padding=padding)  # pyright: ignore[reportArgumentType]
-
-
-def _max_of_slices(x: jax.Array) -> jax.Array:
-    """The same, by nine slices: on the CPU the gradient of a window takes several times as long."""
-    n, h, w, c = x.shape
-    rows, columns = -(-h // 2), -(-w // 2)
-    low = jnp.asarray(-jnp.inf, x.dtype)
-    x = lax.pad(x, low, ((0, 0, 0), (1, 2 * rows - h, 0), (1, 2 * columns - w, 0), (0, 0, 0)))
-    places = [
-        lax.slice(x, (0, i, j, 0), (n, i + 2 * rows - 1, j + 2 * columns - 1, c), (1, 2, 2, 1))
-        for i in range(3)
-        for j in range(3)
-    ]
-    return functools.reduce(lambda a, b: jnp.where((b > a) | jnp.isnan(b), b, a), places)
+def check_stage(model: EPSANet, stage: str) -> None:
+    """Raises InputError if a network has no such stage."""
+    if stage not in stages(model):
+        raise InputError(
+            f'no stage {stage!r}{suggest(stage, stages(model))}; there are {", ".join(stages(model))}'
+        )
 
 
 def check_images(images: jax.Array) -> None:

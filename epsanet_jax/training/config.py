@@ -6,6 +6,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from epsanet_jax.data.augment import Mixing
@@ -297,7 +298,16 @@ def model_config(settings: dict[str, Any]) -> ModelConfig:
 
 
 def build_model(config: ModelConfig, num_classes: int) -> EPSANet:
-    """Makes the network for data with `num_classes` classes."""
+    """Makes the network for data with `num_classes` classes.
+
+    Raises:
+        InputError: there is no such network, or JAX has been left without float64, which it needs.
+    """
+    for field in ('dtype', 'param_dtype'):
+        if getattr(config, field) == 'float64' and not jax.config.jax_enable_x64:
+            raise InputError(
+                f'a network with {field}=float64 needs the environment variable JAX_ENABLE_X64=1'
+            )
     return create_model(
         config.name,
         num_classes=config.num_classes or num_classes,

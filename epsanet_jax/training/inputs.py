@@ -21,7 +21,7 @@ from epsanet_jax.data.transforms import (
     RandomErasing,
     TrainTransform,
 )
-from epsanet_jax.errors import InputError
+from epsanet_jax.errors import InputError, some
 from epsanet_jax.training import parallel
 from epsanet_jax.training.config import Config, DataConfig
 
@@ -55,7 +55,7 @@ def open_splits(data: DataConfig) -> tuple[Source, Source]:
     if train.class_names != held_out.class_names:
         differing = sorted(set(train.class_names) ^ set(held_out.class_names))
         raise InputError(
-            f'{data.train_split!r} and {data.eval_split!r} have different classes: {_some(differing)} '
+            f'{data.train_split!r} and {data.eval_split!r} have different classes: {some(differing)} '
             f'(of {len(train.class_names)} and {len(held_out.class_names)}) are in only one of them'
         )
     return train, held_out
@@ -159,10 +159,6 @@ def _rows(batch_size: int, microbatches: int = 1) -> pipeline.Rows:
     return pipeline.Rows(batch_size, jax.process_index(), jax.process_count(), microbatches)
 
 
-def _some(names: list[str], most: int = 5) -> str:
-    return ', '.join(names[:most]) + (f' and {len(names) - most} more' if len(names) > most else '')
-
-
 class Feed:
     """Batches on the devices.
 
@@ -242,8 +238,8 @@ class Relabelled:
         missing = [name for name in source.class_names if name not in model_classes]
         if missing:
             raise InputError(
-                f'the data has classes that the model does not know: {_some(missing)}; '
-                f"the model's {len(model_classes)}: {_some(list(model_classes))}"
+                f'the data has classes that the model does not know: {some(missing)}; '
+                f"the model's {len(model_classes)}: {some(list(model_classes))}"
             )
         self._source = source
         self._labels = [model_classes.index(name) for name in source.class_names]

@@ -139,12 +139,14 @@ def _locate(path: epath.Path, step: str) -> tuple[epath.Path, int | None]:
     """Returns the folder of checkpoints that a path means, and the step if path or `step` name one."""
     if not path.exists():
         raise InputError(f'no such checkpoint: {path}')
-    if path.name.isdigit() and (path / 'metadata').exists():
-        return path.parent, int(path.name)
     is_number = step.isascii() and step.isdecimal()
     if step not in ('latest', 'best') and not is_number:
         raise InputError(f"step must be 'latest', 'best' or a number, got {step!r}")
     number = int(step) if is_number else None
+    if path.name.isdigit() and (path / 'metadata').exists():
+        if step != 'latest' and number != int(path.name):
+            raise InputError(f'{path} is the checkpoint of step {path.name}, not {step}')
+        return path.parent, int(path.name)
     if (path / FOLDER).is_dir():
         return path / FOLDER, number
     if not path.is_dir():

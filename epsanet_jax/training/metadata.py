@@ -15,7 +15,7 @@ from epsanet_jax.training.config import (
     OptimizerConfig,
     model_config,
 )
-from epsanet_jax.training.validation import validate_types
+from epsanet_jax.training.validation import validate_pixels, validate_types
 
 MAX_SIZE = 8192  # of images, pixels: nobody means more, and a file may say anything
 
@@ -31,7 +31,8 @@ def make_metadata(
 
     Args:
         model: with the number of classes.
-        class_names: in the order of the outputs; none if they are not known.
+        class_names: in the order of the outputs; none if they are not known. Outputs that no class has are
+            called by their numbers.
         data: for the preprocessing.
         config: of the run, if the weights are of one.
         identity: of the run, likewise.
@@ -40,7 +41,7 @@ def make_metadata(
         'package': 'epsanet_jax',
         'version': epsanet_jax.__version__,
         'model': dataclasses.asdict(model),
-        'class_names': list(class_names),
+        'class_names': name_outputs(class_names, model.num_classes),
         'preprocessing': {
             'image_size': data.size_in_use,
             'resize_size': data.resize_size,
@@ -51,6 +52,11 @@ def make_metadata(
         'config': None if config is None else dataclasses.asdict(config),
         'identity': identity,
     }
+
+
+def name_outputs(class_names: Sequence[str], num_classes: int) -> list[str]:
+    """Returns a name for each output: numbers for those beyond the classes; none if there are no names."""
+    return [*class_names, *(str(i) for i in range(len(class_names), num_classes) if class_names)]
 
 
 def check_metadata(metadata: Any, place: str) -> dict[str, Any]:
@@ -68,6 +74,10 @@ def check_metadata(metadata: Any, place: str) -> dict[str, Any]:
         validate_types(data, 'preprocessing')
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise InputError('class_names must be a list of names')
+        classes = metadata['model']['num_classes']
+        if len(names) > classes:
+            raise InputError(f'class_names has {len(names)} names for {classes} classes')
+        validate_pixels(data.mean, data.std, 'preprocessing')
         if not MIN_SIZE <= data.image_size <= data.resize_size <= MAX_SIZE:
             raise InputError(f'image_size must be from {MIN_SIZE} to resize_size, got {data.image_size}')
         if config is not None:
@@ -78,4 +88,4 @@ def check_metadata(metadata: Any, place: str) -> dict[str, Any]:
     except (KeyError, TypeError, AttributeError, ValueError) as e:
         reason = f'{type(e).__name__} {e}' if not isinstance(e, InputError) else str(e)
         raise InputError(f'the metadata of {place} are damaged: {reason}') from e
-    return metadata
+    return {**metadata, 'class_names': name_outputs(names, classes)}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from epsanet_jax.convert.files import Checkpoint, is_weights_file, read_checkpoi
 from epsanet_jax.convert.infer import infer_settings
 from epsanet_jax.convert.momentum import momentum_from_torch, momentum_to_torch, parse_sgd
 from epsanet_jax.convert.state_dict import from_torch, strip_prefix, to_torch
-from epsanet_jax.errors import InputError
+from epsanet_jax.errors import InputError, some
 from epsanet_jax.models import get_variant
 from epsanet_jax.models.epsanet import EPSANet
 from epsanet_jax.training import loading
@@ -198,14 +199,21 @@ class Initial:
 
 
 def make_initial(
-    weights: Weights, model: EPSANet, key: jax.Array, step: int | None, momentum: bool
+    weights: Weights,
+    model: EPSANet,
+    class_names: Sequence[str],
+    key: jax.Array,
+    step: int | None,
+    momentum: bool,
 ) -> Initial:
     """Fits weights to the model of a run.
 
     Args:
         weights: to start from.
-        model: the network; a classifier of another size is drawn from `key`.
-        key: random key.
+        model: the network.
+        class_names: of the run, in the order of the outputs. Where the weights' classes are others, or of
+            another number, the classifier is drawn anew; weights that name none are taken to have the same.
+        key: random key, for that.
         step: the step to start at; None: weights alone are taken.
         momentum: with `step`: whether the optimizer has momentum to take over.
 
@@ -214,11 +222,17 @@ def make_initial(
     """
     content, said = weights.content, []
     head = (*getattr(content.state_dict.get('fc.weight'), 'shape', ()), 0)[0]
-    replace = head != model.num_classes
+    theirs = list(weights.metadata['class_names'])
+    replace = head != model.num_classes or (theirs and theirs != list(class_names))
+    shown = f'{head} classes' if head != model.num_classes else f'other classes ({some(theirs, 3)})'
     if replace and step is not None:
-        raise InputError('--config.init_optimizer cannot go on with another number of classes')
+        raise InputError(
+            f'--config.init_optimizer cannot go on with other classes: the weights are of {shown}'
+        )
     if replace:
-        said.append(f'classifier of {head} classes replaced by a new one of {model.num_classes}')
+        said.append(f'classifier of {shown} replaced by a new one of {model.num_classes}')
+    elif not theirs:
+        said.append(f'classifier of {head} classes kept: the weights do not say which')
     variables = from_torch(content.state_dict, model, new_head=key if replace else None)
     buffers = None
     if step is not None:

@@ -26,7 +26,7 @@ from epsanet_jax.training.config import (
     identity,
     with_frozen_bn,
 )
-from epsanet_jax.training.metadata import make_metadata
+from epsanet_jax.training.metadata import make_metadata, name_outputs
 from epsanet_jax.training.optimizer import frozen_mask, make_optimizer, make_schedule
 from epsanet_jax.training.paths import is_remote, resolve
 from epsanet_jax.training.pretrained import Initial, Start, Weights
@@ -133,7 +133,8 @@ def prepare(config: Config, workdir: str) -> Run:
     initial = None
     if weights is not None:
         key, momentum = jax.random.key(config.seed), config.optimizer.momentum > 0
-        initial = pretrained.make_initial(weights, model, key, start_step, momentum)
+        names = name_outputs(train_source.class_names, model.num_classes)
+        initial = pretrained.make_initial(weights, model, names, key, start_step, momentum)
     peak = _peak(config, total, steps_per_epoch, start, start_step)
     every = max(1, round(config.eval_every_epochs * steps_per_epoch)) if config.eval_every_epochs else total
     schedule = make_schedule(config.schedule, peak, total, steps_per_epoch)

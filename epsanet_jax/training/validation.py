@@ -4,9 +4,8 @@ import dataclasses
 import math
 import re
 import typing
+from collections.abc import Sequence
 from typing import Any
-
-import jax
 
 from epsanet_jax.errors import InputError
 from epsanet_jax.models import get_variant
@@ -31,9 +30,6 @@ def validate(config: Config) -> None:
         value = flatten(config)[field]
         if value not in choices:
             raise InputError(f'config.{field} must be one of {", ".join(choices)}, got {value!r}')
-    for field in ('dtype', 'param_dtype'):
-        if getattr(config.model, field) == 'float64' and not jax.config.jax_enable_x64:
-            raise InputError(f'config.model.{field}=float64 needs the environment variable JAX_ENABLE_X64=1')
     if config.init_optimizer and not config.init_from:
         raise InputError('config.init_optimizer needs config.init_from=FILE')
     if config.init_optimizer and (
@@ -163,11 +159,7 @@ def _validate_data(data: DataConfig) -> None:
                 f'config.data.{field} must be a smallest and a largest number above 0'
                 f'{", at most 1" if field == "crop_scale" else ""}, got {value}'
             )
-    for field in ('mean', 'std'):
-        if len(getattr(data, field)) != 3:
-            raise InputError(
-                f'config.data.{field} must have one number a channel, got {getattr(data, field)}'
-            )
+    validate_pixels(data.mean, data.std, 'config.data')
     if len(data.color_jitter) != 4 or min(data.color_jitter) < 0 or data.color_jitter[3] > 0.5:
         raise InputError(
             'config.data.color_jitter must be brightness, contrast, saturation and hue, from 0, hue to 0.5, '
@@ -179,5 +171,11 @@ def _validate_data(data: DataConfig) -> None:
         )
     if not 0 <= data.random_erasing <= 1:
         raise InputError(f'config.data.random_erasing must be in [0, 1], got {data.random_erasing}')
-    if min(data.std) <= 0:
-        raise InputError(f'config.data.std must be above 0, got {data.std}')
+
+
+def validate_pixels(mean: Sequence[float], std: Sequence[float], prefix: str) -> None:
+    """Raises InputError unless pixels from 0 to 1 can be normalised by these."""
+    if len(mean) != 3 or min(mean) < 0 or max(mean) > 1:
+        raise InputError(f'{prefix}.mean must be three numbers from 0 to 1, of pixels / 255, got {mean}')
+    if len(std) != 3 or min(std) <= 0 or max(std) > 1:
+        raise InputError(f'{prefix}.std must be three numbers above 0, at most 1, of pixels / 255, got {std}')

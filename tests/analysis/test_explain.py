@@ -139,6 +139,8 @@ def test_half_precision(images):
 def test_what_is_not_there_is_said(images):
     with pytest.raises(InputError, match="no stage 'layer5' .*; there are stem, layer1"):
         grad_cam(NET, VARIABLES, images, 0, 'layer5')
+    with pytest.raises(InputError, match="no stage 'layer3'.*; there are stem, layer1, layer2"):
+        NET.apply(VARIABLES, images, 'layer3', method='logits_from')
     resnet = create_model('resnet50')
     with pytest.raises(InputError, match='no attention'):
         attention(resnet, {}, images)
@@ -251,6 +253,20 @@ def test_bad_usage_is_one_line_and_status_2(capsys, weights, pictures, tmp_path,
     assert (status, out, err.count('\n')) == (2, '', 1)
     assert err.startswith('error: ')
     assert part in err
+
+
+@pytest.mark.parametrize('name', ['epsanet50_small', 'resnet50'])
+def test_damaged_weights_are_noticed(capsys, pictures, tmp_path, name):
+    settings = {'name': name, 'layers': (1,), 'planes': (8,), 'num_classes': 7}
+    if name != 'resnet50':
+        settings = {**small.SETTINGS, **settings}
+    net = create_model(**settings)
+    variables = small.random_variables(net, dtype=np.float32)
+    variables['params']['fc']['bias'] = np.full(7, np.nan, np.float32)
+    settings = ModelConfig(**settings)
+    loading.save_weights(str(tmp_path / 'x'), variables, make_metadata(settings, NAMES, DATA))
+    status, out, err = run(capsys, 'explain', tmp_path / 'x', pictures, '--out', tmp_path / 'out')
+    assert (status, out, err.count('\n'), 'the logits are not finite' in err) == (2, '', 1, True)
 
 
 def test_out_is_asked_for_and_unreadable_pictures_are_an_error(capsys, weights, pictures, tmp_path):

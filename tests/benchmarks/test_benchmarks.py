@@ -112,6 +112,15 @@ def test_a_pyramid_of_equal_groups_is_joined_in_every_direction_that_pays(choice
     assert cost() == 98
 
 
+@pytest.mark.parametrize('script', sorted(p.name for p in FOLDER.glob('*.py') if p.stem != 'common'))
+def test_every_script_says_what_it_does(script, tmp_path):
+    process = subprocess.run(
+        [sys.executable, FOLDER / script, '--help'], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (process.returncode, process.stdout.startswith('usage: '), process.stderr) == (0, True, '')
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_both_frameworks_take_turns_at_the_step(tmp_path):
     out = tmp_path / 'lines.jsonl'

@@ -54,6 +54,7 @@ def saved(tmp_path):
         STATE_DICT,
         {'model': STATE_DICT, 'epoch': 3},
         {'state_dict_ema': STATE_DICT},
+        {'model_state_dict': STATE_DICT, 'optimizer_state_dict': {}, 'epoch': 3},
         {'state_dict': STATE_DICT, 'state_dict_ema': {'x': torch.zeros(1)}},
     ],
 )
@@ -197,6 +198,9 @@ def damaged_metadata():
         (('preprocessing', 'image_size'), 'x'),
         (('preprocessing', 'image_size'), 10**7),
         (('preprocessing', 'mean'), 3),
+        (('preprocessing', 'mean'), [0.5]),
+        (('preprocessing', 'std'), [0.2, 0.0, 0.2]),
+        (('class_names',), ['x'] * 8),
         (('config',), {'data': {}}),
     ):
         bad = copy.deepcopy(good)
@@ -274,6 +278,7 @@ def test_networks_that_compute_in_bfloat16(capsys, tmp_path, param_dtype):
         status, out, err = run(capsys, 'convert', tmp_path / 'orbax', tmp_path / through, '--verify')
         assert (status, err) == (0, '')
         assert 'verified' in out
+        assert 'converted to' not in out
     back = torch.load(tmp_path / 'a.pth', weights_only=True)
     assert str(back['fc.weight'].dtype) == f'torch.{param_dtype}'
 

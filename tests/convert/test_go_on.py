@@ -155,6 +155,16 @@ def test_and_the_way_back(tmp_path):
     assert_close({k: v.numpy() for k, v in twin.state_dict().items()}, expected)
 
 
+def test_half_an_epoch_is_said_to_be_lost(tmp_path, capsys):
+    loop.train(recipe(steps=6), str(tmp_path / 'run'))
+    capsys.readouterr()
+    assert main(['convert', str(tmp_path / 'run'), str(tmp_path / 'x.pth.tar')]) == 0
+    assert 'lost: epoch 1.5: .pth.tar files hold whole ones, here 2' in capsys.readouterr().out
+    assert torch.load(tmp_path / 'x.pth.tar', weights_only=True)['epoch'] == 2
+    assert main(['convert', str(tmp_path / 'run'), str(tmp_path / 'x.pth')]) == 0
+    assert 'lost:' not in capsys.readouterr().out
+
+
 def test_momentum_there_and_back_in_the_order_of_pytorch(half_trained):
     read = read_checkpoint(half_trained[0])
     momentum = momentum_from_torch(read.optimizer, read.state_dict, NET)

@@ -9,7 +9,7 @@ import torch
 
 from epsanet_jax.models import BatchNorm, PSAModule, SEWeightModule
 from epsanet_jax.models.conv import Conv, Linear
-from epsanet_jax.models.epsanet import max_pool
+from epsanet_jax.models.pool import max_pool
 from epsanet_jax.ops import grouped_conv
 
 pytestmark = pytest.mark.usefixtures('strict')

@@ -10,7 +10,8 @@ import pytest
 import small
 from test_loop import lines, recipe, saved_state
 
-from epsanet_jax import InputError
+from epsanet_jax import InputError, from_pretrained
+from epsanet_jax.cli import main
 from epsanet_jax.data.augment import row_keys
 from epsanet_jax.training import loop, pretrained, setup
 from epsanet_jax.training.config import (
@@ -19,9 +20,11 @@ from epsanet_jax.training.config import (
     OptimizerConfig,
     ProfileConfig,
     ScheduleConfig,
+    build_model,
 )
 from epsanet_jax.training.ema import update_average
-from epsanet_jax.training.loading import load
+from epsanet_jax.training.loading import load, save_weights
+from epsanet_jax.training.metadata import check_metadata, make_metadata
 from epsanet_jax.training.stochastic_depth import draw_keep
 
 
@@ -161,6 +164,48 @@ def test_fine_tuning_a_part_at_another_size(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ('names', 'said'),
+    [
+        (('class0', 'class1'), 'classifier of 2 classes replaced by a new one of 4'),
+        (('a', 'b', 'c', 'd'), 'classifier of other classes (a, b, c and 1 more) replaced by a new one'),
+        (('class1', 'class0', 'class2', 'class3'), 'classifier of other classes (class1, class0, class2'),
+        (('class0', 'class1', 'class2', 'class3'), ''),
+        ((), 'classifier of 4 classes kept: the weights do not say which'),
+    ],
+)
+def test_the_classifier_is_kept_for_the_same_classes_alone(tmp_path, names, said):
+    net = dataclasses.replace(recipe().model, layers=(1,), planes=(8,), num_classes=len(names) or 4)
+    variables = small.random_variables(build_model(net, 0), dtype=np.float32)
+    save_weights(str(tmp_path / 'weights'), variables, make_metadata(net, names, DataConfig()))
+    config = recipe(init_from=str(tmp_path / 'weights'))
+    config.model = dataclasses.replace(net, num_classes=0)
+    initial = setup.prepare(config, str(tmp_path / 'run')).initial
+    assert [line[: len(said)] for line in initial.said] == ([said] if said else [])
+    before, after = (v['params']['fc']['kernel'] for v in (variables, initial.variables))
+    kept = np.array_equal(before, after)
+    assert kept == (not said or 'kept' in said)
+    weights, model = pretrained.read(str(tmp_path / 'weights')), build_model(config.model, 4)
+    classes = [f'class{i}' for i in range(4)]
+    if not kept:
+        with pytest.raises(InputError, match='cannot go on with other classes: the weights are of'):
+            pretrained.make_initial(weights, model, classes, jax.random.key(0), 3, True)
+
+
+def test_outputs_that_no_class_has_are_called_by_their_numbers(tmp_path, capsys):
+    config = recipe(steps=1, eval_every_epochs=0.0)
+    config.model = dataclasses.replace(config.model, layers=(1,), planes=(8,), num_classes=6)
+    loop.train(config, str(tmp_path / 'run'))
+    names = [*(f'class{i}' for i in range(4)), '4', '5']
+    assert load(str(tmp_path / 'run')).metadata['class_names'] == names
+    assert main(['export', str(tmp_path / 'run'), str(tmp_path / 'hub')]) == 0
+    assert list(from_pretrained(tmp_path / 'hub').class_names) == names
+    old = {**make_metadata(dataclasses.replace(config.model), (), DataConfig()), 'class_names': names[:4]}
+    assert check_metadata(old, 'old')['class_names'] == names
+    with pytest.raises(InputError, match='class_names has 7 names for 6 classes'):
+        check_metadata({**old, 'class_names': [*names, 'x']}, 'old')
+
+
+@pytest.mark.parametrize(
     ('changes', 'message'),
     [
         ({'freeze': '('}, r"config.freeze must be a regular expression, got '\('"),
@@ -175,6 +220,13 @@ def test_fine_tuning_a_part_at_another_size(tmp_path):
         ),
         ({'profile': ProfileConfig(5, 2)}, 'config.profile ends at step 7, after the run, which has 6 steps'),
         ({'ema_decay': 1.0}, r'config.ema_decay must be in \[0, 1\), got 1.0'),
+        (
+            {'data': DataConfig(dir='x', mean=(123.675, 116.28, 103.53))},
+            r'config.data.mean must be three numbers from 0 to 1, of pixels / 255, got \(123.675',
+        ),
+        ({'data': DataConfig(dir='x', mean=(0.5,))}, r'config.data.mean must be three .* got \(0.5,'),
+        ({'data': DataConfig(dir='x', std=(0.2, 0.0, 0.2))}, 'config.data.std must be three numbers above 0'),
+        ({'data': DataConfig(dir='x', std=(58.4, 57.1, 57.4))}, r'config.data.std must be .* got \(58.4'),
         ({'stochastic_depth': -0.1}, r'config.stochastic_depth must be in \[0, 1\), got -0.1'),
     ],
 )
