@@ -5,11 +5,13 @@ import jax
 from epsanet_jax.training import flags, loop
 from epsanet_jax.training.compilation import use_persistent_cache
 from epsanet_jax.training.config import Config
+from epsanet_jax.training.memory import allocate_in_main_thread
 
 
 def main(config: Config, workdir: str) -> None:
     """Trains or continues the run in `workdir` and tells how it ended."""
     use_persistent_cache()
+    allocate_in_main_thread()
     result = loop.train(config, workdir)
     if jax.process_index() > 0:
         return

@@ -31,6 +31,7 @@ from epsanet_jax.models import create_model, fold_batch_norm
 from epsanet_jax.training import parallel, steps
 from epsanet_jax.training.compilation import use_persistent_cache
 from epsanet_jax.training.config import DataConfig, OptimizerConfig
+from epsanet_jax.training.memory import allocate_in_main_thread, keep_freed_memory
 from epsanet_jax.training.optimizer import make_optimizer
 from epsanet_jax.training.state import create_state
 
@@ -45,6 +46,7 @@ def main() -> None:
     """Measures every side in turn and prints a line for each."""
     args = _parse()
     use_persistent_cache()
+    allocate_in_main_thread()
     device = common.describe_device()
     for mode in args.modes:
         sides: dict[str, Step] = {}
@@ -55,11 +57,14 @@ def main() -> None:
                 common.say(f'{mode}: preparing {name}')
                 facts[name] = {}
                 sides[name] = make(facts[name])
+        if args.keep_memory and jax.devices()[0].platform == 'cpu':
+            keep_freed_memory()
         times = in_turn(sides, args.rounds)
         best = min((t for side, t in times.items() if side != 'ours'), default=None)
         for side, took in times.items():
             record = {'benchmark': 'train_step', **device, 'model': args.model, 'side': side, 'mode': mode}
             record |= {'batch': args.batch, 'dtype': args.dtype, 'image_size': args.image_size}
+            record |= {'keep_memory': True} if args.keep_memory else {}
             record |= {'images_per_s': round(args.batch / took, 2), 'ms': round(1e3 * took, 2)}
             record |= {'ratio': round(best / took, 3) if best else None, **facts[side]}
             moved = facts[side].get('bytes')
@@ -78,6 +83,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument('--modes', nargs='+', choices=MODES, default=['forward', 'train'])
     parser.add_argument('--rounds', type=int, default=7, help='turns that each side takes')
     parser.add_argument('--compile', action='store_true', help='torch.compile too')
+    parser.add_argument(
+        '--keep-memory', action='store_true', help='keep freed memory in the process, as train.py does; all sides'
+    )
     parser.add_argument('--no-torch', dest='torch', action='store_false', help='ours alone')
     parser.add_argument(
         '--bandwidth', type=float, metavar='TB/S', help="of the device's memory, for the floor"

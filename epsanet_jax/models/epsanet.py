@@ -14,6 +14,7 @@ from epsanet_jax.models.dtypes import Dtype, at_least_float32
 from epsanet_jax.models.norm import Affine, BatchNorm
 from epsanet_jax.models.pool import max_pool
 from epsanet_jax.models.psa import PSAModule, SEWeightModule
+from epsanet_jax.ops.materialize import materialize
 
 STEM_WIDTH = 64
 Norm = Callable[[Any, bool], jax.Array]  # an activation, or a `Weighted`; training mode
@@ -107,7 +108,7 @@ class EPSABlock(nn.Module):
         if keep is not None:
             y = y * keep.astype(y.dtype)[:, None, None, None]
         shortcut = self.downsample_1(self.downsample_0(x), train) if self.downsample else x
-        return nn.relu(y + shortcut)
+        return materialize(nn.relu(y + shortcut))
 
 
 class EPSANet(nn.Module):

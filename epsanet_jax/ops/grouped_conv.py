@@ -12,6 +12,7 @@ from jax import lax
 
 from epsanet_jax.errors import InputError
 from epsanet_jax.ops import algorithms, choice
+from epsanet_jax.ops.materialize import materialize
 
 
 def grouped_conv(
@@ -132,8 +133,16 @@ def _auto_jvp(stride, groups, primals, tangents):
     dx, dkernels = tangents
     y = _auto(x, kernels, stride, groups)
     dy_x = _for_platform(dx, kernels, stride, groups, 'input_gradient')
+    if any(kernel.shape[0] > 1 for kernel in kernels):
+        x = lax.platform_dependent(x, cpu=_images_last, default=lambda x: x)
     dy_kernels = _for_platform(x, dkernels, stride, groups, 'weight_gradient')
-    return y, tuple(a + b for a, b in zip(dy_x, dy_kernels, strict=True))
+    # The transpose of `materialize` is itself: every group of every branch reads this gradient.
+    return y, tuple(materialize(a + b) for a, b in zip(dy_x, dy_kernels, strict=True))
+
+
+def _images_last(x: jax.Array) -> jax.Array:
+    """Returns x, by way of the order in which XLA:CPU's weight gradients read it: once for all of them."""
+    return materialize(x.transpose(3, 1, 2, 0)).transpose(3, 1, 2, 0)
 
 
 def _check(x: jax.Array, kernel: jax.Array, groups: int, algorithm: str) -> None:

@@ -14,6 +14,7 @@ from epsanet_jax.training import distributed, inputs, parallel
 from epsanet_jax.training.checkpoint import Checkpoints
 from epsanet_jax.training.config import CheckpointConfig, Config
 from epsanet_jax.training.evaluation import evaluate
+from epsanet_jax.training.memory import keep_freed_memory
 from epsanet_jax.training.profiler import Profiler
 from epsanet_jax.training.report import Report, read_metrics, say
 from epsanet_jax.training.result import Result, make_result
@@ -83,6 +84,8 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
             report.say(f'{config.init_from}: {line}')
     try:
         train_step, eval_step = _compile(run, state)
+        if run.mesh.devices.flat[0].platform == 'cpu':
+            keep_freed_memory()
         while True:
             stop, overdue = window.requests or (False, False)
             evaluate_now = _evaluation_due(run, step) and not report.has_evaluation(step) and not stop
