@@ -47,6 +47,7 @@ def _tpu(axis, lines) -> None:
 
 def _cpu(axis, lines) -> None:
     plain = [x for x in lines if (x['model'], x['batch'], x['dtype']) == SHOWN and 'settings' not in x]
+    plain.sort(key=lambda x: x.get('keep_memory', False))  # a train step as train.py makes it
     latest = {(x['mode'], x['side']): x for x in plain}
     modes = ['inference', 'forward', 'train']
     for i, (side, colour) in enumerate(COLOURS.items()):

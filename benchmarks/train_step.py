@@ -84,7 +84,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument('--rounds', type=int, default=7, help='turns that each side takes')
     parser.add_argument('--compile', action='store_true', help='torch.compile too')
     parser.add_argument(
-        '--keep-memory', action='store_true', help='keep freed memory in the process, as train.py does; all sides'
+        '--keep-memory', action='store_true', help='keep freed memory, as train.py does; for all sides'
     )
     parser.add_argument('--no-torch', dest='torch', action='store_false', help='ours alone')
     parser.add_argument(
