@@ -108,6 +108,8 @@ def candidates(problem: Problem, platform: str, limit: float) -> Iterator[Algori
     for merge in divisors(problem.groups):
         if problem.groups > 1 and (merge <= 2 * limit or merge == problem.groups):
             yield Algorithm('merged', merge, split=split and merge < problem.groups)
+        if problem.stride > 1 and not split and merge <= 2 * limit:
+            yield Algorithm('merged', merge, phases=True)
         if problem.groups == 1 and problem.channels > 3:
             continue  # nothing to win: one convolution is wide enough
         for tile in TILES:
@@ -116,6 +118,11 @@ def candidates(problem: Problem, platform: str, limit: float) -> Iterator[Algori
                 yield Algorithm('tiled', merge, tile, split)
                 if platform != 'tpu':  # which pads what is folded at a higher price than all else
                     yield Algorithm('folded', merge, tile, split)
+    for columns in (2, 4):
+        bands = 1 + -(-(problem.kernel - 1) // (columns * problem.stride))
+        products = problem.groups * bands * columns * problem.stride / problem.kernel
+        if products <= 2 * limit:
+            yield Algorithm('banded', problem.groups, (1, columns))
 
 
 def measure(problem: Problem, direction: str, platform: str, target: Any, limit: float) -> dict:

@@ -96,19 +96,27 @@ def join(members: Sequence[choice.Problem], directions: Sequence[str], cost) -> 
         for problem, row in rows.items():
             grouped_conv.write('tpu', problem, row._asdict())
 
-    kept: dict[str, int] = {}  # in how many groups
+    kept: dict[str, tuple[int, bool]] = {}  # in how many groups, and whether by the phases of the stride
+    counts = divisors(math.gcd(*(problem.groups for problem in members)))
+    ways = [(groups, phases) for groups in reversed(counts) for phases in (False, True)]
     for direction in directions:
         apart = rows
-        for groups in reversed(divisors(math.gcd(*(problem.groups for problem in members)))):
-            merges = {problem: Algorithm('joint', problem.groups // groups) for problem in members}
-            trial = {problem: row._replace(**{direction: merges[problem]}) for problem, row in apart.items()}
+        for groups, phases in ways if members[0].stride > 1 else ways[::2]:
+            joint = {p: Algorithm('joint', p.groups // groups, phases=phases) for p in members}
+            trial = {problem: row._replace(**{direction: joint[problem]}) for problem, row in apart.items()}
             write(trial)
             cycles = cost()
-            common.say(f'{direction} joint in {groups} groups: {cycles} cycles, best {fewest}')
+            by_phase = ' by phase' if phases else ''
+            common.say(f'{direction} joint in {groups} groups{by_phase}: {cycles} cycles, best {fewest}')
             if cycles < fewest:
-                rows, fewest, kept[direction] = trial, cycles, groups
+                rows, fewest, kept[direction] = trial, cycles, (groups, phases)
     write(rows)
-    return {'cycles_per_image_before': before, 'cycles_per_image': fewest, 'groups': kept}
+    return {
+        'cycles_per_image_before': before,
+        'cycles_per_image': fewest,
+        'groups': {direction: groups for direction, (groups, _) in kept.items()},
+        'by_phase': [direction for direction, (_, phases) in kept.items() if phases],
+    }
 
 
 def _parse() -> argparse.Namespace:

@@ -70,9 +70,12 @@ def _distance(known: Problem, problem: Problem) -> float:
     def octaves(a: float, b: float) -> float:
         return abs(math.log2(a / b))
 
-    kinds = (known.kernel == 1) != (problem.kernel == 1), (known.groups == 1) != (problem.groups == 1)
+    def kinds(p: Problem) -> tuple[bool, ...]:
+        """1x1 kernels are products of matrices, with a stride products of every other row."""
+        return p.kernel == 1, p.groups == 1, p.kernel == 1 and p.stride > 1
+
     return (
-        100 * sum(kinds)
+        100 * sum(a != b for a, b in zip(kinds(known), kinds(problem), strict=True))
         + 8 * octaves(known.kernel, problem.kernel)
         + 4 * octaves(known.stride, problem.stride)
         + 2 * octaves(known.channels / known.groups, problem.channels / problem.groups)

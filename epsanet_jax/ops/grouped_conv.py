@@ -11,7 +11,7 @@ import jax
 from jax import lax
 
 from epsanet_jax.errors import InputError
-from epsanet_jax.ops import algorithms, choice
+from epsanet_jax.ops import algorithms, choice, rewrites
 from epsanet_jax.ops.materialize import materialize
 
 
@@ -80,7 +80,7 @@ def pyramid_conv(
         _check(x, kernel, g, algorithm)
     if dilation > 1 and any(kernel.shape[0] > 1 for kernel in kernels):
         each = zip(kernels, groups, strict=True)
-        return tuple(algorithms.dilated(x, kernel, stride, g, dilation) for kernel, g in each)
+        return tuple(rewrites.dilated(x, kernel, stride, g, dilation) for kernel, g in each)
     kernels, groups = tuple(kernels), tuple(groups)
     if algorithm == 'auto':
         return _auto(x, kernels, stride, groups)

@@ -17,12 +17,17 @@ def allocate_in_main_thread() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets the process keep what it frees from now on, where the C library is glibc; nothing elsewhere.
+    """Lets a process that called `allocate_in_main_thread` keep what it frees from now on.
+
+    Does nothing in others, which would keep little by it and have settings of their own, nor where the C
+    library is not glibc.
 
     XLA:CPU allocates the temporary memory of a step as one piece and frees it behind the step. glibc returns
     such pieces to the kernel, and fetching them again, page by page, takes up to a fifth of a step. Called
     after compilation, which needs much memory in small pieces, and once.
     """
+    if jax.config.read('jax_cpu_enable_async_dispatch'):
+        return
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
     if mallopt is not None:
         mallopt(_M_MMAP_MAX, 0)

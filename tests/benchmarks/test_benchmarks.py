@@ -49,11 +49,11 @@ def choices(scripts, tmp_path, monkeypatch):
     tpu_choices.choice.reload()
 
 
-def pyramid(choices, kernels, groups):
+def pyramid(choices, kernels, groups, stride=1):
     """Returns convolutions with rows in the table, none of them joint."""
     problems = []
     for k, g in zip(kernels, groups, strict=True):
-        problems.append(choices.choice.Problem(k, 1, g, 64, 32, 56, 128, 'bfloat16'))
+        problems.append(choices.choice.Problem(k, stride, g, 64, 32, 56, 128, 'bfloat16'))
         row = dict.fromkeys(choices.choice.DIRECTIONS, choices.Algorithm('merged', g))
         choices.grouped_conv.write('tpu', problems[-1], row)
     return problems
@@ -82,7 +82,12 @@ def test_neighbours_are_joined_in_the_groups_that_make_their_block_cheapest(choi
     assert sets == [(pair, ('input_gradient',)) for pair in (tuple(problems[:2]), tuple(problems[1:]))]
     before = chosen_for(choices, problems)
     rejected = choices.join(*sets[0], cost)
-    assert rejected == {'cycles_per_image_before': 100, 'cycles_per_image': 100, 'groups': {}}
+    assert rejected == {
+        'cycles_per_image_before': 100,
+        'cycles_per_image': 100,
+        'groups': {},
+        'by_phase': [],
+    }
     assert chosen_for(choices, problems) == before
     record = choices.join(*sets[1], cost)
     after = chosen_for(choices, problems)
@@ -108,8 +113,25 @@ def test_a_pyramid_of_equal_groups_is_joined_in_every_direction_that_pays(choice
     assert list(members) == problems
     assert set(directions) == set(choices.choice.DIRECTIONS)
     record = choices.join(members, directions, cost)
-    assert record == {'cycles_per_image_before': 100, 'cycles_per_image': 98, 'groups': cheapest}
+    assert record == {
+        'cycles_per_image_before': 100,
+        'cycles_per_image': 98,
+        'groups': cheapest,
+        'by_phase': [],
+    }
     assert cost() == 98
+
+
+@pytest.mark.parametrize(('stride', 'kept'), [(1, []), (2, ['input_gradient'])])
+def test_the_phases_of_a_stride_are_tried_where_there_is_one(choices, stride, kept):
+    problems = pyramid(choices, (7, 9), (8, 16), stride)
+
+    def cost():
+        return 100 - sum(row.input_gradient.phases for row in chosen_for(choices, problems))
+
+    record = choices.join(problems, ('input_gradient',), cost)
+    assert record['by_phase'] == kept
+    assert record['cycles_per_image'] == cost() == 100 - 2 * len(kept)
 
 
 @pytest.mark.parametrize('script', sorted(p.name for p in FOLDER.glob('*.py') if p.stem != 'common'))

@@ -64,6 +64,21 @@ def test_a_matrix_product_is_for_1x1_kernels_alone():
     assert choose('cpu', POINT._replace(groups=4)) != MATMUL
 
 
+@pytest.mark.parametrize('size', [56, 14])
+def test_on_a_tpu_1x1_kernels_take_a_matrix_product_for_strided_input_gradients_alone(size):
+    strided = Problem(1, 2, 1, 14336 // size, 28672 // size, size, 128, 'bfloat16')
+    assert [a.name for a in choose('tpu', strided)] == ['stock', 'matmul', 'stock']
+    assert choose('tpu', strided._replace(stride=1)) == STOCK
+    assert choose('tpu', strided._replace(stride=1, size=size // 2)) == STOCK
+
+
+@pytest.mark.parametrize('planes', [64, 128, 256, 512])
+@pytest.mark.parametrize('stride', [1, 2])
+def test_on_a_tpu_a_dense_3x3_convolution_alone_takes_xlas_own(planes, stride):
+    size = stride * 3584 // planes
+    assert choose('tpu', Problem(3, stride, 1, planes, planes, size, 128, 'bfloat16')) == STOCK
+
+
 @pytest.mark.parametrize('name', [n for n in list_models() if n.startswith('epsanet')])
 @pytest.mark.parametrize('direction', choice.DIRECTIONS)
 def test_only_branches_that_were_measured_together_are_joined(name, direction):

@@ -9,7 +9,7 @@ import pytest
 
 from epsanet_jax import InputError
 from epsanet_jax.ops import ALGORITHMS, grouped_conv
-from epsanet_jax.ops.algorithms import Algorithm, by_name, convolve
+from epsanet_jax.ops.algorithms import Algorithm, by_name, convolve, convolve_all
 
 OTHERS = ('auto', *(name for name in ALGORITHMS if name != 'stock'))
 
@@ -71,10 +71,13 @@ def test_every_algorithm_equals_stock_in_value_and_gradients(
 )
 def test_every_merge_and_tile_equals_stock(rng, name, split, merge, tile, size, stride, kernel):
     x, k = inputs(rng, (size, size + 1), 8, kernel, 4, 8)
-    plain = functools.partial(convolve, stride=stride, groups=4, algorithm=Algorithm('stock'))
-    other = functools.partial(
-        convolve, stride=stride, groups=4, algorithm=Algorithm(name, merge, tile, split)
-    )
+    assert_equals_stock(rng, Algorithm(name, merge, tile, split), x, k, stride)
+
+
+def assert_equals_stock(rng, algorithm, x, k, stride):
+    groups = x.shape[3] // k.shape[2]
+    plain = functools.partial(convolve, stride=stride, groups=groups, algorithm=Algorithm('stock'))
+    other = functools.partial(convolve, stride=stride, groups=groups, algorithm=algorithm)
     weights = rng.standard_normal(jax.eval_shape(plain, x, k).shape)
 
     def all_of(conv):
@@ -83,6 +86,51 @@ def test_every_merge_and_tile_equals_stock(rng, name, split, merge, tile, size, 
     chex.assert_trees_all_close(
         jax.jit(all_of, static_argnums=0)(other), all_of(plain), rtol=1e-10, atol=1e-10
     )
+
+
+@pytest.mark.parametrize(
+    'algorithm',
+    [
+        Algorithm('banded', 4, (1, 2)),
+        Algorithm('banded', 4, (1, 3)),
+        Algorithm('merged', 2, phases=True),
+        Algorithm('joint', 4, phases=True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('size', [(7, 8), (6, 5), (2, 3), (1, 1)])
+@pytest.mark.parametrize(('kernel', 'stride'), [(1, 2), (3, 1), (3, 2), (5, 3), (7, 2), (9, 1)])
+def test_bands_of_columns_and_phases_of_strides_equal_stock(rng, algorithm, size, kernel, stride):
+    x, k = inputs(rng, size, 8, kernel, 4, 8)
+    assert_equals_stock(rng, algorithm, x, k, stride)
+
+
+def test_branches_by_phase_together_equal_each_alone(rng):
+    x = rng.standard_normal((2, 7, 6, 8))
+    kernels = [rng.standard_normal((k, k, 8 // g, 8)) for k, g in ((3, 1), (5, 4), (9, 8))]
+    groups = (1, 4, 8)
+    joint = [Algorithm('joint', g, phases=True) for g in groups[:2]] + [Algorithm('merged', 2, phases=True)]
+    stock = [Algorithm('stock')] * 3
+    weights = [rng.standard_normal((2, 4, 3, 8)) for _ in kernels]
+
+    def gradients(algorithms):
+        y, pull = jax.vjp(lambda x, kernels: convolve_all(x, kernels, 2, groups, algorithms), x, kernels)
+        return y, pull(tuple(weights))
+
+    chex.assert_trees_all_close(gradients(joint), gradients(stock), rtol=1e-10, atol=1e-10)
+
+
+def test_phases_leave_no_zeros_between_the_values_that_the_input_gradient_convolves(rng):
+    x, k = inputs(rng, (8, 8), 8, 5, 4, 8)
+
+    def dilations(algorithm):
+        forward = functools.partial(convolve, kernel=k, stride=2, groups=4, algorithm=algorithm)
+        gradient = jax.jit(lambda dy: jax.linear_transpose(forward, x)(dy)[0])
+        text = gradient.lower(rng.standard_normal((2, 4, 4, 8))).as_text()
+        return set(re.findall(r'lhs_dilate = \[(\d, \d)\]', text)) - {'1, 1'}
+
+    assert dilations(Algorithm('stock')) == {'2, 2'}
+    assert not dilations(Algorithm('merged', phases=True))
 
 
 @pytest.mark.parametrize('stride', [1, 2])

@@ -4,7 +4,10 @@ import platform
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from epsanet_jax.training import memory
 
 COUNT = """
 import resource, sys
@@ -35,3 +38,21 @@ def test_a_second_step_fetches_no_memory_from_the_kernel():
         return int(done.stdout)
 
     assert faults('kept') < faults('returned') / 4  # a hundredth, unless pages are huge
+
+
+@pytest.mark.parametrize(('asynchronous', 'settings'), [(True, 0), (False, 2)])
+def test_malloc_is_set_in_processes_alone_that_asked_for_the_main_thread(monkeypatch, asynchronous, settings):
+    set_to = []
+
+    class Library:
+        def mallopt(self, *args):
+            set_to.append(args)
+
+    monkeypatch.setattr(memory.ctypes, 'CDLL', lambda name: Library())
+    before = jax.config.read('jax_cpu_enable_async_dispatch')
+    jax.config.update('jax_cpu_enable_async_dispatch', asynchronous)
+    try:
+        memory.keep_freed_memory()
+    finally:
+        jax.config.update('jax_cpu_enable_async_dispatch', before)
+    assert len(set_to) == settings

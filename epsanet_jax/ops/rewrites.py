@@ -1,0 +1,186 @@
+"""The convolutions that `algorithms` are made of: each equal to a plain one, in a form that hardware likes.
+
+Kernels are [kh, kw, I, B, O]: the input and output channels belong to B groups of I and O channels.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Phases = Mapping[tuple[int, int], jax.Array]
+
+
+def conv(
+    x: jax.Array,
+    kernel: jax.Array,
+    strides: Sequence[int],
+    padding: Sequence[tuple[int, int]],
+    groups: int = 1,
+    dilation: int = 1,
+) -> jax.Array:
+    """XLA's convolution of [N, H, W, C_in] with [kh, kw, C_in / groups, C_out]."""
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=strides,
+        padding=padding,
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        feature_group_count=groups,
+        rhs_dilation=(dilation, dilation),
+    )
+
+
+def pad(x: jax.Array, padding: Sequence[tuple[int, int]]) -> jax.Array:
+    """Pads with zeros, or cuts where the padding is negative."""
+    return lax.pad(x, jnp.zeros((), x.dtype), [(low, high, 0) for low, high in padding])
+
+
+def stock(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
+    """XLA's own lowering, `k // 2` zeros on every side."""
+    return dilated(x, kernel, stride, groups, 1)
+
+
+def dilated(x: jax.Array, kernel: jax.Array, stride: int, groups: int, dilation: int) -> jax.Array:
+    """Convolves with `dilation - 1` zeros between the kernel's values, padding `dilation * (k // 2)`."""
+    margin = dilation * (kernel.shape[0] // 2)
+    return conv(x, kernel, (stride, stride), ((margin, margin),) * 2, groups, dilation)
+
+
+def matmul(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
+    """A convolution with a 1x1 kernel, as one product of matrices."""
+    x = x[:, ::stride, ::stride]
+    return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
+
+
+def merged(x: jax.Array, kernels: jax.Array, stride: int, split: bool) -> jax.Array:
+    """Convolves as it is; `split`: one convolution for each group."""
+    size = kernels.shape[0]
+    margin = size // 2
+    _, h, w, _ = x.shape
+    # XLA's fast path on the CPU wants a kernel no larger than the image, for the gradient as well.
+    grown = max(h, size), max(w, size)
+    if split and grown != (h, w):
+        x = jnp.pad(x, ((0, 0), (0, grown[0] - h), (0, grown[1] - w), (0, 0)))
+    y = _conv_groups(x, kernels, (stride, stride), ((margin, margin),) * 2, split)
+    return y[:, : -(-h // stride), : -(-w // stride)]
+
+
+def split_phases(x: jax.Array, stride: int) -> Phases:
+    """Returns the images of every stride-th row and column, by the first ones of each."""
+    _, h, w, _ = x.shape
+    firsts = [(a, b) for a in range(min(stride, h)) for b in range(min(stride, w))]
+    return {(a, b): x[:, a::stride, b::stride] for a, b in firsts}
+
+
+def phases(by_phase: Phases, shape: Sequence[int], kernels: jax.Array, stride: int) -> jax.Array:
+    """Convolves images [N, H, W, C_in] of `shape` that `split_phases` took apart, and adds the results."""
+    kh, kw, inputs, blocks, outputs = kernels.shape
+    kernel = kernels.reshape(kh, kw, inputs, blocks * outputs)
+    out = [-(-size // stride) for size in shape[1:3]]
+    y = None
+    for firsts, x in by_phase.items():
+        # The kernel's value u meets row i * stride + u - kh // 2, which is of phase (u - kh // 2) % stride.
+        begins = [(size // 2 + first) % stride for size, first in zip((kh, kw), firsts, strict=True)]
+        part = kernel[begins[0] :: stride, begins[1] :: stride]
+        if not part.size:
+            continue
+        padding = []
+        for axis, (size, first, begin) in enumerate(zip((kh, kw), firsts, begins, strict=True)):
+            low = (size // 2 + first - begin) // stride
+            padding.append((low, out[axis] - 1 + part.shape[axis] - low - x.shape[1 + axis]))
+        term = conv(x, part, (1, 1), padding, blocks)
+        y = term if y is None else y + term
+    assert y is not None  # the phase of the first row and column is always there
+    return y
+
+
+def banded(x: jax.Array, kernel: jax.Array, stride: int, columns: int) -> jax.Array:
+    """Convolves with [k, k, C_in, C_out], bands of columns as channels: `columns` of outputs at once.
+
+    The kernel becomes [k, bands that these outputs see, columns * stride * C_in, columns * C_out].
+    """
+    size, _, inputs, outputs = kernel.shape
+    n, h, w, _ = x.shape
+    margin, step = size // 2, columns * stride  # input columns in a band
+    before = -(-margin // step)  # bands that the outputs of a band see to its left, and to its right
+    after = (size - 1 - margin + (columns - 1) * stride) // step
+    window = (before + 1 + after) * step
+    lows = [before * step + j * stride - margin for j in range(columns)]
+    shifted = [pad(kernel, ((0, 0), (low, window - size - low), (0, 0), (0, 0))) for low in lows]
+    kernel = jnp.stack(shifted, axis=3).reshape(size, window // step, step * inputs, columns * outputs)
+    bands = -(-w // step)
+    if bands * step > w:
+        x = pad(x, ((0, 0), (0, 0), (0, bands * step - w), (0, 0)))
+    x = x.reshape(n, h, bands, step * inputs)
+    y = conv(x, kernel, (stride, 1), ((margin, margin), (before, after)))
+    return y.reshape(n, y.shape[1], bands * columns, outputs)[:, :, : -(-w // stride)]
+
+
+def tiled(x: jax.Array, kernels: jax.Array, stride: int, tile: tuple[int, int], split: bool) -> jax.Array:
+    """Convolves with the stride of a tile; its output pixels are channels."""
+    _, h, w, _ = x.shape
+    margin = kernels.shape[0] // 2
+    step = tile[0] * stride, tile[1] * stride
+    down, across = -(-h // step[0]), -(-w // step[1])  # tiles
+    grown = _tile_kernels(kernels, stride, tile)
+    kh, kw, inputs, blocks = grown.shape[:4]
+    padding = (
+        (margin, (down - 1) * step[0] + kh - h - margin),
+        (margin, (across - 1) * step[1] + kw - w - margin),
+    )
+    y = _conv_groups(x, grown.reshape(kh, kw, inputs, blocks, -1), step, padding, split)
+    return _untile(y, kernels.shape, stride, tile, (h, w))
+
+
+def folded(x: jax.Array, kernels: jax.Array, stride: int, tile: tuple[int, int], split: bool) -> jax.Array:
+    """Convolves without stride; a tile's input pixels are channels, and so are its output pixels."""
+    n, h, w, _ = x.shape
+    margin = kernels.shape[0] // 2
+    step = tile[0] * stride, tile[1] * stride
+    down, across = -(-h // step[0]), -(-w // step[1])  # tiles
+    grown = _tile_kernels(kernels, stride, tile)
+    kh, kw, inputs, blocks = grown.shape[:4]
+    th, tw = -(-kh // step[0]), -(-kw // step[1])  # the window, in tiles of the input
+    hh, ww = (down + th - 1) * step[0], (across + tw - 1) * step[1]
+    x = pad(x, ((0, 0), (margin, hh - h - margin), (margin, ww - w - margin), (0, 0)))
+    x = x.reshape(n, hh // step[0], step[0], ww // step[1], step[1], -1)
+    x = x.transpose(0, 1, 3, 5, 2, 4).reshape(n, hh // step[0], ww // step[1], -1)
+    k = pad(grown, ((0, th * step[0] - kh), (0, tw * step[1] - kw), *(((0, 0),) * 5)))
+    k = k.reshape(th, step[0], tw, step[1], inputs, blocks, -1).transpose(0, 2, 4, 1, 3, 5, 6)
+    k = k.reshape(th, tw, inputs * step[0] * step[1], blocks, -1)
+    y = _conv_groups(x, k, (1, 1), ((0, 0), (0, 0)), split)
+    return _untile(y, kernels.shape, stride, tile, (h, w))
+
+
+def _tile_kernels(kernels: jax.Array, stride: int, tile: tuple[int, int]) -> jax.Array:
+    """Returns [kh, kw, I, B, columns, rows, O]: for each pixel of a tile, in the window of the whole tile."""
+    for axis in (0, 1):
+        shifted = []
+        for i in range(tile[axis]):
+            padding = [(0, 0)] * kernels.ndim
+            padding[axis] = (i * stride, (tile[axis] - 1 - i) * stride)
+            shifted.append(pad(kernels, padding))
+        kernels = jnp.stack(shifted, axis=4)
+    return kernels
+
+
+def _untile(y, kernels_shape, stride, tile, size):
+    """Turns [N, down, across, B * columns * rows * O] into images, and cuts what is beyond their size."""
+    *_, blocks, outputs = kernels_shape
+    n, down, across, _ = y.shape
+    rows, columns = tile
+    y = y.reshape(n, down, across, blocks, columns, rows, outputs).transpose(0, 1, 5, 2, 4, 3, 6)
+    y = y.reshape(n, down * rows, across * columns, blocks * outputs)
+    return y[:, : -(-size[0] // stride), : -(-size[1] // stride)]
+
+
+def _conv_groups(x, kernels, strides, padding, split):
+    kh, kw, inputs, blocks, outputs = kernels.shape
+    if not split:
+        return conv(x, kernels.reshape(kh, kw, inputs, blocks * outputs), strides, padding, blocks)
+    # Split, not sliced: the gradient of slices would be a sum of padded arrays.
+    each = zip(jnp.split(x, blocks, axis=3), jnp.split(kernels, blocks, axis=3), strict=True)
+    parts = [conv(x_i, k_i[:, :, :, 0], strides, padding) for x_i, k_i in each]
+    return parts[0] if blocks == 1 else jnp.concatenate(parts, axis=3)
