@@ -41,7 +41,7 @@ test-slow: .venv/installed-dev
 	EPSANET_TESTS_OPTIMIZE=1 $(BIN)/python -m pytest -n 2 -m slow
 
 test-faults: .venv/installed-dev
-	$(BIN)/python -m pytest -m faults -s
+	EPSANET_TESTS_OPTIMIZE=1 $(BIN)/python -m pytest -m faults -s
 
 check: .venv/installed-dev
 	$(BIN)/ruff check --output-format concise .

@@ -9,7 +9,7 @@ _UNOPTIMISED = '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters
 def xla_flags(devices: int) -> str:
     """Returns a value for the environment variable XLA_FLAGS.
 
-    `make test-slow` sets EPSANET_TESTS_OPTIMIZE=1, for code as users have it.
+    `make test-slow` and `make test-faults` set EPSANET_TESTS_OPTIMIZE=1, for code as users have it.
     """
     flags = [] if os.environ.get('EPSANET_TESTS_OPTIMIZE') else [_UNOPTIMISED]
     return ' '.join([f'--xla_force_host_platform_device_count={devices}', *flags])
