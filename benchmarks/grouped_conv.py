@@ -118,10 +118,11 @@ def candidates(problem: Problem, platform: str, limit: float) -> Iterator[Algori
                 yield Algorithm('tiled', merge, tile, split)
                 if platform != 'tpu':  # which pads what is folded at a higher price than all else
                     yield Algorithm('folded', merge, tile, split)
+    margin, outputs = problem.kernel // 2, problem.size // problem.stride
     for columns in (2, 4):
-        bands = 1 + -(-(problem.kernel - 1) // (columns * problem.stride))
-        products = problem.groups * bands * columns * problem.stride / problem.kernel
-        if products <= 2 * limit:
+        step = columns * problem.stride
+        bands = 1 - (-margin // step) + (problem.kernel - 1 - margin + step - problem.stride) // step
+        if problem.groups * bands * step / problem.kernel <= 2 * limit and columns <= outputs:
             yield Algorithm('banded', problem.groups, (1, columns))
 
 

@@ -14,9 +14,9 @@ kernels, which is what the pyramid of EPSANet consists of. These things mend tha
               that the window becomes small and the stride 1.
     banding   As folding, of columns alone: neighbouring columns are neighbours in memory already, so that
               they become channels, and outputs columns, without a copy. For all groups merged into one.
-    phases    Every second row and column, for stride 2, and the others: the kernel's values that meet each
-              of these four images are convolved with it without stride, and the results added. So the
-              gradient of the input has no zeros between the values that it convolves.
+    phases    The images of every second row and column, for stride 2, are four: the kernel's values that meet
+              each are convolved with it without stride, and the results added. So the gradient of the input
+              has no zeros between the values that it convolves.
 
 And where several convolutions read the same input, as the branches of a pyramid do:
 
@@ -48,7 +48,7 @@ class Algorithm(NamedTuple):
             merges all in any case.
         tile: rows and columns of output pixels that are computed at once; 'banded' takes the columns alone.
         split: one convolution for each group that remains, instead of one with `feature_group_count`.
-        phases: of 'merged' and 'joint': the phases of the stride are convolved one by one.
+        phases: of 'merged' and 'joint': the phases of the stride are convolved one by one; not with split.
     """
 
     name: str
@@ -129,7 +129,7 @@ def convolve_all(
         [N, ceil(H / stride), ceil(W / stride), C_out] for each kernel.
     """
     # Taken once, so that the gradients of each phase are added before they are interleaved.
-    by_phase = rewrites.split_phases(x, stride) if any(a.phases for a in algorithms) else {}
+    by_phase = rewrites.split_phases(x, stride) if any(a.phases for a in algorithms) else None
     outputs: dict[int, jax.Array] = {}
     joint: dict[tuple[int, bool], list[int]] = {}  # one convolution has one number of groups
     for i, algorithm in enumerate(algorithms):
@@ -139,7 +139,7 @@ def convolve_all(
             outputs[i] = _convolve(x, by_phase, kernels[i], stride, groups[i], algorithm)
     for (_, phases), members in joint.items():
         merged = [_merge(kernels[i], groups[i], algorithms[i].merge) for i in members]
-        parts = _joint(x, by_phase if phases else {}, merged, stride)
+        parts = _joint(x, by_phase if phases else None, merged, stride)
         outputs.update(zip(members, parts, strict=True))
     return tuple(outputs[i] for i in range(len(kernels)))
 
@@ -186,7 +186,7 @@ def _joint(x, by_phase, kernels, stride):
         rewrites.pad(k, ((m, m), (m, m), *(((0, 0),) * 3))) for k, m in zip(kernels, margins, strict=True)
     ]
     kernel = jnp.concatenate(padded, axis=4)
-    if by_phase:
+    if by_phase is not None:
         y = rewrites.phases(by_phase, x.shape, kernel, stride)
     else:
         y = rewrites.merged(x, kernel, stride, split=False)

@@ -71,7 +71,7 @@ def _distance(known: Problem, problem: Problem) -> float:
         return abs(math.log2(a / b))
 
     def kinds(p: Problem) -> tuple[bool, ...]:
-        """1x1 kernels are products of matrices, with a stride products of every other row."""
+        """Whether 1x1, which is a product of matrices; dense; 1x1 with a stride, which leaves pixels out."""
         return p.kernel == 1, p.groups == 1, p.kernel == 1 and p.stride > 1
 
     return (
@@ -93,9 +93,11 @@ def _fit(algorithm: Algorithm, known: Problem, problem: Problem) -> Algorithm:
         return Algorithm('stock')
     merge = max(d for d in divisors(problem.groups) if d <= algorithm.merge)
     alike = known[:3] == problem[:3]  # kernel, stride, groups
-    if algorithm.name == 'joint' and not alike:  # measured beside certain others, which may not be there
+    same = known[:5] == problem[:5]  # and channels, features
+    # Joint ones were measured beside others, which may not be there; bands merge all groups there are.
+    if (algorithm.name == 'joint' and not alike) or (algorithm.name == 'banded' and not same):
         return Algorithm('merged', merge) if merge > 1 else Algorithm('stock')
-    return algorithm._replace(merge=merge)
+    return algorithm._replace(merge=merge, phases=algorithm.phases and same)
 
 
 def reload() -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Phases = Mapping[tuple[int, int], jax.Array]
+Phases = Mapping[tuple[int, int], jax.Array]  # by the first row and column
 
 
 def conv(
@@ -70,12 +70,17 @@ def merged(x: jax.Array, kernels: jax.Array, stride: int, split: bool) -> jax.Ar
 def split_phases(x: jax.Array, stride: int) -> Phases:
     """Returns the images of every stride-th row and column, by the first ones of each."""
     _, h, w, _ = x.shape
-    firsts = [(a, b) for a in range(min(stride, h)) for b in range(min(stride, w))]
+    rows, columns = (max(1, min(stride, size)) for size in (h, w))
+    firsts = [(a, b) for a in range(rows) for b in range(columns)]
     return {(a, b): x[:, a::stride, b::stride] for a, b in firsts}
 
 
 def phases(by_phase: Phases, shape: Sequence[int], kernels: jax.Array, stride: int) -> jax.Array:
-    """Convolves images [N, H, W, C_in] of `shape` that `split_phases` took apart, and adds the results."""
+    """Convolves images [N, H, W, C_in] of `shape` that `split_phases` took apart, and adds the results.
+
+    Each is rounded before they are added: in bfloat16 values have twice the rounding error. Gradients have
+    not, since a pixel of the input is of one phase.
+    """
     kh, kw, inputs, blocks, outputs = kernels.shape
     kernel = kernels.reshape(kh, kw, inputs, blocks * outputs)
     out = [-(-size // stride) for size in shape[1:3]]
@@ -84,7 +89,7 @@ def phases(by_phase: Phases, shape: Sequence[int], kernels: jax.Array, stride: i
         # The kernel's value u meets row i * stride + u - kh // 2, which is of phase (u - kh // 2) % stride.
         begins = [(size // 2 + first) % stride for size, first in zip((kh, kw), firsts, strict=True)]
         part = kernel[begins[0] :: stride, begins[1] :: stride]
-        if not part.size:
+        if 0 in part.shape[:2]:
             continue
         padding = []
         for axis, (size, first, begin) in enumerate(zip((kh, kw), firsts, begins, strict=True)):
@@ -99,7 +104,8 @@ def phases(by_phase: Phases, shape: Sequence[int], kernels: jax.Array, stride: i
 def banded(x: jax.Array, kernel: jax.Array, stride: int, columns: int) -> jax.Array:
     """Convolves with [k, k, C_in, C_out], bands of columns as channels: `columns` of outputs at once.
 
-    The kernel becomes [k, bands that these outputs see, columns * stride * C_in, columns * C_out].
+    The kernel becomes [k, bands that these outputs see, columns * stride * C_in, columns * C_out]. Images are
+    copied only where their width is no multiple of a band's.
     """
     size, _, inputs, outputs = kernel.shape
     n, h, w, _ = x.shape

@@ -17,10 +17,11 @@ def allocate_in_main_thread() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets a process that called `allocate_in_main_thread` keep what it frees from now on.
+    """Lets a process keep what it frees from now on, if it computes in its main thread.
 
-    Does nothing in others, which would keep little by it and have settings of their own, nor where the C
-    library is not glibc.
+    That is, without JAX's asynchronous dispatch on CPUs (`allocate_in_main_thread`). Does nothing in
+    others, which would keep little by it and have settings of their own, nor where the C library is not
+    glibc.
 
     XLA:CPU allocates the temporary memory of a step as one piece and frees it behind the step. glibc returns
     such pieces to the kernel, and fetching them again, page by page, takes up to a fifth of a step. Called

@@ -64,6 +64,21 @@ def test_a_matrix_product_is_for_1x1_kernels_alone():
     assert choose('cpu', POINT._replace(groups=4)) != MATMUL
 
 
+@pytest.mark.parametrize(
+    'problem',
+    [
+        Problem(5, 1, 16, 256, 64, 56, 128, 'bfloat16'),
+        Problem(7, 1, 8, 96, 24, 56, 128, 'bfloat16'),
+        Problem(5, 2, 4, 64, 16, 56, 128, 'bfloat16'),
+        Problem(3, 2, 1, 32, 32, 28, 128, 'bfloat16'),
+    ],
+)
+def test_bands_and_phases_are_for_the_channels_that_they_were_measured_with(problem):
+    for algorithm in choose('tpu', problem):
+        assert algorithm.name != 'banded'
+        assert not algorithm.phases
+
+
 @pytest.mark.parametrize('size', [56, 14])
 def test_on_a_tpu_1x1_kernels_take_a_matrix_product_for_strided_input_gradients_alone(size):
     strided = Problem(1, 2, 1, 14336 // size, 28672 // size, size, 128, 'bfloat16')

@@ -120,6 +120,15 @@ def test_branches_by_phase_together_equal_each_alone(rng):
     chex.assert_trees_all_close(gradients(joint), gradients(stock), rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize('algorithm', ['stock', 'banded', 'phases'])
+@pytest.mark.parametrize('size', [(0, 4), (4, 0)])
+def test_images_without_pixels_give_images_without_pixels(algorithm, size):
+    y = grouped_conv(
+        jnp.zeros((2, *size, 4)), jnp.zeros((3, 3, 2, 6)), stride=2, groups=2, algorithm=algorithm
+    )
+    assert y.shape == (2, size[0] // 2, size[1] // 2, 6)
+
+
 def test_phases_leave_no_zeros_between_the_values_that_the_input_gradient_convolves(rng):
     x, k = inputs(rng, (8, 8), 8, 5, 4, 8)
 
