@@ -28,6 +28,7 @@ from epsanet_jax.models.conv import Conv
 from epsanet_jax.ops import choice
 from epsanet_jax.ops.algorithms import Algorithm, convolve, divisors
 from epsanet_jax.ops.choice import DIRECTIONS, Problem
+from epsanet_jax.ops.rewrites import bands
 
 TILES = ((1, 2), (2, 2), (1, 4), (2, 4), (4, 4), (2, 8))
 TABLE = Path(choice.__file__).with_name(choice.TABLE)
@@ -118,11 +119,10 @@ def candidates(problem: Problem, platform: str, limit: float) -> Iterator[Algori
                 yield Algorithm('tiled', merge, tile, split)
                 if platform != 'tpu':  # which pads what is folded at a higher price than all else
                     yield Algorithm('folded', merge, tile, split)
-    margin, outputs = problem.kernel // 2, problem.size // problem.stride
     for columns in (2, 4):
-        step = columns * problem.stride
-        bands = 1 - (-margin // step) + (problem.kernel - 1 - margin + step - problem.stride) // step
-        if problem.groups * bands * step / problem.kernel <= 2 * limit and columns <= outputs:
+        window = (1 + sum(bands(problem.kernel, problem.stride, columns))) * columns * problem.stride
+        products = problem.groups * window / problem.kernel
+        if products <= 2 * limit and columns <= problem.size // problem.stride:
             yield Algorithm('banded', problem.groups, (1, columns))
 
 

@@ -96,12 +96,12 @@ def join(members: Sequence[choice.Problem], directions: Sequence[str], cost) -> 
         for problem, row in rows.items():
             grouped_conv.write('tpu', problem, row._asdict())
 
-    kept: dict[str, tuple[int, bool]] = {}  # in how many groups, and whether by the phases of the stride
+    kept: dict[str, int] = {}  # in how many groups
     counts = divisors(math.gcd(*(problem.groups for problem in members)))
-    ways = [(groups, phases) for groups in reversed(counts) for phases in (False, True)]
+    ways = list(itertools.product(reversed(counts), (False, True) if members[0].stride > 1 else (False,)))
     for direction in directions:
         apart = rows
-        for groups, phases in ways if members[0].stride > 1 else ways[::2]:
+        for groups, phases in ways:
             joint = {p: Algorithm('joint', p.groups // groups, phases=phases) for p in members}
             trial = {problem: row._replace(**{direction: joint[problem]}) for problem, row in apart.items()}
             write(trial)
@@ -109,13 +109,13 @@ def join(members: Sequence[choice.Problem], directions: Sequence[str], cost) -> 
             by_phase = ' by phase' if phases else ''
             common.say(f'{direction} joint in {groups} groups{by_phase}: {cycles} cycles, best {fewest}')
             if cycles < fewest:
-                rows, fewest, kept[direction] = trial, cycles, (groups, phases)
+                rows, fewest, kept[direction] = trial, cycles, groups
     write(rows)
     return {
         'cycles_per_image_before': before,
         'cycles_per_image': fewest,
-        'groups': {direction: groups for direction, (groups, _) in kept.items()},
-        'by_phase': [direction for direction, (_, phases) in kept.items() if phases],
+        'groups': kept,
+        'by_phase': [direction for direction in kept if getattr(rows[members[0]], direction).phases],
     }
 
 

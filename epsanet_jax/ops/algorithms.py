@@ -170,11 +170,11 @@ def _convolve(x, by_phase, kernel, stride, groups, algorithm):
         return rewrites.banded(x, kernel, stride, algorithm.tile[1])
     kernels = _merge(kernel, groups, algorithm.merge)  # [k, k, I, B, O]
     if algorithm.phases:
-        return rewrites.phases(by_phase, x.shape, kernels, stride)
+        return rewrites.phases(by_phase, kernels, stride)
     if algorithm.name == 'merged':
         return rewrites.merged(x, kernels, stride, algorithm.split)
-    tile, split = algorithm.tile, algorithm.split
-    return (rewrites.tiled if algorithm.name == 'tiled' else rewrites.folded)(x, kernels, stride, tile, split)
+    fold = algorithm.name == 'folded'
+    return rewrites.tiled(x, kernels, stride, algorithm.tile, algorithm.split, fold)
 
 
 def _joint(x, by_phase, kernels, stride):
@@ -187,7 +187,7 @@ def _joint(x, by_phase, kernels, stride):
     ]
     kernel = jnp.concatenate(padded, axis=4)
     if by_phase is not None:
-        y = rewrites.phases(by_phase, x.shape, kernel, stride)
+        y = rewrites.phases(by_phase, kernel, stride)
     else:
         y = rewrites.merged(x, kernel, stride, split=False)
     y = y.reshape(*y.shape[:3], blocks, sum(widths))

@@ -75,15 +75,15 @@ def split_phases(x: jax.Array, stride: int) -> Phases:
     return {(a, b): x[:, a::stride, b::stride] for a, b in firsts}
 
 
-def phases(by_phase: Phases, shape: Sequence[int], kernels: jax.Array, stride: int) -> jax.Array:
-    """Convolves images [N, H, W, C_in] of `shape` that `split_phases` took apart, and adds the results.
+def phases(by_phase: Phases, kernels: jax.Array, stride: int) -> jax.Array:
+    """Convolves the images that `split_phases` took apart, and adds the results.
 
     Each is rounded before they are added: in bfloat16 values have twice the rounding error. Gradients have
     not, since a pixel of the input is of one phase.
     """
     kh, kw, inputs, blocks, outputs = kernels.shape
     kernel = kernels.reshape(kh, kw, inputs, blocks * outputs)
-    out = [-(-size // stride) for size in shape[1:3]]
+    out = by_phase[0, 0].shape[1:3]  # ceil(H / stride), ceil(W / stride)
     y = None
     for firsts, x in by_phase.items():
         # The kernel's value u meets row i * stride + u - kh // 2, which is of phase (u - kh // 2) % stride.
@@ -101,6 +101,12 @@ def phases(by_phase: Phases, shape: Sequence[int], kernels: jax.Array, stride: i
     return y
 
 
+def bands(kernel_size: int, stride: int, columns: int) -> tuple[int, int]:
+    """Returns how many bands the outputs of a band see to its left and to its right, in `banded`."""
+    margin, step = kernel_size // 2, columns * stride
+    return -(-margin // step), (kernel_size - 1 - margin + step - stride) // step
+
+
 def banded(x: jax.Array, kernel: jax.Array, stride: int, columns: int) -> jax.Array:
     """Convolves with [k, k, C_in, C_out], bands of columns as channels: `columns` of outputs at once.
 
@@ -110,54 +116,43 @@ def banded(x: jax.Array, kernel: jax.Array, stride: int, columns: int) -> jax.Ar
     size, _, inputs, outputs = kernel.shape
     n, h, w, _ = x.shape
     margin, step = size // 2, columns * stride  # input columns in a band
-    before = -(-margin // step)  # bands that the outputs of a band see to its left, and to its right
-    after = (size - 1 - margin + (columns - 1) * stride) // step
+    before, after = bands(size, stride, columns)
     window = (before + 1 + after) * step
     lows = [before * step + j * stride - margin for j in range(columns)]
     shifted = [pad(kernel, ((0, 0), (low, window - size - low), (0, 0), (0, 0))) for low in lows]
     kernel = jnp.stack(shifted, axis=3).reshape(size, window // step, step * inputs, columns * outputs)
-    bands = -(-w // step)
-    if bands * step > w:
-        x = pad(x, ((0, 0), (0, 0), (0, bands * step - w), (0, 0)))
-    x = x.reshape(n, h, bands, step * inputs)
+    across = -(-w // step)
+    if across * step > w:
+        x = pad(x, ((0, 0), (0, 0), (0, across * step - w), (0, 0)))
+    x = x.reshape(n, h, across, step * inputs)
     y = conv(x, kernel, (stride, 1), ((margin, margin), (before, after)))
-    return y.reshape(n, y.shape[1], bands * columns, outputs)[:, :, : -(-w // stride)]
+    return y.reshape(n, y.shape[1], across * columns, outputs)[:, :, : -(-w // stride)]
 
 
-def tiled(x: jax.Array, kernels: jax.Array, stride: int, tile: tuple[int, int], split: bool) -> jax.Array:
-    """Convolves with the stride of a tile; its output pixels are channels."""
-    _, h, w, _ = x.shape
-    margin = kernels.shape[0] // 2
-    step = tile[0] * stride, tile[1] * stride
-    down, across = -(-h // step[0]), -(-w // step[1])  # tiles
-    grown = _tile_kernels(kernels, stride, tile)
-    kh, kw, inputs, blocks = grown.shape[:4]
-    padding = (
-        (margin, (down - 1) * step[0] + kh - h - margin),
-        (margin, (across - 1) * step[1] + kw - w - margin),
-    )
-    y = _conv_groups(x, grown.reshape(kh, kw, inputs, blocks, -1), step, padding, split)
-    return _untile(y, kernels.shape, stride, tile, (h, w))
-
-
-def folded(x: jax.Array, kernels: jax.Array, stride: int, tile: tuple[int, int], split: bool) -> jax.Array:
-    """Convolves without stride; a tile's input pixels are channels, and so are its output pixels."""
+def tiled(
+    x: jax.Array, kernels: jax.Array, stride: int, tile: tuple[int, int], split: bool, fold: bool
+) -> jax.Array:
+    """Convolves with the stride of a tile; its output pixels are channels, with `fold` its input pixels too."""
+    size, _, inputs, blocks, outputs = kernels.shape
     n, h, w, _ = x.shape
-    margin = kernels.shape[0] // 2
-    step = tile[0] * stride, tile[1] * stride
+    margin = size // 2
+    (rows, columns), step = tile, (tile[0] * stride, tile[1] * stride)
     down, across = -(-h // step[0]), -(-w // step[1])  # tiles
-    grown = _tile_kernels(kernels, stride, tile)
-    kh, kw, inputs, blocks = grown.shape[:4]
-    th, tw = -(-kh // step[0]), -(-kw // step[1])  # the window, in tiles of the input
-    hh, ww = (down + th - 1) * step[0], (across + tw - 1) * step[1]
-    x = pad(x, ((0, 0), (margin, hh - h - margin), (margin, ww - w - margin), (0, 0)))
-    x = x.reshape(n, hh // step[0], step[0], ww // step[1], step[1], -1)
-    x = x.transpose(0, 1, 3, 5, 2, 4).reshape(n, hh // step[0], ww // step[1], -1)
-    k = pad(grown, ((0, th * step[0] - kh), (0, tw * step[1] - kw), *(((0, 0),) * 5)))
-    k = k.reshape(th, step[0], tw, step[1], inputs, blocks, -1).transpose(0, 2, 4, 1, 3, 5, 6)
-    k = k.reshape(th, tw, inputs * step[0] * step[1], blocks, -1)
-    y = _conv_groups(x, k, (1, 1), ((0, 0), (0, 0)), split)
-    return _untile(y, kernels.shape, stride, tile, (h, w))
+    kernels = _tile_kernels(kernels, stride, tile)
+    if fold:
+        x, kernels = _fold(x, kernels, margin, step, (down, across))
+        step, padding = (1, 1), ((0, 0), (0, 0))
+    else:
+        kh, kw = kernels.shape[:2]
+        kernels = kernels.reshape(kh, kw, inputs, blocks, -1)
+        padding = (
+            (margin, (down - 1) * step[0] + kh - h - margin),
+            (margin, (across - 1) * step[1] + kw - w - margin),
+        )
+    y = _conv_groups(x, kernels, step, padding, split)
+    y = y.reshape(n, down, across, blocks, columns, rows, outputs).transpose(0, 1, 5, 2, 4, 3, 6)
+    y = y.reshape(n, down * rows, across * columns, blocks * outputs)
+    return y[:, : -(-h // stride), : -(-w // stride)]
 
 
 def _tile_kernels(kernels: jax.Array, stride: int, tile: tuple[int, int]) -> jax.Array:
@@ -172,14 +167,18 @@ def _tile_kernels(kernels: jax.Array, stride: int, tile: tuple[int, int]) -> jax
     return kernels
 
 
-def _untile(y, kernels_shape, stride, tile, size):
-    """Turns [N, down, across, B * columns * rows * O] into images, and cuts what is beyond their size."""
-    *_, blocks, outputs = kernels_shape
-    n, down, across, _ = y.shape
-    rows, columns = tile
-    y = y.reshape(n, down, across, blocks, columns, rows, outputs).transpose(0, 1, 5, 2, 4, 3, 6)
-    y = y.reshape(n, down * rows, across * columns, blocks * outputs)
-    return y[:, : -(-size[0] // stride), : -(-size[1] // stride)]
+def _fold(x, kernels, margin, step, tiles):
+    """Moves the input pixels of each tile into channels, of images and of what `_tile_kernels` returns."""
+    n, h, w, _ = x.shape
+    kh, kw, inputs, blocks = kernels.shape[:4]
+    th, tw = -(-kh // step[0]), -(-kw // step[1])  # the window, in tiles of the input
+    hh, ww = (tiles[0] + th - 1) * step[0], (tiles[1] + tw - 1) * step[1]
+    x = pad(x, ((0, 0), (margin, hh - h - margin), (margin, ww - w - margin), (0, 0)))
+    x = x.reshape(n, hh // step[0], step[0], ww // step[1], step[1], -1)
+    x = x.transpose(0, 1, 3, 5, 2, 4).reshape(n, hh // step[0], ww // step[1], -1)
+    k = pad(kernels, ((0, th * step[0] - kh), (0, tw * step[1] - kw), *(((0, 0),) * 5)))
+    k = k.reshape(th, step[0], tw, step[1], inputs, blocks, -1).transpose(0, 2, 4, 1, 3, 5, 6)
+    return x, k.reshape(th, tw, inputs * step[0] * step[1], blocks, -1)
 
 
 def _conv_groups(x, kernels, strides, padding, split):
