@@ -132,7 +132,7 @@ def banded(x: jax.Array, kernel: jax.Array, stride: int, columns: int) -> jax.Ar
 def tiled(
     x: jax.Array, kernels: jax.Array, stride: int, tile: tuple[int, int], split: bool, fold: bool
 ) -> jax.Array:
-    """Convolves with the stride of a tile; its output pixels are channels, with `fold` its input pixels too."""
+    """Convolves with the stride of a tile; its outputs are channels, with `fold` its input pixels too."""
     size, _, inputs, blocks, outputs = kernels.shape
     n, h, w, _ = x.shape
     margin = size // 2
