@@ -3,6 +3,7 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from epsanet_jax.errors import InputError
 from epsanet_jax.models.conv import Conv
@@ -119,5 +120,5 @@ class PSAModule(nn.Module):
         weights = self.se.excite(means[:, :, None, :])[:, :, 0, :]  # [N, S, C]
         attention = nn.softmax(weights, axis=1)  # [N, S, C]
         self.sow('intermediates', 'attention', attention)
-        means, attention = (a[:, ::-1].reshape(a.shape[0], -1) for a in (means, attention))
+        means, attention = (lax.collapse(a[:, ::-1], 1) for a in (means, attention))
         return Weighted(tuple(branches[::-1]), means, attention)

@@ -51,7 +51,8 @@ def dilated(x: jax.Array, kernel: jax.Array, stride: int, groups: int, dilation:
 def matmul(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
     """A convolution with a 1x1 kernel, as one product of matrices."""
     x = x[:, ::stride, ::stride]
-    return (x.reshape(-1, x.shape[-1]) @ kernel[0, 0]).reshape(*x.shape[:-1], -1)
+    n, h, w, inputs = x.shape
+    return (x.reshape(n * h * w, inputs) @ kernel[0, 0]).reshape(n, h, w, kernel.shape[-1])
 
 
 def merged(x: jax.Array, kernels: jax.Array, stride: int, split: bool) -> jax.Array:
@@ -169,13 +170,13 @@ def _tile_kernels(kernels: jax.Array, stride: int, tile: tuple[int, int]) -> jax
 
 def _fold(x, kernels, margin, step, tiles):
     """Moves the input pixels of each tile into channels, of images and of what `_tile_kernels` returns."""
-    n, h, w, _ = x.shape
+    n, h, w, channels = x.shape
     kh, kw, inputs, blocks = kernels.shape[:4]
     th, tw = -(-kh // step[0]), -(-kw // step[1])  # the window, in tiles of the input
     hh, ww = (tiles[0] + th - 1) * step[0], (tiles[1] + tw - 1) * step[1]
     x = pad(x, ((0, 0), (margin, hh - h - margin), (margin, ww - w - margin), (0, 0)))
-    x = x.reshape(n, hh // step[0], step[0], ww // step[1], step[1], -1)
-    x = x.transpose(0, 1, 3, 5, 2, 4).reshape(n, hh // step[0], ww // step[1], -1)
+    x = x.reshape(n, hh // step[0], step[0], ww // step[1], step[1], channels)
+    x = x.transpose(0, 1, 3, 5, 2, 4).reshape(n, hh // step[0], ww // step[1], channels * step[0] * step[1])
     k = pad(kernels, ((0, th * step[0] - kh), (0, tw * step[1] - kw), *(((0, 0),) * 5)))
     k = k.reshape(th, step[0], tw, step[1], inputs, blocks, -1).transpose(0, 2, 4, 1, 3, 5, 6)
     return x, k.reshape(th, tw, inputs * step[0] * step[1], blocks, -1)

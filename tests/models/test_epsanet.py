@@ -113,6 +113,13 @@ def test_rematerialisation_changes_nothing_but_memory(rng):
     chex.assert_trees_all_close(gradients(True), gradients(False), rtol=1e-9, atol=1e-12)
 
 
+def test_a_batch_of_no_images_has_logits_for_none():
+    net = small.model(**TWO_STAGES)
+    variables = small.random_variables(net, dtype=np.float32)
+    logits = jax.eval_shape(net.apply, variables, jnp.zeros((0, 32, 48, 3), jnp.float32))
+    assert logits.shape == (0, 7)
+
+
 @pytest.mark.parametrize(
     ('images', 'message'),
     [

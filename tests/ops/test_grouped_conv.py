@@ -129,6 +129,16 @@ def test_images_without_pixels_give_images_without_pixels(algorithm, size):
     assert y.shape == (2, size[0] // 2, size[1] // 2, 6)
 
 
+@pytest.mark.parametrize('kernel', [1, 3])
+@pytest.mark.parametrize('stride', [1, 2])
+def test_no_images_give_no_images_and_no_gradient(kernel, stride):
+    x, k = jnp.zeros((0, 6, 8, 16)), jnp.ones((kernel, kernel, 4, 8))
+    for algorithm in ('stock', *OTHERS):
+        y, (dx, dk) = value_and_gradients(algorithm, x, k, jnp.ones_like, stride, 4)
+        assert (y.shape, dx.shape) == ((0, 6 // stride, 8 // stride, 8), x.shape)
+        np.testing.assert_array_equal(dk, jnp.zeros_like(k))
+
+
 def test_phases_leave_no_zeros_between_the_values_that_the_input_gradient_convolves(rng):
     x, k = inputs(rng, (8, 8), 8, 5, 4, 8)
 
