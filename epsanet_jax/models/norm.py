@@ -92,8 +92,8 @@ class BatchNorm(nn.Module):
         statistics come from those of each image. That saves several passes over memory.
 
         Raises:
-            InputError: the batch does not divide into groups, or a group holds one value a channel, whose
-                variance is not defined.
+            InputError: the batch is empty or does not divide into groups, or a group holds one value a
+                channel, whose variance is not defined.
         """
         parts = x.parts if isinstance(x, Weighted) else (x,)
         rows, height, width, _ = parts[0].shape
@@ -127,13 +127,16 @@ class BatchNorm(nn.Module):
         if isinstance(x, Weighted):
             factor, offset = (_each(a, rows) for a in (factor, offset - shift * factor))  # [N, C]
             return x.affine(x.weights.astype(wide) * factor, offset).astype(self.dtype)
-        grouped = x.astype(wide).reshape(factor.shape[0], -1, *x.shape[1:]) - shift  # [G, n, H, W, C]
+        shape = (len(factor), rows // len(factor), *x.shape[1:])
+        grouped = x.astype(wide).reshape(shape) - shift  # [G, n, H, W, C]
         factor, offset = (a[:, None, None, None, :] for a in (factor, offset))  # [G, 1, 1, 1, C]
         return (grouped * factor + offset).reshape(x.shape).astype(self.dtype)
 
     def _groups(self, rows: int) -> int:
         """Returns the number of groups among `rows` rows."""
         spanning = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
+        if rows == 0:
+            raise InputError('BatchNorm: training needs at least one example, got a batch of none')
         group = self.group or rows * spanning
         if spanning > 1 and group != rows * spanning:
             raise InputError(
@@ -158,18 +161,18 @@ class BatchNorm(nn.Module):
         groups, images, height, width = shape
         n = images * height * width
         if isinstance(x, Weighted):
-            first, square = (a.reshape(groups, images, -1).mean(axis=1) for a in _moments(x, shift))
+            first, square = (a.reshape(groups, images, a.shape[-1]).mean(axis=1) for a in _moments(x, shift))
         else:
-            grouped = x.astype(shift.dtype).reshape(*shape, -1)
+            grouped = x.astype(shift.dtype).reshape(*shape, x.shape[-1])
             first = grouped.mean(axis=(1, 2, 3)) - shift
             square = jnp.square(grouped - shift).mean(axis=(1, 2, 3))
         if self.axis_name is not None:
             n *= lax.axis_size(self.axis_name)
             first, square = lax.pmean((first, square), self.axis_name)
-        if n == 1 and not self.is_initializing():
+        if n <= 1 and not self.is_initializing():
             raise InputError(
                 'BatchNorm: training needs more than one value a channel in a group, '
-                f'got 1 from a group of shape {(*shape[1:], first.shape[-1])}; '
+                f'got {n} from a group of shape {(*shape[1:], first.shape[-1])}; '
                 'use larger groups (bn_group) or images'
             )
         return first, jnp.maximum(square - jnp.square(first), 0), n

@@ -55,6 +55,8 @@ class PSAModule(nn.Module):
     softmax over the branches turns its sigmoids into attention. The weighted branches are concatenated in
     REVERSE order, largest kernel first, as the reference does.
 
+    Raises InputError if the planes do not divide among the branches.
+
     The attention is sown as 'attention' into 'intermediates': [N, S, planes / S], in the order of `kernels`.
 
     Attributes:
@@ -82,6 +84,10 @@ class PSAModule(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     def setup(self):
+        if self.planes % len(self.kernels):
+            raise InputError(
+                f'PSAModule: {self.planes} planes do not divide among {len(self.kernels)} branches'
+            )
         width = self.planes // len(self.kernels)
         dtypes = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
         for i, (kernel, groups) in enumerate(zip(self.kernels, self.groups, strict=True), start=1):

@@ -68,7 +68,7 @@ def _distance(known: Problem, problem: Problem) -> float:
     """How unlike two convolutions are, in octaves; another kind of kernel is further than any size."""
 
     def octaves(a: float, b: float) -> float:
-        return abs(math.log2(a / b))
+        return abs(math.log2(max(a, 1) / max(b, 1)))  # there may be no images, or no pixels
 
     def kinds(p: Problem) -> tuple[bool, ...]:
         """Whether 1x1, which is a product of matrices; dense; 1x1 with a stride, which leaves pixels out."""
@@ -82,7 +82,7 @@ def _distance(known: Problem, problem: Problem) -> float:
         + 2 * octaves(known.features / known.groups, problem.features / problem.groups)
         + octaves(known.groups, problem.groups)
         + octaves(known.size, problem.size)
-        + (0.5 * octaves(known.batch, max(problem.batch, 1)) if isinstance(problem.batch, int) else 0.0)
+        + (0.5 * octaves(known.batch, problem.batch) if isinstance(problem.batch, int) else 0.0)
         + 0.5 * (known.dtype != problem.dtype)
     )
 

@@ -5,6 +5,7 @@ platform, shape, batch and dtype from a table of measurements (`choice`).
 """
 
 import functools
+import numbers
 from collections.abc import Sequence
 
 import jax
@@ -43,7 +44,8 @@ def grouped_conv(
         [N, ceil(H / stride), ceil(W / stride), C_out], of the dtype of `x`.
 
     Raises:
-        InputError: the shapes do not fit together, or the algorithm is unknown.
+        InputError: the shapes do not fit together, the stride or dilation is no whole number above 0, or the
+            algorithm is unknown.
     """
     kwargs = {'stride': stride, 'dilation': dilation, 'algorithm': algorithm}
     return pyramid_conv(x, (kernel,), groups=(groups,), **kwargs)[0]
@@ -72,10 +74,14 @@ def pyramid_conv(
         [N, ceil(H / stride), ceil(W / stride), C_out] for each kernel.
 
     Raises:
-        InputError: the shapes do not fit together, or the algorithm is unknown.
+        InputError: the shapes do not fit together, the stride or dilation is no whole number above 0, or the
+            algorithm is unknown.
     """
     if len(kernels) != len(groups):
         raise InputError(f'pyramid_conv: {len(kernels)} kernels and {len(groups)} numbers of groups')
+    for name, value in {'stride': stride, 'dilation': dilation}.items():
+        if not isinstance(value, numbers.Integral) or value < 1:
+            raise InputError(f'grouped_conv: {name} must be a whole number above 0, got {value!r}')
     for kernel, g in zip(kernels, groups, strict=True):
         _check(x, kernel, g, algorithm)
     if dilation > 1 and any(kernel.shape[0] > 1 for kernel in kernels):
@@ -155,7 +161,7 @@ def _check(x: jax.Array, kernel: jax.Array, groups: int, algorithm: str) -> None
     kh, kw, inputs, outputs = kernel.shape
     if kh != kw or kh % 2 == 0:
         raise InputError(f'grouped_conv: the kernel must be square and of odd size, got {kh}x{kw}')
-    if groups < 1 or x.shape[3] != inputs * groups or outputs % groups:
+    if groups < 1 or x.shape[3] != inputs * groups or outputs % groups or not inputs or not outputs:
         raise InputError(
             f'grouped_conv: {groups} groups do not fit {x.shape[3]} input channels and a kernel of '
             f'{inputs} inputs a group and {outputs} outputs'

@@ -95,6 +95,15 @@ def test_a_single_value_has_no_variance(rng):
         train(BatchNorm(group=1, **F64), BatchNorm(**F64).init(jax.random.key(0), x), x)
 
 
+@pytest.mark.parametrize(('size', 'message'), [((0, 2, 2), 'a batch of none'), ((2, 0, 2), 'got 0')])
+@pytest.mark.parametrize('group', [None, 2])
+def test_there_is_nothing_to_train_on_in_no_images_and_no_pixels(group, size, message):
+    x, variables = jnp.zeros((*size, 3)), BatchNorm(**F64).init(jax.random.key(0), jnp.zeros((2, 2, 2, 3)))
+    with pytest.raises(InputError, match=message):
+        train(BatchNorm(group=group, **F64), variables, x)
+    assert BatchNorm(group=group, **F64).apply(variables, x).shape == x.shape
+
+
 @pytest.fixture(params=['tpu', 'default'])
 def platform(request, monkeypatch):
     """Computes as on this platform."""

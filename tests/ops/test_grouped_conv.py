@@ -120,13 +120,13 @@ def test_branches_by_phase_together_equal_each_alone(rng):
     chex.assert_trees_all_close(gradients(joint), gradients(stock), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize('algorithm', ['stock', 'banded', 'phases'])
-@pytest.mark.parametrize('size', [(0, 4), (4, 0)])
-def test_images_without_pixels_give_images_without_pixels(algorithm, size):
-    y = grouped_conv(
-        jnp.zeros((2, *size, 4)), jnp.zeros((3, 3, 2, 6)), stride=2, groups=2, algorithm=algorithm
-    )
-    assert y.shape == (2, size[0] // 2, size[1] // 2, 6)
+@pytest.mark.parametrize('kernel', [1, 3])
+@pytest.mark.parametrize('size', [(0, 4), (4, 0), (0, 0)])
+def test_images_without_pixels_give_images_without_pixels(kernel, size):
+    x, k = jnp.zeros((2, *size, 4)), jnp.zeros((kernel, kernel, 2, 6))
+    for algorithm in ('stock', *OTHERS):
+        y, (dx, dk) = value_and_gradients(algorithm, x, k, jnp.ones_like, 2, 2)
+        assert (y.shape, dx.shape, dk.shape) == ((2, size[0] // 2, size[1] // 2, 6), x.shape, k.shape)
 
 
 @pytest.mark.parametrize('kernel', [1, 3])
@@ -269,11 +269,20 @@ def test_bfloat16_within_its_own_error(rng, algorithm):
         ((2, 8, 8, 8), (3, 3, 4, 4), 3, '3 groups do not fit 8 input channels'),
         ((2, 8, 8, 8), (3, 3, 4, 5), 2, '5 outputs'),
         ((2, 8, 8, 8), (4, 4, 8, 4), 1, 'odd size, got 4x4'),
+        ((2, 8, 8, 0), (3, 3, 0, 4), 1, '1 groups do not fit 0 input channels'),
+        ((2, 8, 8, 8), (3, 3, 4, 0), 2, '0 outputs'),
     ],
 )
 def test_shapes_that_do_not_fit_are_named(x_shape, k_shape, groups, message):
     with pytest.raises(InputError, match=message):
         grouped_conv(jnp.zeros(x_shape), jnp.zeros(k_shape), groups=groups)
+
+
+@pytest.mark.parametrize('field', ['stride', 'dilation'])
+@pytest.mark.parametrize('value', [0, -1, 1.5])
+def test_steps_are_whole_numbers_above_0(field, value):
+    with pytest.raises(InputError, match=f'{field} must be a whole number above 0, got {value}'):
+        grouped_conv(jnp.zeros((1, 8, 8, 8)), jnp.zeros((3, 3, 8, 8)), **{field: value})
 
 
 def test_an_unknown_algorithm_is_told_the_nearest():
