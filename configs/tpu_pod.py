@@ -1,7 +1,7 @@
 """ImageNet at a batch of 4,096 on a TPU slice: what changes at large batch.
 
 Command, on every host of the slice (docs/tpu_pod.md): python train.py --config=configs/tpu_pod.py
-         --config.data.source=records --config.data.dir=gs://BUCKET/imagenet --workdir=gs://BUCKET/runs/pod
+         --config.data.source=records --config.data.dir=/mnt/BUCKET/imagenet --workdir=gs://BUCKET/runs/pod
 Hardware: meant for 16 to 256 chips, as v5e-64; what a chip needs:
          epsanet plan --config=configs/tpu_pod.py --topology=v5e:8x8
 Expected result: not yet run. The aim is what configs/imagenet.py reaches at a batch of 256.

@@ -153,6 +153,22 @@ def test_evaluate_says_what_it_cannot_find(capsys, digits_run, arguments, part):
     assert part in err
 
 
+@pytest.mark.parametrize(
+    ('arguments', 'part'),
+    [
+        (('--data', '{tmp}'), 'cannot open the data set in {tmp}'),
+        (('--data', 'gs://bucket/set'), '--data=gs://bucket/set is not on a disk'),
+        (('--data', '~nobody_of_this_name/set'), 'no such data directory: ~nobody_of_this_name/set'),
+    ],
+)
+def test_evaluate_says_what_it_cannot_read(capsys, digits_run, tmp_path, arguments, part):
+    (tmp_path / 'dataset_info.json').write_text('{"name": "cut')
+    filled = [a.format(tmp=tmp_path) for a in arguments]
+    status, _, err = run(capsys, 'evaluate', digits_run[0], *filled)
+    assert (status, err.count('\n')) == (2, 1)
+    assert part.format(tmp=tmp_path) in err
+
+
 def test_help_has_an_example_and_a_pipe_closed_early_is_no_error(capsys):
     for command in ('summary', 'evaluate'):
         status, out, _ = run(capsys, command, '--help')

@@ -39,9 +39,12 @@ class Reduced:
     Not the same pixels as the picture's, but sharp ones: JPEG can be decoded to a half, quarter or eighth.
 
     Args:
-        image: the bytes of a file; of other kinds than JPEG everything is decoded.
+        image: the bytes of a file; of other kinds than JPEG everything is decoded, at once.
         least: sides that a part is to have at least, pixels, if it has them in the picture.
         exif_orientation: as `decode`.
+
+    Raises:
+        BadImageError: see `open_picture`; of other kinds than JPEG also what `decode` finds.
 
     Attributes:
         width: of the whole picture, pixels.
@@ -51,7 +54,10 @@ class Reduced:
     def __init__(self, image: bytes, least: int, exif_orientation: bool = True):
         self._least = least
         self._picture = open_picture(image)
-        self._orientation = _orientation(self._picture) if exif_orientation else 1
+        if self._picture.format not in ('JPEG', 'MPO'):
+            with _told_in_one_line():
+                self._picture.load()
+        self._orientation = orientation_of(self._picture) if exif_orientation else 1
         sizes = self._picture.size if self._orientation < 5 else self._picture.size[::-1]
         self.width, self.height = sizes
 
@@ -92,9 +98,8 @@ def decode(image: bytes | np.ndarray, exif_orientation: bool = True) -> Image.Im
         return rgb
     with _told_in_one_line():
         picture = open_picture(image)
-        orientation = _orientation(picture) if exif_orientation else 1
         picture.load()
-        return _turned(to_rgb(picture), orientation)
+        return _turned(to_rgb(picture), orientation_of(picture) if exif_orientation else 1)
 
 
 def open_picture(image: bytes) -> Image.Image:
@@ -146,11 +151,17 @@ def _plain_jpeg(image: bytes) -> Image.Image | None:
     return Image.frombuffer('RGB', pixels.shape[1::-1], pixels, 'raw', 'RGB', 0, 1)
 
 
-def _orientation(picture: Image.Image) -> int:
-    """Returns the EXIF tag, 1 to 8; whatever else stands there counts as upright."""
+def orientation_of(picture: Image.Image) -> int:
+    """Returns the EXIF tag, 1 to 8; whatever else stands there counts as upright.
+
+    Of a PNG file this loads the pixels: whoever wants to hear of their damage loads them before.
+    """
     if picture.format == 'TIFF':  # Pillow turns these itself when it loads them
         return 1
-    orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    try:
+        orientation = picture.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow raises SyntaxError, struct.error, ... at metadata that are none
+        return 1
     return orientation if orientation in _ORIENTATIONS else 1
 
 

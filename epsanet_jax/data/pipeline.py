@@ -205,8 +205,11 @@ class _LoadForTraining(InWorkers, grain.transforms.RandomMap):
         bad, began = NOT_BAD, time.perf_counter()
         for index in range(element, element + _MOST_REPLACEMENTS):
             try:
-                picture, label = _load(self._source, index % len(self._source), self._read)
-                image = self._transform(picture, rng)
+                image, label = _load(
+                    self._source,
+                    index % len(self._source),
+                    lambda image: self._transform(self._read(image), rng),
+                )
             except BadImageError:
                 if self._reading.on_bad == 'stop':
                     raise

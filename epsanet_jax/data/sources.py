@@ -176,18 +176,12 @@ class Records(Tfds):
     """
 
     def __init__(self, folder: str | os.PathLike[str], split: str):
-        import tensorflow_datasets as tfds
-
         folder = os.fspath(folder)
         if not is_prepared(folder):
             raise InputError(
                 f'no prepared data set in {folder}: it holds no {_INFO_FILE}; `epsanet prepare` makes one'
             )
-        try:
-            builder = tfds.builder_from_directory(folder)
-        except Exception as e:  # a damaged description is met in many ways
-            raise InputError(f'cannot open the data set in {folder}: {_line(e)}') from e
-        self._open(builder, folder, split)
+        self._open(_builder_in(folder), folder, split)
 
 
 def is_prepared(folder: str | os.PathLike[str]) -> bool:
@@ -196,11 +190,20 @@ def is_prepared(folder: str | os.PathLike[str]) -> bool:
 
 
 def held_out(folder: str | os.PathLike[str]) -> str:
-    """Returns the split of prepared records to evaluate on: 'val', 'validation', 'test' or the only one."""
+    """Returns the split of prepared records to evaluate on: 'val', 'validation', 'test' or the last one."""
+    splits = list(_builder_in(os.fspath(folder)).info.splits)
+    if not splits:
+        raise InputError(f'the data set in {folder} has no splits')
+    return next((s for s in ('val', 'validation', 'test') if s in splits), splits[-1])
+
+
+def _builder_in(folder: str) -> Any:
     import tensorflow_datasets as tfds
 
-    splits = list(tfds.builder_from_directory(os.fspath(folder)).info.splits)
-    return next((s for s in ('val', 'validation', 'test') if s in splits), splits[-1])
+    try:
+        return tfds.builder_from_directory(folder)
+    except Exception as e:  # a damaged description is met in many ways
+        raise InputError(f'cannot open the data set in {folder}: {_line(e)}') from e
 
 
 def _find_builder(name: str, data_dir: str | None) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 import sys
 import time
@@ -41,7 +42,9 @@ def open_source(data: DataConfig, split: str) -> Source:
 
             digits.prepare(data.dir or None)
         return sources.Tfds(data.name, split, data.dir or None)
-    folder = pathlib.Path(data.dir).expanduser()
+    if '://' in data.dir:
+        raise InputError(f'--config.data.dir={data.dir} is not on a disk: mount the bucket, and name that folder')
+    folder = pathlib.Path(os.path.expanduser(data.dir))
     if data.source == 'records':
         return sources.Records(folder, split)
     if sources.is_prepared(folder):
@@ -135,7 +138,9 @@ def evaluation_data(
     if data is None or (trained_on.source == 'tfds' and data == trained_on.name):
         data_dir = data_dir or trained_on.dir
         return change(eval_split=split or trained_on.eval_split, dir=data_dir)
-    folder = pathlib.Path(data).expanduser()
+    if '://' in data:
+        raise InputError(f'--data={data} is not on a disk: mount the bucket, and name that folder')
+    folder = pathlib.Path(os.path.expanduser(data))
     if folder.is_dir():
         if data_dir:
             raise InputError(f'--data-dir is for TFDS data sets, {data} is a folder')

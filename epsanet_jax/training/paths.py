@@ -1,5 +1,7 @@
 """Paths on local disks and in buckets."""
 
+import os
+
 from etils import epath
 
 from epsanet_jax.errors import InputError, one_line
@@ -12,8 +14,7 @@ def resolve(path: str) -> epath.Path:
         InputError: the URI is of an unknown kind.
     """
     try:
-        resolved = epath.Path(path)
-        return resolved if is_remote(path) else resolved.expanduser().absolute()
+        return epath.Path(path) if is_remote(path) else epath.Path(os.path.expanduser(path)).absolute()
     except (KeyError, ImportError, ValueError) as e:
         raise InputError(f'cannot use the path {path}: {one_line(e)}') from e
 

@@ -184,6 +184,17 @@ def test_pictures_are_turned_as_exif_says_or_not(original, orientation, kind):
         assert np.abs(as_it_is - np.asarray(original, float)).mean() < 2
 
 
+@pytest.mark.parametrize('kind', ['PNG', 'WEBP', 'JPEG'])
+def test_exif_that_is_none_counts_as_upright(original, kind):
+    plain, damaged = (encoded(original, kind, exif=exif) for exif in (b'', b'Exif\0\0garbage!!!!!!'))
+    expected = np.asarray(decode(plain))
+    np.testing.assert_array_equal(np.asarray(decode(damaged)), expected)
+    picture = Reduced(damaged, 1000)
+    np.testing.assert_array_equal(
+        np.asarray(picture.crop((0, 0, picture.width, picture.height))), expected
+    )
+
+
 def test_a_large_jpeg_is_decoded_no_larger_than_the_crop_needs(original):
     large = original.resize((1600, 1200), Image.Resampling.BICUBIC)
     exif = Image.Exif()

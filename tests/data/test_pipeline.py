@@ -157,6 +157,19 @@ def test_a_bad_picture_stops_training_and_evaluation_by_name(folder_with_a_bad_p
         list(eval_batches(folder_with_a_bad_picture, CentreCrop(32, 32), Rows(4), Reading(**reading)))
 
 
+@pytest.mark.parametrize('reduced', [False, True])
+def test_a_picture_whose_pixels_are_damaged_is_named_too(tmp_path, reduced):
+    (tmp_path / 'a').mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / 'a' / '0.jpg', quality=95)
+    jpeg = bytearray((tmp_path / 'a' / '0.jpg').read_bytes())
+    table = jpeg.find(b'\xff\xc4') + 5  # of Huffman codes
+    jpeg[table : table + 7] = b'\xff' * 7
+    (tmp_path / 'a' / '0.jpg').write_bytes(jpeg)
+    with pytest.raises(BadImageError, match=r'a/0.jpg: cannot decode the image'):
+        take(1, Rows(1), source=ImageFolder(tmp_path), reduced=reduced)
+
+
 def test_a_bad_picture_is_replaced_by_the_next_or_not_counted(folder_with_a_bad_picture):
     source = folder_with_a_bad_picture
     (batch,) = take(1, source=source, on_bad='skip')

@@ -370,6 +370,31 @@ def test_a_finished_data_set_of_other_pictures_is_kept(pictures, tmp_path, capsy
     assert shard_files(dst) == before
 
 
+@pytest.mark.parametrize('content', [b'{"lis', b'{}', b'[]', b'\xff'])
+def test_a_damaged_report_or_plan_is_told_in_one_line(pictures, tmp_path, capsys, content):
+    finished, begun = tmp_path / 'finished', tmp_path / 'begun'
+    assert run(capsys, 'prepare', pictures, finished, '--workers', 1)[0] == 0
+    write(pictures / 'train/b/bad.jpg', b'')
+    assert run(capsys, 'prepare', pictures, begun, '--workers', 1)[0] == 2
+    for folder, name in ((finished, 'prepare.json'), (begun, '.progress/plan.json')):
+        (folder / name).write_bytes(content)
+        status, out, err = run(capsys, 'prepare', pictures, folder, '--workers', 1)
+        assert (status, out) == (2, '')
+        assert err.splitlines()[-1].endswith(
+            f'{folder / name} is damaged: choose another DST, or remove the folder'
+        )
+
+
+def test_a_shard_whose_record_is_damaged_is_written_again(pictures, tmp_path, capsys):
+    write(pictures / 'val/b/bad.jpg', b'')
+    assert run(capsys, 'prepare', pictures, tmp_path / 'out', '--workers', 1)[0] == 2
+    (record,) = (tmp_path / 'out/.progress').glob('image_folder-train*.json')
+    record.write_bytes(b'{"digest": ')
+    status, _, err = run(capsys, 'prepare', pictures, tmp_path / 'out', '--workers', 1, '--on-bad=skip')
+    assert status == 0, err
+    assert [len(records(tmp_path / 'out', split)) for split in ('train', 'val')] == [7, 2]
+
+
 def test_one_that_was_begun_with_other_arguments_is_refused(pictures, tmp_path, capsys):
     write(pictures / 'train/b/bad.jpg', b'')
     assert run(capsys, 'prepare', pictures, tmp_path / 'out', '--workers', 1)[0] == 2

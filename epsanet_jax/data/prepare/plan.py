@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,7 +45,7 @@ def read_report(folder: str, listing: Listing) -> dict[str, Any] | None:
     """Returns what was reported of a finished data set made from the same pictures; None if none is there.
 
     Raises:
-        InputError: the folder holds something else, or a data set made from other pictures.
+        InputError: the folder holds something else, a damaged report, or a data set made from other pictures.
     """
     if not os.path.isdir(folder):
         if os.path.lexists(folder):
@@ -58,14 +58,25 @@ def read_report(folder: str, listing: Listing) -> dict[str, Any] | None:
         raise InputError(
             f'{folder} holds {min(names)} and is no data set of this command: choose another DST'
         )
-    with open(os.path.join(folder, REPORT)) as f:
-        report = json.load(f)
+    report = _read_json(os.path.join(folder, REPORT), {'listing', 'splits'})
     if report['listing'] != digest_of(listing):
         raise InputError(
             f'{folder} was prepared from other pictures, from some that have changed since, or by another '
             '--name: choose another DST, or remove it'
         )
     return report
+
+
+def _read_json(path: str, keys: Iterable[str]) -> dict[str, Any]:
+    """Returns what an earlier call wrote, which must have the keys."""
+    try:
+        with open(path) as f:
+            content = json.load(f)
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict) or not content.keys() >= set(keys):
+        raise InputError(f'{path} is damaged: choose another DST, or remove the folder')
+    return content
 
 
 @contextmanager
@@ -102,13 +113,12 @@ def make_shards(folder: str, listing: Listing, shard_bytes: int | None) -> list[
     So a shard stays as it is when pictures of others are removed or mended.
 
     Raises:
-        InputError: the plan is for another source, name or other splits.
+        InputError: the plan is damaged, or for another source, name or other splits.
     """
     path = os.path.join(folder, PROGRESS, _PLAN)
     identity = {'source': os.path.realpath(listing.root), 'name': listing.name, 'splits': [*listing.splits]}
     if os.path.exists(path):
-        with open(path) as f:
-            plan = json.load(f)
+        plan = _read_json(path, {*identity, 'starts'})
         for key, value in identity.items():
             if plan[key] != value:
                 raise InputError(
@@ -185,7 +195,7 @@ def read_written(folder: str, shard: Shard, on_bad: str) -> Written | None:
             content = json.load(f)
         written = Written(**{**content, 'bad': tuple(map(tuple, content['bad']))})
         same = written.digest == shard.digest and os.path.getsize(path) == written.bytes
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # or damaged: it is made again
         return None
     return written if same and (on_bad == 'skip' or not written.bad) else None
 

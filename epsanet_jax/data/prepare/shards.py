@@ -102,21 +102,12 @@ def as_jpeg(image: bytes) -> tuple[bytes, bool]:
     rgb = decode.decode(image, exif_orientation=False)
     if max(rgb.size) > _MOST_PIXELS:
         raise BadImageError(f'cannot convert the image: {rgb.width}x{rgb.height} is too large for JPEG')
-    exif, orientation = Image.Exif(), _orientation(picture)
-    if orientation in range(2, 9):
+    exif, orientation = Image.Exif(), decode.orientation_of(picture)
+    if orientation > 1:
         exif[ExifTags.Base.Orientation] = orientation
     jpeg = io.BytesIO()
     rgb.save(jpeg, 'JPEG', quality=QUALITY, subsampling=0, exif=exif)
     return jpeg.getvalue(), False
-
-
-def _orientation(picture: Image.Image) -> int | None:
-    if picture.format == 'TIFF':  # Pillow has turned it
-        return None
-    try:
-        return picture.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # metadata that cannot be read are none
-        return None
 
 
 def write_shard(
