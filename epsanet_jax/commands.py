@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -92,7 +93,7 @@ def evaluate(args: argparse.Namespace) -> None:
         data,
         mesh,
         batch_size,
-        say=lambda text: print(text, file=sys.stderr),
+        say=functools.partial(print, file=sys.stderr),
     )
     if args.json:
         about = {'checkpoint': args.checkpoint, 'step': loaded.step, 'averaged': loaded.averaged}
@@ -145,12 +146,12 @@ def plan(args: argparse.Namespace) -> int:
 
     config = read_config([*([f'--config={args.config}'] if args.config else []), *args.config_fields])
     devices = topology.open_topology(args.topology)
-    print(f'compiling for {args.topology}: minutes for a large network ...', file=sys.stderr)
+    say = functools.partial(print, file=sys.stderr)
     most = None
     if args.find_batch:
-        most, plans = plan.find_batch(config, devices, args.batch)
+        most, plans = plan.find_batch(config, devices, args.batch, say)
     else:
-        plans = [plan.make_plan(config, devices, args.batch)]
+        plans = [plan.make_plan(config, devices, args.batch, say)]
     if args.json:
         content = {'plans': [dataclasses.asdict(p) for p in plans], 'largest_batch': most}
         print(json.dumps(content if args.find_batch else dataclasses.asdict(plans[0]), indent=2))

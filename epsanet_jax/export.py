@@ -27,7 +27,6 @@ from epsanet_jax.training.metadata import MAX_SIZE
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 FORMATS = ('stablehlo', 'onnx', 'safetensors', 'torch', 'hub')
-INPUTS = ('float', 'uint8')
 VERIFIED_TO = 1e-4  # of the largest logit; of narrow types four roundings
 _SUFFIXES = {
     '.stablehlo': 'stablehlo',

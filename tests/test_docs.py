@@ -1,4 +1,4 @@
-"""The Python code of docs/ runs as it stands there, on a small network."""
+"""The Python code of docs/ runs as it stands there, on a small network; the tests that they name exist."""
 
 import pathlib
 import re
@@ -44,6 +44,14 @@ def place(tmp_path_factory):
     pets = epsanet_jax.create_model('epsanet50_small', num_classes=37)
     torch.save(EPSANet(pets).state_dict(), folder / 'pets.pth')
     return folder
+
+
+@pytest.mark.parametrize('page', sorted(DOCS.glob('*.md')), ids=lambda path: path.stem)
+def test_tests_that_a_page_names_are_there(page):
+    tests = {path.name: path.read_text() for path in pathlib.Path(__file__).parent.rglob('test_*.py')}
+    assert set(re.findall(r'\btest_\w+\.py', page.read_text())) <= tests.keys()
+    for file, name in re.findall(r'(?:(test_\w+\.py)::|`)(test_\w+)(?![\w.])', page.read_text()):
+        assert f'def {name}' in (tests[file] if file else ''.join(tests.values())), (file, name)
 
 
 @pytest.mark.slow

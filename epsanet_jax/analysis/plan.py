@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,25 +56,30 @@ class Plan:
         return None if None in parts else sum(parts)
 
 
-def make_plan(config: Config, topology: Topology, batch: int | None = None) -> Plan:
+def make_plan(
+    config: Config, topology: Topology, batch: int | None = None, say: Callable[[str], None] = lambda _: None
+) -> Plan:
     """Compiles the training step of a configuration for a topology.
 
     Args:
         config: of the run; where it leaves the number of classes to the data, they are 1000.
         topology: from `open_topology`.
         batch: the global batch; None: the configuration's.
+        say: called with a line before the compiler starts.
 
     Raises:
         InputError: the configuration cannot be, or the batch does not divide.
     """
     if batch is not None:
         config = dataclasses.replace(config, batch_size=batch)
-    validate(config)
+    validate(config, with_data=False)
     devices = len(topology.devices)
     plan = functools.partial(Plan, config.model.name, topology.name, devices, config.batch_size)
     began = time.perf_counter()
+    lowered = _lower(config, topology)
+    say(f'compiling for {topology.name}, batch {config.batch_size}: minutes for a large network ...')
     try:
-        compiled = _lower(config, topology).compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
         needed, there = _out_of_memory(e)
         seconds = time.perf_counter() - began
@@ -101,7 +107,9 @@ def make_plan(config: Config, topology: Topology, batch: int | None = None) -> P
     )
 
 
-def find_batch(config: Config, topology: Topology, batch: int | None = None) -> tuple[int, list[Plan]]:
+def find_batch(
+    config: Config, topology: Topology, batch: int | None = None, say: Callable[[str], None] = lambda _: None
+) -> tuple[int, list[Plan]]:
     """Finds the largest batch that fits, by a straight line through the memory of two.
 
     Args:
@@ -109,6 +117,7 @@ def find_batch(config: Config, topology: Topology, batch: int | None = None) -> 
         topology: from `open_topology`, of known memory.
         batch: the larger of the two to compile; None: the configuration's. For TPUs it is rounded up to 256
             rows a device or more: their compiler fills up rows to multiples of 128.
+        say: as in `make_plan`.
 
     Returns:
         The batch, 0 if none fits, and the plans of the two compiled, the smaller first.
@@ -130,7 +139,7 @@ def find_batch(config: Config, topology: Topology, batch: int | None = None) -> 
     smaller = largest(larger // 2)
     if not smaller:
         raise InputError(f'--find-batch compiles a batch and one of half the size: {larger} has none')
-    plans = [make_plan(config, topology, size) for size in (smaller, larger)]
+    plans = [make_plan(config, topology, size, say) for size in (smaller, larger)]
     low, high = (plan.bytes_per_device for plan in plans)
     if high <= low:
         raise InputError(

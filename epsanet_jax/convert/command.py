@@ -103,11 +103,10 @@ def _check_destination(src: str, dst: str) -> None:
 def _settings(
     weights: pretrained.Weights, name: str | None, num_classes: int | None, src: str
 ) -> ModelConfig:
-    """Returns the network's settings: of the model named, or what was found or stored with the weights."""
+    """Returns the network's settings, found or stored with the weights, with the structure of `name`."""
     settings = model_config(weights.metadata['model'])
-    if name is not None:
-        psa_bias = settings.psa_bias and get_variant(name).middle == 'psa'
-        settings = ModelConfig(name=name, num_classes=settings.num_classes, psa_bias=psa_bias)
+    if name not in (None, settings.name):
+        settings = pretrained.renamed(settings, name)
     if num_classes is not None:
         settings = dataclasses.replace(settings, num_classes=num_classes)
     if not settings.num_classes:

@@ -13,7 +13,7 @@ from epsanet_jax.models.epsanet import EPSANet
 from epsanet_jax.models.zoo import VARIANTS
 
 _DEFAULT_REDUCTION = 16
-_STRUCTURE = ('layers', 'planes', 'expansion', 'kernels', 'groups')
+STRUCTURE = ('layers', 'planes', 'expansion', 'kernels', 'groups')
 
 
 def infer_settings(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,10 +64,10 @@ def _as_overrides(settings: dict[str, Any]) -> dict[str, Any]:
         )
 
     def distance(name: str) -> int:
-        return sum(getattr(candidates[name], f) != settings.get(f) for f in _STRUCTURE if f in settings)
+        return sum(getattr(candidates[name], f) != settings.get(f) for f in STRUCTURE if f in settings)
 
     name = min(candidates, key=distance)
-    own = {f for f in _STRUCTURE if getattr(candidates[name], f) == settings.get(f)} | {'middle', 'use_se'}
+    own = {f for f in STRUCTURE if getattr(candidates[name], f) == settings.get(f)} | {'middle', 'use_se'}
     return {'name': name, **{k: v for k, v in settings.items() if k not in own}}
 
 
@@ -83,7 +83,7 @@ def differences(settings: Mapping[str, Any], model: EPSANet) -> str:
         meant = model_from_settings(settings)
     except InputError:
         return ''
-    fields = ('middle', *_STRUCTURE, 'reduction', 'psa_bias', 'num_classes')
+    fields = ('middle', *STRUCTURE, 'reduction', 'psa_bias', 'num_classes')
     if meant.middle != 'psa':
         fields = ('middle', 'use_se', 'layers', 'planes', 'expansion', 'num_classes')
         fields = (*fields, 'reduction') if meant.use_se else fields

@@ -43,7 +43,7 @@ def open_source(data: DataConfig, split: str) -> Source:
             digits.prepare(data.dir or None)
         return sources.Tfds(data.name, split, data.dir or None)
     if '://' in data.dir:
-        raise InputError(f'--config.data.dir={data.dir} is not on a disk: mount the bucket, and name that folder')
+        raise InputError(f'--config.data.dir={data.dir} is not on a disk: mount the bucket, name that folder')
     folder = pathlib.Path(os.path.expanduser(data.dir))
     if data.source == 'records':
         return sources.Records(folder, split)
@@ -139,7 +139,7 @@ def evaluation_data(
         data_dir = data_dir or trained_on.dir
         return change(eval_split=split or trained_on.eval_split, dir=data_dir)
     if '://' in data:
-        raise InputError(f'--data={data} is not on a disk: mount the bucket, and name that folder')
+        raise InputError(f'--data={data} is not on a disk: mount the bucket, name that folder')
     folder = pathlib.Path(os.path.expanduser(data))
     if folder.is_dir():
         if data_dir:

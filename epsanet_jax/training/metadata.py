@@ -83,6 +83,8 @@ def check_metadata(metadata: Any, place: str) -> dict[str, Any]:
         if config is not None:
             validate_types(OptimizerConfig(**config['optimizer']), 'optimizer')
             validate_types(DataConfig(**config['data']), 'data')
+            if not 0 <= config['label_smoothing'] < 1:
+                raise InputError(f'label_smoothing must be in [0, 1), got {config["label_smoothing"]}')
         if metadata['model']['dtype'] not in DTYPES or metadata['model']['param_dtype'] not in DTYPES:
             raise InputError('unknown dtype')
     except (KeyError, TypeError, AttributeError, ValueError) as e:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from epsanet_jax.convert.files import Checkpoint, is_weights_file, read_checkpoint
-from epsanet_jax.convert.infer import infer_settings
+from epsanet_jax.convert.infer import STRUCTURE, infer_settings
 from epsanet_jax.convert.momentum import momentum_from_torch, momentum_to_torch, parse_sgd
 from epsanet_jax.convert.state_dict import from_torch, strip_prefix, to_torch
 from epsanet_jax.errors import InputError, some
@@ -47,7 +47,7 @@ def read(path: str, step: str = 'latest', model: ModelConfig | None = None, ema:
     Args:
         path: of the file or folder.
         step: which checkpoint of a workdir.
-        model: taken where the network cannot be found from the shapes of a weights file.
+        model: the network of a weights file that says nothing about it, instead of what its shapes say.
         ema: whether to take the moving averages where a run kept any; without the optimizer's state, which
             is not theirs.
 
@@ -59,7 +59,7 @@ def read(path: str, step: str = 'latest', model: ModelConfig | None = None, ema:
         return _from_orbax(loading.load(path, step, with_momentum=True, ema=ema))
     content = read_checkpoint(path)
     content = dataclasses.replace(content, state_dict=strip_prefix(content.state_dict))
-    if 'epsanet_jax' in content.metadata and model is None:
+    if 'epsanet_jax' in content.metadata:
         try:
             metadata = json.loads(content.metadata['epsanet_jax'])
         except (ValueError, RecursionError) as e:
@@ -71,6 +71,8 @@ def read(path: str, step: str = 'latest', model: ModelConfig | None = None, ema:
         if model is None:
             raise InputError(f'{path}: {e}') from e
         settings = model  # what does not fit it is then told name by name
+    if model is not None:
+        settings = renamed(settings, model.name)
     preprocessing = dataclasses.asdict(get_variant(settings.name).preprocessing)
     return Weights(content, make_metadata(settings, (), DataConfig(**preprocessing)))
 
@@ -87,6 +89,13 @@ def load(path: str, step: str = 'latest', ema: bool = True) -> loading.Loaded:
 def _check_choice(path: str, step: str, ema: bool) -> None:
     if is_weights_file(path) and (step != 'latest' or not ema):
         raise InputError(f'{path} holds one set of weights: no step and no moving averages to choose from')
+
+
+def renamed(settings: ModelConfig, name: str) -> ModelConfig:
+    """Returns settings with the structure of the network of that name."""
+    psa_bias = settings.psa_bias and get_variant(name).middle == 'psa'
+    structure = {field: getattr(ModelConfig(), field) for field in (*STRUCTURE, 'reduction')}
+    return dataclasses.replace(settings, name=name, psa_bias=psa_bias, **structure)
 
 
 def model_of(weights: Weights) -> EPSANet:

@@ -16,13 +16,13 @@ METRICS_FILE = 'metrics.jsonl'
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
-    """Returns the lines of a workdir's metrics.jsonl; a line cut off by a crash is left out."""
+    """Returns the lines of a workdir's metrics.jsonl; one cut off by a crash, or damaged, is left out."""
     path = workdir / METRICS_FILE
     lines = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             content = json.loads(line)
-        except json.JSONDecodeError:
+        except ValueError:  # no JSON, no UTF-8
             continue
         if isinstance(content, dict) and 'step' in content and 'split' in content:
             lines.append(content)

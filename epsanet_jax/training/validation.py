@@ -13,8 +13,13 @@ from epsanet_jax.models.epsanet import MIN_SIZE
 from epsanet_jax.training.config import DTYPES, Config, DataConfig, build_model, flatten, with_frozen_bn
 
 
-def validate(config: Config) -> None:
-    """Raises InputError, with the field and its value, if a run with this configuration cannot be."""
+def validate(config: Config, with_data: bool = True) -> None:
+    """Raises InputError, with the field and its value, if a run with this configuration cannot be.
+
+    Args:
+        config: of the run.
+        with_data: whether it must say where its pictures are.
+    """
     if not isinstance(config, Config):
         raise InputError(f'get_config() must return an epsanet_jax Config, got {type(config).__name__}')
     validate_types(config)
@@ -55,6 +60,8 @@ def validate(config: Config) -> None:
             f'vanish in {config.model.param_dtype}'
         )
     _validate_numbers(config)
+    if with_data:
+        _validate_place(config.data)
     _validate_data(config.data)
     build_model(config.model, config.model.num_classes or 1)
 
@@ -145,13 +152,16 @@ def _validate_numbers(config: Config) -> None:
         )
 
 
-def _validate_data(data: DataConfig) -> None:
+def _validate_place(data: DataConfig) -> None:
     if data.source in ('folder', 'records') and not data.dir:
         raise InputError(
             'config.data.dir must name a folder with the splits, got nothing: --config.data.dir=DIR'
         )
     if data.source == 'tfds' and not data.name:
         raise InputError("config.data.name must name a TFDS data set, as 'digits', got nothing")
+
+
+def _validate_data(data: DataConfig) -> None:
     for field in ('crop_scale', 'crop_ratio'):
         value = getattr(data, field)
         if len(value) != 2 or not 0 < value[0] <= value[1] or (field == 'crop_scale' and value[1] > 1):

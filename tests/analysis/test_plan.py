@@ -21,7 +21,7 @@ def get_config(bn_group='8'):
     model = ModelConfig(
         layers=(1,), planes=(16,), expansion=2, groups=(1, 1, 2, 4), reduction=4, bn_group=int(bn_group)
     )
-    data = DataConfig(dir='/nowhere', image_size=32, resize_size=32)
+    data = DataConfig(image_size=32, resize_size=32)
     return Config(batch_size=64, model=model, data=data)
 """
 
@@ -147,9 +147,9 @@ def test_an_all_reduce_goes_around_twice():
 )
 def test_what_cannot_be_planned_is_told_in_one_line(recipe, capsys, arguments, message):
     status, _, err = run(capsys, 'plan', f'--config={recipe}', *arguments)
-    assert status == 2
-    assert message in err.splitlines()[-1]
-    assert err.splitlines()[-1].startswith('error: ')
+    assert (status, err.count('\n')) == (2, 1)
+    assert message in err
+    assert err.startswith('error: ')
 
 
 def test_without_a_recipe_there_is_no_plan(capsys):
@@ -159,7 +159,6 @@ def test_without_a_recipe_there_is_no_plan(capsys):
 
 def test_the_batch_must_hold_whole_groups():
     config = Config(batch_size=64, model=ModelConfig(bn_group=48))
-    config.data.dir = '/nowhere'
     with pytest.raises(InputError, match='BatchNorm groups of 48'):
         plan.make_plan(config, topology.open_topology('cpu:8'))
 

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 
 from epsanet_jax import create_model
 from epsanet_jax.cli import main
-from epsanet_jax.convert import from_torch, read_checkpoint, to_torch, torch_model
-from epsanet_jax.training import loading
+from epsanet_jax.convert import files, from_torch, read_checkpoint, to_torch, torch_model
+from epsanet_jax.training import loading, pretrained
 from epsanet_jax.training.metadata import make_metadata
 
 NET = small.model()
@@ -202,6 +202,9 @@ def damaged_metadata():
         (('preprocessing', 'std'), [0.2, 0.0, 0.2]),
         (('class_names',), ['x'] * 8),
         (('config',), {'data': {}}),
+        (('config',), {'data': {}, 'optimizer': {}}),
+        (('config',), {'data': {}, 'optimizer': {}, 'label_smoothing': 'x'}),
+        (('config',), {'data': {}, 'optimizer': {}, 'label_smoothing': 1.5}),
     ):
         bad = copy.deepcopy(good)
         node = bad
@@ -372,6 +375,26 @@ def test_every_variant_there_and_back_with_logits_at_224_pixels(capsys, tmp_path
     assert back.keys() == twin.state_dict().keys()
     for key, value in twin.state_dict().items():
         assert torch.equal(back[key], value), key
+
+
+@pytest.mark.parametrize('kind', ['x.safetensors', 'orbax'])
+def test_naming_the_model_that_it_is_changes_nothing(capsys, tmp_path, kind):
+    from epsanet_jax.training.config import DataConfig, ModelConfig
+
+    settings = ModelConfig(**small.SETTINGS, output_stride=8, dtype='bfloat16')
+    names = [f'class {i}' for i in range(settings.num_classes)]
+    metadata = make_metadata(settings, names, DataConfig(image_size=32, resize_size=36))
+    source = tmp_path / kind
+    if kind == 'orbax':
+        loading.save_weights(str(source), VARIABLES, metadata)
+    else:
+        files.write_safetensors(str(source), to_torch(VARIABLES, NET), files.weights_metadata(metadata))
+    arguments = ('convert', source, tmp_path / 'y.safetensors', '--model', 'epsanet50_small')
+    assert run(capsys, *arguments)[0] == 0
+    kept = pretrained.read(str(tmp_path / 'y.safetensors')).metadata
+    assert {k: kept[k] for k in metadata} == json.loads(json.dumps(metadata))
+    # Another network keeps none of this one's structure, which is then told.
+    assert_refused(capsys, *arguments[:-1], 'epsanet101_small', part='the state dict does not fit the model')
 
 
 def test_what_pytorch_files_do_not_keep_is_said(capsys, tmp_path):

@@ -190,9 +190,7 @@ def test_exif_that_is_none_counts_as_upright(original, kind):
     expected = np.asarray(decode(plain))
     np.testing.assert_array_equal(np.asarray(decode(damaged)), expected)
     picture = Reduced(damaged, 1000)
-    np.testing.assert_array_equal(
-        np.asarray(picture.crop((0, 0, picture.width, picture.height))), expected
-    )
+    np.testing.assert_array_equal(np.asarray(picture.crop((0, 0, picture.width, picture.height))), expected)
 
 
 def test_a_large_jpeg_is_decoded_no_larger_than_the_crop_needs(original):

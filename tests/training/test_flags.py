@@ -77,6 +77,8 @@ def test_a_run_from_start_to_finish_and_again(recipe, tmp_path):
         (['--config.batch_size=-3'], ['config.batch_size must be at least 1, got -3']),
         (['batch_size=3'], ["unexpected argument 'batch_size=3'"]),
         (['--config.data.source=folder', '--config.data.dir=/no/such/place'], ['/no/such/place/train']),
+        (['--config.data.source=records', '--config.data.dir=gs://a/b'], ['gs://a/b is not on a disk']),
+        (['--config.data.source=records', '--config.data.dir=~nobody_here/b'], ['~nobody_here/b']),
         (['--config.model.num_classes=3'], ['10 classes', 'num_classes=3']),
     ],
 )

@@ -89,8 +89,9 @@ def test_curves_of_one_run_and_of_several(watched, tmp_path, capsys):
         assert len(picture.convert('RGB').getcolors(2**24)) > 10
     other = tmp_path / 'other'
     other.mkdir()
-    (other / 'metrics.jsonl').write_text(
-        '{"split": "train", "step": 1, "loss": 2.0, "top1": 0.1, "lr": 0.1}\n'
+    (other / 'metrics.jsonl').write_bytes(
+        b'{"split": "train", "step": 1, "loss": 2.0, "top1": 0.1, "lr": 0.1}\n'
+        b'{"split": "eval\xff", "step": 1}\n'
     )
     target = tmp_path / 'both.svg'
     status, out, _ = run(capsys, 'plot', f'{workdir}/', other, '--out', target)
