@@ -168,6 +168,7 @@ def plot(args: argparse.Namespace) -> None:
 
     remote = '://' in args.workdirs[0]
     out = args.out or ('curves.png' if remote else os.path.join(args.workdirs[0], 'curves.png'))
+    out = os.path.expanduser(out)
     for line in plot.plot(args.workdirs, out):
         print(line)
     print(f'written: {out}')

@@ -70,9 +70,10 @@ def make_plan(
     Raises:
         InputError: the configuration cannot be, or the batch does not divide.
     """
+    validate(config, with_data=False)
     if batch is not None:
         config = dataclasses.replace(config, batch_size=batch)
-    validate(config, with_data=False)
+        validate(config, with_data=False)
     devices = len(topology.devices)
     plan = functools.partial(Plan, config.model.name, topology.name, devices, config.batch_size)
     began = time.perf_counter()
@@ -125,6 +126,7 @@ def find_batch(
     Raises:
         InputError: the memory is not known, or the batch cannot be halved.
     """
+    validate(config, with_data=False)
     if topology.memory is None:
         raise InputError(f'--find-batch: the memory of {topology.name} is not known')
     unit = len(topology.devices) * config.gradient_accumulation_steps

@@ -1,5 +1,6 @@
 """Curves of one or several runs."""
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,8 @@ def plot(workdirs: Sequence[str], out: str) -> list[str]:
     except OSError as e:
         raise InputError(f'cannot write {out}: {one_line(e)}') from e
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it may not be there, nor its folder
+            temporary.unlink()
     return [f'{name}: {_summary(lines)}' for name, lines in runs.items()]
 
 

@@ -60,7 +60,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         InputError: there is no such file, it is of another kind or damaged, or it holds objects other than
             tensors and plain containers.
     """
-    path = os.fspath(path)
+    path = os.path.expanduser(path)
     if hub_folder.is_hub_folder(path):
         return _read_hub_folder(path)
     if not os.path.isfile(path):

@@ -14,7 +14,7 @@ CARD = 'README.md'
 
 def is_hub_folder(path: str | os.PathLike[str]) -> bool:
     """Whether the path is a folder with weights under the Hub's name."""
-    return os.path.isfile(os.path.join(os.fspath(path), WEIGHTS))
+    return os.path.isfile(os.path.join(os.path.expanduser(path), WEIGHTS))
 
 
 def to_config(metadata: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ class names, preprocessing, configuration, package version.
 
 import contextlib
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Self
@@ -20,10 +21,19 @@ from epsanet_jax.errors import InputError, Interrupted, TrainingError, one_line
 from epsanet_jax.training import distributed
 from epsanet_jax.training.metrics import best_by
 from epsanet_jax.training.one_error import OneError
+from epsanet_jax.training.report import write_whole
 from epsanet_jax.training.state import TrainState
 
 FOLDER = 'checkpoints'
 DAMAGED = 'checkpoints-damaged'
+
+
+def has_checkpoint(workdir: epath.Path) -> bool:
+    """Whether a workdir holds a complete checkpoint; in a bucket one may be there that is not."""
+    folder = workdir / FOLDER
+    return folder.is_dir() and any(
+        entry.name.isdigit() and ocp.utils.is_checkpoint_finalized(entry) for entry in folder.iterdir()
+    )
 
 
 class Checkpoints:
@@ -68,9 +78,9 @@ class Checkpoints:
         """
         step = int(state.step)
         if step == self.latest_step:
-            if not metrics or self._manager.metrics(step) or len(self._manager.all_steps()) < 2:
-                return
-            self._manager.delete(step)  # to be written anew, with the metrics of an evaluation made late
+            if metrics and not self._manager.metrics(step):
+                self._add_metrics(step, metrics)
+            return
         items = {
             'model': ocp.args.StandardSave(state.variables),
             'optimizer': ocp.args.StandardSave({'step': state.step, 'state': state.opt_state}),
@@ -80,6 +90,15 @@ class Checkpoints:
             items['ema'] = ocp.args.StandardSave(state.ema)
         with self._saving():
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or {})
+
+    def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds those of an evaluation made late, by which the best checkpoint is kept."""
+        with self._saving():
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:  # the file that Orbax wrote without any
+                write_whole(self._manager.directory / str(step) / 'metrics' / 'metrics', json.dumps(metrics))
+        distributed.barrier('the metrics of a checkpoint are added')
+        self._manager.reload()
 
     def check(self) -> None:
         """Raises TrainingError if what was to be written in the background could not be."""

@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from epsanet_jax.data import pipeline
+from epsanet_jax.data.decode import BadImageError
 from epsanet_jax.data.sources import Source
-from epsanet_jax.errors import InputError, Interrupted
+from epsanet_jax.errors import Interrupted
 from epsanet_jax.training import inputs, metrics
 from epsanet_jax.training.config import DataConfig
 
@@ -38,7 +39,7 @@ def evaluate(
         stop: whether this process asks to give up.
 
     Raises:
-        InputError: a picture cannot be decoded (`data.on_bad` 'stop'), or none can.
+        BadImageError: a picture cannot be decoded (`data.on_bad` 'stop'), too many cannot, or none can.
         Interrupted: a process asked to give up; all of them do, at the same batch.
     """
     requests = None if stop is None else lambda: (stop(),)
@@ -58,10 +59,10 @@ def evaluate(
     counted = jax.device_get(sums)
     added = {k: sum(float(s[k]) for s in counted) for k in counted[0] if k != 'requests'}
     if not added['count']:
-        raise InputError(f'none of the {len(source)} pictures to evaluate can be decoded')
+        raise BadImageError(f'none of the {len(source)} pictures to evaluate can be decoded')
     skipped = len(source) - round(added['count'])  # by all processes
     if skipped > data.max_bad_images:
-        raise InputError(
+        raise BadImageError(
             f'{skipped} pictures to evaluate cannot be decoded, more than '
             f'config.data.max_bad_images={data.max_bad_images}'
         )

@@ -1,6 +1,7 @@
 """Events for TensorBoard."""
 
 import os
+import time
 from typing import Any
 
 from etils import epath
@@ -23,20 +24,36 @@ class Events:
     """
 
     def __init__(self, workdir: epath.Path, step: int):
-        from tensorboardX import SummaryWriter  # imports torch, where there is one: seconds
+        # Not its SummaryWriter: that writes in a thread, and waits for it for ever when the disk is full.
+        # Imports torch, where there is one: seconds.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import SessionLog
 
         # Files are told apart, and put in order, by the second and then by this.
         suffix = f'.{step:09}.{os.getpid()}'
+        folder = workdir / FOLDER
         try:
-            self._writer = SummaryWriter(str(workdir / FOLDER), purge_step=step + 1, filename_suffix=suffix)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._writer = EventsWriter(str(folder / 'events'), suffix)
+            # Earlier events of this step and later ones are left out.
+            self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
+            self.flush()
         except OSError as e:
-            raise InputError(f'cannot write to {workdir / FOLDER}: {e.strerror or e}') from e
+            raise InputError(f'cannot write to {folder}: {e.strerror or e}') from e
 
     def write(self, line: dict[str, Any]) -> None:
         """Writes the numbers of a line, under their names."""
+        from tensorboardX.summary import scalar
+
         for name, value in line.items():
             if name not in _UNDRAWN and value is not None:
-                self._writer.add_scalar(f'{line["split"]}/{name}', value, line['step'])
+                self._add(line['step'], summary=scalar(f'{line["split"]}/{name}', value))
+        self.flush()
+
+    def _add(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
+        self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def flush(self) -> None:
         """Puts everything onto the disk."""

@@ -34,7 +34,7 @@ def train(config: Config, workdir: str) -> Result:
 
     Raises:
         InputError: the configuration, the data or the workdir will not do.
-        TrainingError: the loss is not finite, or a checkpoint cannot be written.
+        TrainingError: the loss is not finite, or a checkpoint or the metrics cannot be written.
         Interrupted: SIGTERM or SIGINT came, and what was done is saved.
     """
     with StopSignals() as signals:
@@ -114,11 +114,14 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
             report.advance()
             if step % config.log_every_steps == 0 or step == run.total_steps:
                 window.write(step)
+        report.flush()
     except BadImageError as e:
         if step and jax.process_count() == 1:  # costs none of the steps made; others know nothing of it yet
             window.collect()
             save(None)
-        mend = 'remove it, or set --config.data.on_bad=skip' if data.on_bad == 'stop' else 'look at the data'
+        mend = 'look at the data'
+        if data.on_bad == 'stop':  # a name more or less would be another run
+            mend = 'mend it under its name, or set --config.data.on_bad=skip'
         place = f'step {step}' if jax.process_count() == 1 else 'its last checkpoint'
         raise InputError(f'{e}; {mend}; the run continues at {place}') from e
     finally:

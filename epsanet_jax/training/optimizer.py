@@ -116,9 +116,18 @@ def make_schedule(
             falling = 1 - progress if config.name == 'linear' else 0.5 * (1 + jnp.cos(jnp.pi * progress))
             rate = lr * (config.end_factor + (1 - config.end_factor) * falling)
         elif config.name == 'step':
-            rate = lr * config.step_factor ** jnp.floor(step / (config.step_epochs * steps_per_epoch))
+            rate = lr * config.step_factor ** _periods(step, config.step_epochs * steps_per_epoch)
         else:
             rate = jnp.full((), lr, step.dtype)
         return jnp.where(step < warmup, lr * (step + 1) / max(1, warmup), rate)
 
     return schedule
+
+
+def _periods(step: jax.Array, period: float) -> jax.Array:
+    """Returns how many whole periods lie before a step.
+
+    Compiled programs divide by multiplying with the reciprocal, and 330 * (1 / 330) is below 1 in float32.
+    """
+    count = jnp.floor(step / period)
+    return count + (step >= (count + 1) * period) - (step < count * period)

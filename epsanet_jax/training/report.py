@@ -1,14 +1,17 @@
 """What a run tells: metrics.jsonl, and lines or a progress bar on the console."""
 
+import contextlib
 import datetime
 import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 from etils import epath
 from tqdm import tqdm
 
+from epsanet_jax.errors import TrainingError, one_line
 from epsanet_jax.training.events import Events
 from epsanet_jax.training.paths import is_remote
 
@@ -32,8 +35,13 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
 def write_whole(path: epath.Path, text: str) -> None:
     """Writes a file under a temporary name and renames it."""
     temporary = path.parent / f'{path.name}.tmp'
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def say(text: str) -> None:
@@ -132,10 +140,11 @@ class Report:
 
     def flush(self) -> None:
         """Writes metrics.jsonl whole."""
-        if self._active:
-            write_whole(self._path, ''.join(json.dumps(line) + '\n' for line in self.lines))
-        if self._events is not None:
-            self._events.flush()
+        with self._writing():
+            if self._active:
+                write_whole(self._path, ''.join(json.dumps(line) + '\n' for line in self.lines))
+            if self._events is not None:
+                self._events.flush()
 
     def before_checkpoint(self) -> None:
         """Writes metrics.jsonl where lines are not appended: a run goes on after those of its checkpoint."""
@@ -143,19 +152,32 @@ class Report:
             self.flush()
 
     def close(self) -> None:
-        """Ends the progress bar and writes metrics.jsonl whole."""
+        """Ends the progress bar and writes what is left, if it can; `flush` says that it cannot."""
         self._bar.close()
-        self.flush()
+        with contextlib.suppress(TrainingError):
+            self.flush()
         if self._events is not None:
-            self._events.close()
+            with contextlib.suppress(OSError):
+                self._events.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise TrainingError(
+                f'cannot write metrics to {self._path.parent}: {one_line(e)}; make room or give permission: '
+                'the same command continues at the last checkpoint'
+            ) from e
 
     def _write(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
-        if self._events is not None:
-            self._events.write(line)
-        if self._active and self._local:
-            with self._path.open('a') as f:
-                f.write(json.dumps(line) + '\n')
+        with self._writing():
+            if self._events is not None:
+                self._events.write(line)
+            if self._active and self._local:
+                with self._path.open('a') as f:
+                    f.write(json.dumps(line) + '\n')
 
 
 def describe(means: dict[str, float]) -> str:

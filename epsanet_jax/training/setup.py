@@ -18,7 +18,7 @@ from epsanet_jax.data.sources import Source
 from epsanet_jax.errors import InputError, one_line
 from epsanet_jax.models.epsanet import MIN_SIZE, EPSANet
 from epsanet_jax.training import distributed, inputs, parallel, pretrained
-from epsanet_jax.training.checkpoint import FOLDER
+from epsanet_jax.training.checkpoint import has_checkpoint
 from epsanet_jax.training.config import (
     Config,
     build_model,
@@ -212,7 +212,7 @@ def _read_weights(config: Config, workdir: epath.Path) -> tuple[Weights | None, 
     """
     if not config.init_from:
         return None, None
-    if _has_checkpoint(workdir):
+    if has_checkpoint(workdir):
         start = json.loads((workdir / CONFIG_FILE).read_text()).get('start')
         return None, None if start is None else Start(**start)
     # Momentum is of the weights themselves; files hold one set of weights.
@@ -223,11 +223,6 @@ def _read_weights(config: Config, workdir: epath.Path) -> tuple[Weights | None, 
     if weights.no_optimizer:
         raise InputError(f'--config.init_optimizer: no state of {config.init_from}: {weights.no_optimizer}')
     return weights, pretrained.read_start(weights.content, config.init_from, config.optimizer)
-
-
-def _has_checkpoint(workdir: epath.Path) -> bool:
-    folder = workdir / FOLDER
-    return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
 
 
 def _peak(
@@ -275,17 +270,17 @@ def _check_identity(workdir: epath.Path, fields: dict[str, Any]) -> None:
     """Raises InputError if the workdir holds another run."""
     path = workdir / CONFIG_FILE
     if not path.exists():
-        if _has_checkpoint(workdir):
+        if has_checkpoint(workdir):
             raise InputError(f'{workdir} holds checkpoints but no {CONFIG_FILE}; choose another --workdir')
         return
-    if not _has_checkpoint(workdir):
-        return  # a run that was given up before its first checkpoint left nothing to protect
     try:
         # A field that an older version did not have was at what is now its default.
         old = {**flatten(Config()), **json.loads(path.read_text())['identity']}
-        known = sorted(fields)
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f'{path} is not the {CONFIG_FILE} of a run; choose another --workdir') from e
+    if not has_checkpoint(workdir):
+        return  # a run that was given up before its first checkpoint left nothing to protect
+    known = sorted(fields)
     differing = [f'{k}: {old.get(k)!r} -> {fields.get(k)!r}' for k in known if old.get(k) != fields.get(k)]
     if differing:
         raise InputError(

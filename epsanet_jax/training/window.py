@@ -103,9 +103,9 @@ class Window:
             lr=self._run.learning_rate(step - 1),
             **speed,
         )
-        self._tell_of_bad_pictures()
         self.sums = {}
         self._restart_clock()
+        self._tell_of_bad_pictures()
 
     @contextlib.contextmanager
     def pause(self) -> Iterator[None]:

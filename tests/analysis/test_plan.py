@@ -143,6 +143,10 @@ def test_an_all_reduce_goes_around_twice():
         (['--topology=cpu:8', '--config.optimizer.lrr=1'], "did you mean 'optimizer.lr'"),
         (['--topology=cpu:8', '--lr=1'], 'unrecognized arguments: --lr=1'),
         (['--topology=cpu:8', '--find-batch', '--batch=8'], 'one of half the size: 8 has none'),
+        (
+            ['--topology=cpu:8', '--find-batch', '--config.gradient_accumulation_steps=0'],
+            'gradient_accumulation_steps must be at least 1, got 0',
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_told_in_one_line(recipe, capsys, arguments, message):
@@ -150,6 +154,12 @@ def test_what_cannot_be_planned_is_told_in_one_line(recipe, capsys, arguments, m
     assert (status, err.count('\n')) == (2, 1)
     assert message in err
     assert err.startswith('error: ')
+
+
+def test_a_recipe_that_is_none_is_told_in_one_line(tmp_path, capsys):
+    (tmp_path / 'dict.py').write_text('def get_config():\n    return {}')
+    status, _, err = run(capsys, 'plan', f'--config={tmp_path}/dict.py', '--topology=cpu:8', '--batch=64')
+    assert (status, err) == (2, 'error: get_config() must return an epsanet_jax Config, got dict\n')
 
 
 def test_without_a_recipe_there_is_no_plan(capsys):

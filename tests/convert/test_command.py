@@ -65,6 +65,12 @@ def test_weights_are_found_wherever_training_scripts_put_them(tmp_path, content,
     chex.assert_trees_all_equal(from_torch(read_checkpoint(path).state_dict, NET), VARIABLES)
 
 
+def test_a_path_may_begin_at_home(saved, monkeypatch):
+    monkeypatch.setenv('HOME', str(saved.parent))
+    assert read_checkpoint(f'~/{saved.name}').epoch == 31
+    assert pretrained.read(f'~/{saved.name}').content.epoch == 31
+
+
 def test_what_the_reference_saves_besides_weights(saved):
     read = read_checkpoint(saved)
     assert (read.epoch, read.arch, read.best_prec1, read.optimizer) == (31, 'epsanet50', 12.5, None)

@@ -182,6 +182,26 @@ def test_a_disk_without_room_ends_the_run_with_one_line_and_loses_nothing(tiny, 
     chex.assert_trees_all_equal(saved_state(tmp_path, 7), before)
 
 
+@pytest.mark.parametrize('tensorboard', [False, True])
+def test_metrics_without_room_end_the_run_with_one_line_and_it_continues(tiny, tmp_path, tensorboard):
+    more = (
+        '--config.steps=60',
+        '--config.log_every_steps=1',
+        '--config.eval_every_epochs=0',
+        '--config.checkpoint.every_steps=0',
+        f'--config.tensorboard={tensorboard}',
+    )
+    full = ('bash', '-c', 'ulimit -f 8; exec "$@"', 'bash')
+    no_cache = {'JAX_ENABLE_COMPILATION_CACHE': '0'}
+    process = start(tiny, tmp_path / 'full', *more, settings=no_cache, prefix=full)
+    _, err = finish(process, status=1)
+    assert err.startswith(f'error: cannot write metrics to {tmp_path}')
+    assert err.count('\n') == 1, err
+    finish(start(tiny, tmp_path / 'full', *more))
+    finish(start(tiny, tmp_path / 'whole', *more))
+    assert_equal_runs(tmp_path / 'full', tmp_path / 'whole', 60)
+
+
 def kill_at_random(config, workdir, kills, seed, *arguments):
     """Kills a recipe by SIGTERM or SIGKILL that many times and lets it end; returns what was sent when.
 

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from epsanet_jax import InputError
-from epsanet_jax.errors import TrainingError
-from epsanet_jax.training import inputs, loop
+from epsanet_jax.errors import Interrupted, TrainingError
+from epsanet_jax.training import checkpoint, inputs, loop
 from epsanet_jax.training.config import (
     CheckpointConfig,
     Config,
@@ -216,6 +216,26 @@ def test_the_latest_and_the_best_are_kept(tmp_path, monkeypatch):
     assert result.best['step'] == 2
 
 
+def test_the_best_is_kept_though_its_evaluation_came_late(tmp_path, monkeypatch):
+    scores = iter([0.9, 0.3, 0.2, 0.2, 0.2, 0.2])
+    original = loop.evaluate
+    config = recipe(checkpoint=CheckpointConfig(every_minutes=0, keep=2), eval_every_epochs=0.05)
+    with monkeypatch.context() as patch:
+
+        def interrupted(*args, **kwargs):
+            raise Interrupted
+
+        patch.setattr(loop, 'evaluate', interrupted)
+        with pytest.raises(Interrupted):
+            loop.train(config, str(tmp_path))
+    monkeypatch.setattr(loop, 'evaluate', lambda *a, **k: {**original(*a, **k), 'top1': next(scores)})
+    result = loop.train(config, str(tmp_path))
+    first = result.best['step']
+    assert result.best['top1'] == 0.9
+    assert sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir()) == [first, 5, 6]
+    assert load(str(tmp_path), 'best').step == first
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_at_that_step(tmp_path):
     config = recipe(optimizer=OptimizerConfig(lr=1e30), schedule=ScheduleConfig(name='constant'))
     with pytest.raises(TrainingError, match=r'the loss is (nan|inf|not finite) at step [2-6]'):
@@ -313,6 +333,27 @@ def test_a_bad_picture_stops_the_run_and_costs_no_step(bad_folder):
     assert (result.last['examples'], result.last['skipped']) == (4, 1)
 
 
+def test_too_many_bad_pictures_to_evaluate_cost_no_step(bad_folder):
+    config, path = bad_folder
+    config.data.on_bad, config.data.max_bad_images = 'skip', 0
+    with pytest.raises(InputError, match=r'1 pictures to evaluate cannot .* continues at step 2'):
+        loop.train(config, str(path / 'run'))
+    assert load(str(path / 'run')).step == 2
+
+
+def test_what_a_bad_picture_asks_for_makes_the_run_continue(bad_folder):
+    config, path = bad_folder
+    picture = path / 'data/train/a/4.png'
+    whole = picture.read_bytes()
+    (path / 'data/val/b/3.png').write_bytes(whole)
+    picture.write_bytes(b'no picture')
+    config.steps = 4
+    with pytest.raises(InputError, match='a/4.png: cannot decode.*; mend it under its name, or set'):
+        loop.train(config, str(path / 'run'))
+    picture.write_bytes(whole)
+    assert loop.train(config, str(path / 'run')).step == 4
+
+
 def test_bad_pictures_skipped_in_training_are_named_and_counted(bad_folder, capsys):
     config, path = bad_folder
     (path / 'data/train/a/4.png').write_bytes(b'no picture')
@@ -329,10 +370,19 @@ def test_too_many_bad_pictures_stop_the_run(bad_folder):
     for name in ('a/0.png', 'a/4.png', 'b/1.png'):
         (path / 'data/train' / name).write_bytes(b'no picture')
     config.data.on_bad, config.data.max_bad_images, config.steps = 'skip', 2, 4
+    config.log_every_steps = 1
     with pytest.raises(
         InputError, match=r'3 pictures cannot .* config.data.max_bad_images=2; look at the data'
     ):
         loop.train(config, str(path / 'run'))
+    config.data.max_bad_images = 3
+    loop.train(config, str(path / 'run'))
+    loop.train(config, str(path / 'whole'))
+    shown = [
+        [(x['step'], x['loss']) for x in lines(path / name) if x['split'] == 'train']
+        for name in ('run', 'whole')
+    ]
+    assert shown[0] == shown[1]
 
 
 def test_splits_with_different_classes_are_refused(bad_folder):
@@ -340,6 +390,21 @@ def test_splits_with_different_classes_are_refused(bad_folder):
     (path / 'data/val/b').rename(path / 'data/val/c')
     with pytest.raises(InputError, match=r'have different classes: b, c'):
         loop.train(config, str(path / 'run'))
+
+
+@pytest.mark.parametrize('content', ['{"architectures": ["EPSANet"]}', 'no json', '[]'])
+def test_a_config_of_something_else_is_not_written_over(tmp_path, content):
+    (tmp_path / 'config.json').write_text(content)
+    with pytest.raises(InputError, match='config.json is not the config.json of a run; choose another'):
+        loop.train(recipe(), str(tmp_path))
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [('config.json', content)]
+
+
+def test_a_checkpoint_that_is_not_complete_is_none(tmp_path, monkeypatch):
+    (tmp_path / 'checkpoints' / '3').mkdir(parents=True)
+    assert checkpoint.has_checkpoint(tmp_path)
+    monkeypatch.setattr('orbax.checkpoint.utils.is_checkpoint_finalized', lambda path: False)
+    assert not checkpoint.has_checkpoint(tmp_path)
 
 
 def test_a_workdir_that_cannot_be_is_refused(tmp_path):

@@ -1,5 +1,7 @@
 """Optimizers against PyTorch's and against their formulas, schedules at their corners, frozen parameters."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,6 +154,17 @@ def test_frozen_parameters_stay_as_they_are(rng, name):
 def test_a_pattern_that_freezes_nothing_or_everything_is_refused(rng, pattern, message):
     with pytest.raises(InputError, match=message):
         frozen_mask(params_and_targets(rng)[0], pattern)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'float64'])
+def test_the_compiled_step_decays_when_it_is_due(dtype):
+    for period in (41, 47, 49, 55, 107, 330, 2.5):
+        config = ScheduleConfig('step', warmup_epochs=0, step_epochs=1, step_factor=0.5)
+        with jax.enable_x64(dtype == 'float64'):
+            rate = jax.jit(make_schedule(config, 1.0, 10**4, period))
+            due = [math.ceil(k * period) for k in (1, 2, 3)]
+            rates = [float(rate(jnp.int32(step))) for k in due for step in (k - 1, k)]
+        assert rates == [1, 0.5, 0.5, 0.25, 0.25, 0.125], period
 
 
 def test_schedules_at_their_corners():

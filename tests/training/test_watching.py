@@ -107,6 +107,7 @@ def test_curves_of_one_run_and_of_several(watched, tmp_path, capsys):
         (['nowhere'], 'nowhere holds no metrics.jsonl with metrics of a run'),
         (['{workdir}', '--out', 'curves.gif'], '--out must end with .png, .svg, .pdf, got curves.gif'),
         (['{workdir}', '--out', 'no/such/folder.png'], 'cannot write no/such/folder.png'),
+        (['{workdir}', '--out', '{workdir}/metrics.jsonl/x.png'], 'metrics.jsonl/x.png'),
     ],
 )
 def test_curves_that_cannot_be_drawn(watched, capsys, arguments, message):
