@@ -90,7 +90,7 @@ def from_pretrained(folder_or_repository: str | os.PathLike[str], revision: str 
     from epsanet_jax.convert.hub_folder import WEIGHTS, is_hub_folder
     from epsanet_jax.training import pretrained
 
-    folder = os.fspath(folder_or_repository)
+    folder = os.path.expanduser(folder_or_repository)
     if not os.path.isdir(folder):
         folder = _download(folder, revision)
     if not is_hub_folder(folder):

@@ -29,6 +29,14 @@ def saved(tmp_path):
     return tmp_path / 'net'
 
 
+def test_a_folder_may_begin_at_home(saved, monkeypatch):
+    monkeypatch.setenv('HOME', str(saved.parent))
+    assert (
+        epsanet_jax.from_pretrained(f'~/{saved.name}').class_names
+        == epsanet_jax.from_pretrained(saved).class_names
+    )
+
+
 def test_there_and_back_again(saved):
     net = epsanet_jax.from_pretrained(saved)
     assert net.model == NET

@@ -1,7 +1,5 @@
 """Curves of one or several runs."""
 
-import contextlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,8 @@ from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from epsanet_jax.errors import InputError, one_line
+from epsanet_jax.convert.files import write_atomically
+from epsanet_jax.errors import InputError
 from epsanet_jax.training.metrics import best_by
 from epsanet_jax.training.paths import resolve
 from epsanet_jax.training.report import METRICS_FILE, read_metrics
@@ -38,16 +37,9 @@ def plot(workdirs: Sequence[str], out: str) -> list[str]:
         raise InputError(f'--out must end with {", ".join(SUFFIXES)}, got {out}')
     runs = {_name(workdir, workdirs): _read(workdir) for workdir in workdirs}
     figure = draw(runs)
-    temporary = Path(f'{out}.tmp-{os.getpid()}')
-    try:
-        with matplotlib.rc_context({'svg.fonttype': 'none'}):  # text, not its outlines
-            figure.savefig(temporary, dpi=130, format=Path(out).suffix[1:].lower())
-        temporary.replace(out)
-    except OSError as e:
-        raise InputError(f'cannot write {out}: {one_line(e)}') from e
-    finally:
-        with contextlib.suppress(OSError):  # it may not be there, nor its folder
-            temporary.unlink()
+    kind = Path(out).suffix[1:].lower()
+    with matplotlib.rc_context({'svg.fonttype': 'none'}):  # text, not its outlines
+        write_atomically(out, lambda temporary: figure.savefig(temporary, dpi=130, format=kind))
     return [f'{name}: {_summary(lines)}' for name, lines in runs.items()]
 
 

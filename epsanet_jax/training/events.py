@@ -37,28 +37,24 @@ class Events:
             self._writer = EventsWriter(str(folder / 'events'), suffix)
             # Earlier events of this step and later ones are left out.
             self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
-            self.flush()
+            self._writer.flush()
         except OSError as e:
             raise InputError(f'cannot write to {folder}: {e.strerror or e}') from e
 
     def write(self, line: dict[str, Any]) -> None:
-        """Writes the numbers of a line, under their names."""
+        """Writes the numbers of a line, under their names, onto the disk."""
         from tensorboardX.summary import scalar
 
         for name, value in line.items():
             if name not in _UNDRAWN and value is not None:
                 self._add(line['step'], summary=scalar(f'{line["split"]}/{name}', value))
-        self.flush()
+        self._writer.flush()
 
     def _add(self, step: int, **content: Any) -> None:
         from tensorboardX.proto.event_pb2 import Event
 
         self._writer.write_event(Event(wall_time=time.time(), step=step, **content))
 
-    def flush(self) -> None:
-        """Puts everything onto the disk."""
-        self._writer.flush()
-
     def close(self) -> None:
-        """Writes what is left."""
+        """Closes the file."""
         self._writer.close()

@@ -25,6 +25,7 @@ from epsanet_jax.data.transforms import (
 from epsanet_jax.errors import InputError, some
 from epsanet_jax.training import parallel
 from epsanet_jax.training.config import Config, DataConfig
+from epsanet_jax.training.paths import is_remote
 
 
 def open_source(data: DataConfig, split: str) -> Source:
@@ -42,14 +43,18 @@ def open_source(data: DataConfig, split: str) -> Source:
 
             digits.prepare(data.dir or None)
         return sources.Tfds(data.name, split, data.dir or None)
-    if '://' in data.dir:
-        raise InputError(f'--config.data.dir={data.dir} is not on a disk: mount the bucket, name that folder')
-    folder = pathlib.Path(os.path.expanduser(data.dir))
+    folder = _on_a_disk(data.dir, '--config.data.dir')
     if data.source == 'records':
         return sources.Records(folder, split)
     if sources.is_prepared(folder):
         raise InputError(f'{folder} holds prepared records: set --config.data.source=records')
     return sources.ImageFolder(folder / split)
+
+
+def _on_a_disk(path: str, option: str) -> pathlib.Path:
+    if is_remote(path):
+        raise InputError(f'{option}={path} is not on a disk: mount the bucket, name that folder')
+    return pathlib.Path(os.path.expanduser(path))
 
 
 def open_splits(data: DataConfig) -> tuple[Source, Source]:
@@ -138,9 +143,7 @@ def evaluation_data(
     if data is None or (trained_on.source == 'tfds' and data == trained_on.name):
         data_dir = data_dir or trained_on.dir
         return change(eval_split=split or trained_on.eval_split, dir=data_dir)
-    if '://' in data:
-        raise InputError(f'--data={data} is not on a disk: mount the bucket, name that folder')
-    folder = pathlib.Path(os.path.expanduser(data))
+    folder = _on_a_disk(data, '--data')
     if folder.is_dir():
         if data_dir:
             raise InputError(f'--data-dir is for TFDS data sets, {data} is a folder')

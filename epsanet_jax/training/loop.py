@@ -59,7 +59,7 @@ def _finished(run: Run, latest_step: int | None) -> bool:
 
 def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
     """Trains from the newest checkpoint, or from nothing, to the end."""
-    config, data = run.config, run.config.data
+    config = run.config
     state, sums = _initial_state(run, checkpoints)
     step = int(state.step)
     report = Report(run.workdir, step, run.total_steps, config.tensorboard)
@@ -119,16 +119,20 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
         if step and jax.process_count() == 1:  # costs none of the steps made; others know nothing of it yet
             window.collect()
             save(None)
-        mend = 'look at the data'
-        if data.on_bad == 'stop':  # a name more or less would be another run
-            mend = 'mend it under its name, or set --config.data.on_bad=skip'
-        place = f'step {step}' if jax.process_count() == 1 else 'its last checkpoint'
-        raise InputError(f'{e}; {mend}; the run continues at {place}') from e
+        raise InputError(_advice(e, config.data.on_bad, step)) from e
     finally:
         profiler.close()
         window.close()
         feed.close()
         report.close()
+
+
+def _advice(error: BadImageError, on_bad: str, step: int) -> str:
+    mend = 'look at the data'
+    if on_bad == 'stop':  # a name more or less would be another run
+        mend = 'mend it under its name, or set --config.data.on_bad=skip'
+    place = f'step {step}' if jax.process_count() == 1 else 'its last checkpoint'
+    return f'{error}; {mend}; the run continues at {place}'
 
 
 def _compile(run: Run, state: TrainState) -> tuple[Any, Any]:

@@ -140,11 +140,9 @@ class Report:
 
     def flush(self) -> None:
         """Writes metrics.jsonl whole."""
-        with self._writing():
-            if self._active:
+        if self._active:
+            with self._writing():
                 write_whole(self._path, ''.join(json.dumps(line) + '\n' for line in self.lines))
-            if self._events is not None:
-                self._events.flush()
 
     def before_checkpoint(self) -> None:
         """Writes metrics.jsonl where lines are not appended: a run goes on after those of its checkpoint."""

@@ -166,15 +166,19 @@ def test_during_compilation_a_signal_ends_the_process_at_once(tiny, tmp_path):
     assert not any((tmp_path / 'run' / 'checkpoints').iterdir())
 
 
+def start_without_room(kibibytes, *arguments):
+    """Starts a run in which writing beyond so many KiB of a file fails, as on a full disk."""
+    full = ('bash', '-c', f'ulimit -f {kibibytes}; exec "$@"', 'bash')
+    return start(*arguments, settings={'JAX_ENABLE_COMPILATION_CACHE': '0'}, prefix=full)
+
+
 def test_a_disk_without_room_ends_the_run_with_one_line_and_loses_nothing(tiny, tmp_path):
     arguments = ('--config.steps=7', '--config.eval_every_epochs=0')
     finish(start(tiny, tmp_path, *arguments))
     before = saved_state(tmp_path, 7)
 
     more = ('--config.steps=30', '--config.eval_every_epochs=0')
-    no_cache = {'JAX_ENABLE_COMPILATION_CACHE': '0'}
-    full = ('bash', '-c', 'ulimit -f 16; exec "$@"', 'bash')  # writing beyond 16 KiB fails, as on a full disk
-    process = start(tiny, tmp_path, *more, settings=no_cache, prefix=full)
+    process = start_without_room(16, tiny, tmp_path, *more)
     _, err = finish(process, status=1)
     assert err.startswith(f'error: cannot write a checkpoint to {tmp_path}')
     assert 'the same command continues' in err
@@ -191,9 +195,7 @@ def test_metrics_without_room_end_the_run_with_one_line_and_it_continues(tiny, t
         '--config.checkpoint.every_steps=0',
         f'--config.tensorboard={tensorboard}',
     )
-    full = ('bash', '-c', 'ulimit -f 8; exec "$@"', 'bash')
-    no_cache = {'JAX_ENABLE_COMPILATION_CACHE': '0'}
-    process = start(tiny, tmp_path / 'full', *more, settings=no_cache, prefix=full)
+    process = start_without_room(8, tiny, tmp_path / 'full', *more)
     _, err = finish(process, status=1)
     assert err.startswith(f'error: cannot write metrics to {tmp_path}')
     assert err.count('\n') == 1, err
