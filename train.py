@@ -5,7 +5,7 @@ import jax
 from epsanet_jax.training import flags, loop
 from epsanet_jax.training.compilation import use_persistent_cache
 from epsanet_jax.training.config import Config
-from epsanet_jax.training.memory import allocate_in_main_thread
+from epsanet_jax.training.malloc import allocate_in_main_thread
 
 
 def main(config: Config, workdir: str) -> None:

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from epsanet_jax.analysis import hlo
 from epsanet_jax.models import create_model
 from epsanet_jax.models.epsanet import STEM_WIDTH, EPSABlock, EPSANet
-from epsanet_jax.training import parallel, steps
+from epsanet_jax.training import sharding, steps
 from epsanet_jax.training.config import DataConfig, OptimizerConfig
 from epsanet_jax.training.optimizer import make_optimizer
 from epsanet_jax.training.state import create_state
@@ -81,7 +81,7 @@ def _versions() -> dict[str, str]:
 def step_cost(model: EPSANet, devices: list[Any], args: argparse.Namespace) -> dict[str, Any]:
     """Returns the cost of the training step over all devices, BatchNorm over the whole batch."""
     batch = args.batch_per_chip * len(devices)
-    mesh = parallel.make_mesh(batch, None, devices)
+    mesh = sharding.make_mesh(batch, None, devices)
     optimizer = make_optimizer(OptimizerConfig(), lambda step: 0.1)
     step: Any = steps.make_train_step(model, optimizer, mesh, smoothing=0.1, mean=DATA.mean, std=DATA.std)
     state = jax.eval_shape(lambda key: create_state(model, optimizer, key, 64), jax.random.key(0))

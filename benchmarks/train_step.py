@@ -28,10 +28,10 @@ import numpy as np
 
 from epsanet_jax.data.augment import normalize
 from epsanet_jax.models import create_model, fold_batch_norm
-from epsanet_jax.training import parallel, steps
+from epsanet_jax.training import sharding, steps
 from epsanet_jax.training.compilation import use_persistent_cache
 from epsanet_jax.training.config import DataConfig, OptimizerConfig
-from epsanet_jax.training.memory import allocate_in_main_thread, keep_freed_memory
+from epsanet_jax.training.malloc import allocate_in_main_thread, keep_freed_memory
 from epsanet_jax.training.optimizer import make_optimizer
 from epsanet_jax.training.state import create_state
 
@@ -125,9 +125,9 @@ def make_batch(args: argparse.Namespace) -> dict[str, np.ndarray]:
 def ours(args: argparse.Namespace, mode: str, facts: dict[str, Any]) -> Step:
     """Compiles our step; `facts` is told its compile time and memory."""
     model = create_model(args.model, dtype=jnp.dtype(args.dtype), conv=args.conv)
-    mesh = parallel.make_mesh(args.batch)
+    mesh = sharding.make_mesh(args.batch)
     optimizer = make_optimizer(OptimizerConfig(), lambda step: LR)
-    copies = parallel.replicated(mesh)
+    copies = sharding.replicated(mesh)
     init = jax.jit(lambda key: create_state(model, optimizer, key, 64), out_shardings=copies)
     state = init(jax.random.key(0))
     batch = make_batch(args)
@@ -147,7 +147,7 @@ def ours(args: argparse.Namespace, mode: str, facts: dict[str, Any]) -> Step:
             model, optimizer, mesh, smoothing=SMOOTHING, mean=DATA.mean, std=DATA.std
         )
         held = state
-    on_device = parallel.to_devices(batch, mesh)
+    on_device = sharding.to_devices(batch, mesh)
     common.say(f'{mode}: compiling ours')
     start = time.perf_counter()
     compiled = step.lower(held, on_device).compile()

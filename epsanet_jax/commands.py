@@ -70,7 +70,7 @@ def evaluate(args: argparse.Namespace) -> None:
     """Runs `epsanet evaluate`."""
     import jax
 
-    from epsanet_jax.training import evaluation, inputs, parallel, pretrained, report, steps
+    from epsanet_jax.training import evaluation, inputs, pretrained, report, sharding, steps
     from epsanet_jax.training.compilation import use_persistent_cache
     from epsanet_jax.training.config import Config, DataConfig
 
@@ -81,14 +81,14 @@ def evaluate(args: argparse.Namespace) -> None:
     data = inputs.evaluation_data(trained_on, args.data, args.split, args.data_dir, args.on_bad)
     source = inputs.open_source(data, data.eval_split)
     source = inputs.with_labels_of(source, loaded.metadata['class_names'], loaded.model.num_classes)
-    batch_size = parallel.round_up_to_devices(args.batch_size)
-    mesh = parallel.make_mesh(batch_size)
+    batch_size = sharding.round_up_to_devices(args.batch_size)
+    mesh = sharding.make_mesh(batch_size)
     eval_step = steps.make_eval_step(
         loaded.model, mesh, smoothing=config['label_smoothing'], mean=data.mean, std=data.std
     )
     means = evaluation.evaluate(
         eval_step,
-        jax.device_put(loaded.variables, parallel.replicated(mesh)),
+        jax.device_put(loaded.variables, sharding.replicated(mesh)),
         source,
         data,
         mesh,
@@ -165,9 +165,11 @@ def plan(args: argparse.Namespace) -> int:
 def plot(args: argparse.Namespace) -> None:
     """Runs `epsanet plot`."""
     from epsanet_jax.analysis import plot
+    from epsanet_jax.paths import is_remote
 
-    remote = '://' in args.workdirs[0]
-    out = args.out or ('curves.png' if remote else os.path.join(args.workdirs[0], 'curves.png'))
+    out = args.out or (
+        'curves.png' if is_remote(args.workdirs[0]) else os.path.join(args.workdirs[0], 'curves.png')
+    )
     out = os.path.expanduser(out)
     for line in plot.plot(args.workdirs, out):
         print(line)

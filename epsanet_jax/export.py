@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import export as jax_export
 
-from epsanet_jax import hub
+from epsanet_jax import hub, paths
 from epsanet_jax.convert import command, files, onnx_model, to_torch
 from epsanet_jax.data.augment import normalize
 from epsanet_jax.errors import InputError
@@ -278,4 +278,4 @@ def _write_new(path: str, content: bytes) -> None:
         with open(temporary, 'wb') as f:
             f.write(content)
 
-    files.write_atomically(path, write)
+    paths.write_atomically(path, write)

@@ -270,14 +270,14 @@ def test_published_networks_at_224_pixels(capsys, tmp_path, name, kind):
 
 
 def test_the_file_and_its_description_are_written_both_or_neither(capsys, checkpoint, tmp_path, monkeypatch):
-    write = epsanet_jax.convert.files.write_atomically
+    write = epsanet_jax.paths.write_atomically
 
     def full(path, content):
         if str(path).endswith('.json'):
             raise epsanet_jax.InputError(f'cannot write {path}: No space left on device')
         write(path, content)
 
-    monkeypatch.setattr(epsanet_jax.convert.files, 'write_atomically', full)
+    monkeypatch.setattr(epsanet_jax.paths, 'write_atomically', full)
     status, _, err = run(capsys, 'export', checkpoint, tmp_path / 'x.stablehlo')
     assert (status, err.count('\n')) == (2, 1)
     assert not list(tmp_path.iterdir())

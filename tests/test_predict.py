@@ -25,7 +25,7 @@ from epsanet_jax.data.sources import ImageFolder
 from epsanet_jax.data.transforms import CentreCrop
 from epsanet_jax.predict import predict
 from epsanet_jax.predict import run as run_step
-from epsanet_jax.training import inputs, loading, parallel, pretrained, steps
+from epsanet_jax.training import inputs, loading, pretrained, sharding, steps
 from epsanet_jax.training.config import DataConfig, ModelConfig
 from epsanet_jax.training.metadata import make_metadata
 
@@ -87,13 +87,13 @@ def test_the_same_logits_as_the_evaluation_step_and_pytorch(weights, pictures, t
 
     (tmp_path / 'class').mkdir()
     (tmp_path / 'class/a.png').write_bytes((pictures / 'a.png').read_bytes())
-    mesh = parallel.make_mesh(1, devices=jax.devices()[:1])
+    mesh = sharding.make_mesh(1, devices=jax.devices()[:1])
     eval_step = steps.make_eval_step(NET, mesh, smoothing=0.0, mean=DATA.mean, std=DATA.std)
     batch = next(inputs.eval_batches(DATA, ImageFolder(tmp_path), 1))
     losses = []
     for label in range(len(NAMES)):
         labelled = {'image': batch['image'], 'label': np.int32([label]), 'mask': batch['mask']}
-        losses.append(float(eval_step(VARIABLES, parallel.to_devices(labelled, mesh))['loss']))
+        losses.append(float(eval_step(VARIABLES, sharding.to_devices(labelled, mesh))['loss']))
     np.testing.assert_allclose(-np.array(losses), np.log(expected), rtol=1e-4)
 
     twin = torch_model.EPSANet(NET).eval()

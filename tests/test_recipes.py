@@ -7,7 +7,7 @@ import runpy
 import jax
 import pytest
 
-from epsanet_jax.training import parallel
+from epsanet_jax.training import sharding
 from epsanet_jax.training.config import build_model, with_frozen_bn
 from epsanet_jax.training.optimizer import make_optimizer, make_schedule
 from epsanet_jax.training.state import create_state
@@ -44,7 +44,7 @@ def test_the_step_of_a_recipe_is_lowered(recipe, shortened):
     if shortened:
         config.model.layers = (1, 1, 1, 1)
     model = build_model(with_frozen_bn(config), 10 if 'digits' in recipe else 1000)
-    mesh = parallel.make_mesh(config.batch_size, model.bn_group)
+    mesh = sharding.make_mesh(config.batch_size, model.bn_group)
     schedule = make_schedule(config.schedule, config.optimizer.lr, 100, 10)
     optimizer, ema = make_optimizer(config.optimizer, schedule, config.freeze), config.ema_decay > 0
     state = jax.eval_shape(lambda key: create_state(model, optimizer, key, 64, ema), jax.random.key(0))

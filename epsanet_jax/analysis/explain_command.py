@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from epsanet_jax.analysis.drawing import Explanation, draw, save
 from epsanet_jax.analysis.explain import (
     attention,
     grad_cam,
     has_pyramids,
     kernel_labels,
 )
-from epsanet_jax.analysis.pictures import Explanation, draw, save
-from epsanet_jax.convert.files import write_atomically
 from epsanet_jax.data.files import PictureFile, check_paths
 from epsanet_jax.errors import InputError, one_line, suggest
 from epsanet_jax.models.epsanet import EPSANet, check_stage, stages
+from epsanet_jax.paths import write_atomically
 from epsanet_jax.predict import class_names, run
 from epsanet_jax.predict_command import Skipped, progress, shown
 from epsanet_jax.training import pretrained

@@ -9,10 +9,9 @@ from etils import epath
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from epsanet_jax.convert.files import write_atomically
 from epsanet_jax.errors import InputError
+from epsanet_jax.paths import resolve, write_atomically
 from epsanet_jax.training.metrics import best_by
-from epsanet_jax.training.paths import resolve
 from epsanet_jax.training.report import METRICS_FILE, read_metrics
 
 SUFFIXES = ('.png', '.svg', '.pdf')

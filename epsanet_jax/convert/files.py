@@ -1,20 +1,19 @@
 """Reading and writing of weight files. Nothing in a file is trusted: no code in it is run."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import pickle
 import re
-import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from epsanet_jax.convert import hub_folder
 from epsanet_jax.errors import InputError, one_line
+from epsanet_jax.paths import write_atomically
 
 TORCH_SUFFIXES = ('.pth.tar', '.pth', '.pt')
 SAFETENSORS_SUFFIX = '.safetensors'
@@ -163,7 +162,12 @@ def write_torch(
         raise InputError(f'writing {path} needs PyTorch: pip install torch') from e
     tensors = {name: _tensor(array, torch) for name, array in state_dict.items()}
     content = tensors if rest is None else {**_to_tensors(rest, torch), 'state_dict': tensors}
-    write_atomically(path, lambda temporary: torch.save(content, temporary))
+
+    def write(temporary: str) -> None:
+        with open(temporary, 'wb') as f:  # given a path, torch would keep its name inside the file
+            torch.save(content, f)
+
+    write_atomically(path, write)
 
 
 def write_safetensors(path: str, state_dict: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> None:
@@ -194,29 +198,6 @@ def weights_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     shown = {'model': model['name'], 'num_classes': str(model['num_classes'])}
     shown |= {k: metadata[k] for k in ('class_names', 'preprocessing')}
     return {**shown, 'epsanet_jax': metadata}
-
-
-def write_atomically(path: str, write: Callable[[str], None]) -> None:
-    """Lets `write` write a file of another name in the same folder, and renames it."""
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=os.path.dirname(os.path.abspath(path)), suffix='.tmp')
-        os.close(handle)
-        write(temporary)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError at a full disk
-        raise InputError(f'cannot write {path}: {_line(e)}') from e
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _to_tensors(tree: Any, torch: Any) -> Any:

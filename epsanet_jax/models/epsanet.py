@@ -125,7 +125,7 @@ class EPSANet(nn.Module):
         output_stride: 32, or 16 or 8: the last stages then keep their size and dilate their convolutions,
             with the same parameters, for dense predictions.
         bn_group: examples in a BatchNorm group (consecutive rows of the batch); None: the whole batch.
-        bn_axis: mesh axis over which one BatchNorm group is spread; set by `training.parallel`.
+        bn_axis: mesh axis over which one BatchNorm group is spread; set by `training.sharding`.
         frozen_bn: regular expression for the BatchNorms that keep to their running statistics in training,
             by the name of their scale: '^bn1|^layer1' the first ones, '.' all.
         folded: the convolutions have biases instead of a BatchNorm behind them; for inference, with what

@@ -18,10 +18,10 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from epsanet_jax.errors import InputError, Interrupted, TrainingError, one_line
+from epsanet_jax.paths import replacing
 from epsanet_jax.training import distributed
 from epsanet_jax.training.metrics import best_by
 from epsanet_jax.training.one_error import OneError
-from epsanet_jax.training.report import write_whole
 from epsanet_jax.training.state import TrainState
 
 FOLDER = 'checkpoints'
@@ -96,7 +96,9 @@ class Checkpoints:
         with self._saving():
             self._manager.wait_until_finished()
             if jax.process_index() == 0:  # the file that Orbax wrote without any
-                write_whole(self._manager.directory / str(step) / 'metrics' / 'metrics', json.dumps(metrics))
+                file = self._manager.directory / str(step) / 'metrics' / 'metrics'
+                with replacing(file) as temporary:
+                    temporary.write_text(json.dumps(metrics))
         distributed.barrier('the metrics of a checkpoint are added')
         self._manager.reload()
 

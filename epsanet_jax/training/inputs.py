@@ -23,9 +23,9 @@ from epsanet_jax.data.transforms import (
     TrainTransform,
 )
 from epsanet_jax.errors import InputError, some
-from epsanet_jax.training import parallel
+from epsanet_jax.paths import is_remote
+from epsanet_jax.training import sharding
 from epsanet_jax.training.config import Config, DataConfig
-from epsanet_jax.training.paths import is_remote
 
 
 def open_source(data: DataConfig, split: str) -> Source:
@@ -211,7 +211,7 @@ class Feed:
         if self._requests is not None:
             row = np.asarray(self._requests(), np.float32)
             batch['requests'] = np.broadcast_to(row, (len(bad), len(row)))
-        return parallel.to_devices(batch, self._mesh, self._microbatches)
+        return sharding.to_devices(batch, self._mesh, self._microbatches)
 
     def close(self) -> None:
         """Ends the threads and processes that decode."""

@@ -13,6 +13,7 @@ from etils import epath
 
 from epsanet_jax.errors import InputError, one_line
 from epsanet_jax.models.epsanet import EPSANet
+from epsanet_jax.paths import resolve
 from epsanet_jax.training.checkpoint import FOLDER
 from epsanet_jax.training.config import (
     OptimizerConfig,
@@ -23,7 +24,6 @@ from epsanet_jax.training.metadata import check_metadata
 from epsanet_jax.training.metrics import best_by
 from epsanet_jax.training.one_error import OneError
 from epsanet_jax.training.optimizer import make_optimizer
-from epsanet_jax.training.paths import resolve
 
 
 def save_weights(folder: str, variables: Mapping[str, Any], metadata: dict[str, Any]) -> None:

@@ -10,19 +10,19 @@ import jax.numpy as jnp
 
 from epsanet_jax.data.decode import BadImageError
 from epsanet_jax.errors import InputError, Interrupted, TrainingError
-from epsanet_jax.training import distributed, inputs, parallel
+from epsanet_jax.training import distributed, inputs, sharding
 from epsanet_jax.training.checkpoint import Checkpoints
 from epsanet_jax.training.config import CheckpointConfig, Config
 from epsanet_jax.training.evaluation import evaluate
-from epsanet_jax.training.memory import keep_freed_memory
+from epsanet_jax.training.malloc import keep_freed_memory
+from epsanet_jax.training.meter import Window
 from epsanet_jax.training.profiler import Profiler
 from epsanet_jax.training.report import Report, read_metrics, say
 from epsanet_jax.training.result import Result, make_result
-from epsanet_jax.training.setup import Run, prepare
+from epsanet_jax.training.run import Run, prepare
 from epsanet_jax.training.signals import StopSignals
 from epsanet_jax.training.state import TrainState, create_state
 from epsanet_jax.training.tracing import trace_eval_step, trace_train_step
-from epsanet_jax.training.window import Window
 
 
 def train(config: Config, workdir: str) -> Result:
@@ -154,7 +154,7 @@ def _initial_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict
         ema = run.config.ema_decay > 0
         return create_state(run.model, run.optimizer, key, run.config.data.image_size, ema)
 
-    key, placement = jax.random.key(run.config.seed), parallel.replicated(run.mesh)
+    key, placement = jax.random.key(run.config.seed), sharding.replicated(run.mesh)
     if checkpoints.latest_step is None:
         state = jax.jit(init, out_shardings=placement)(key)
         if run.initial is None:

@@ -12,8 +12,8 @@ from etils import epath
 from tqdm import tqdm
 
 from epsanet_jax.errors import TrainingError, one_line
-from epsanet_jax.training.events import Events
-from epsanet_jax.training.paths import is_remote
+from epsanet_jax.paths import is_remote, replacing
+from epsanet_jax.training.tensorboard import Events
 
 METRICS_FILE = 'metrics.jsonl'
 
@@ -30,18 +30,6 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
         if isinstance(content, dict) and 'step' in content and 'split' in content:
             lines.append(content)
     return lines
-
-
-def write_whole(path: epath.Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it."""
-    temporary = path.parent / f'{path.name}.tmp'
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
 
 
 def say(text: str) -> None:
@@ -141,8 +129,8 @@ class Report:
     def flush(self) -> None:
         """Writes metrics.jsonl whole."""
         if self._active:
-            with self._writing():
-                write_whole(self._path, ''.join(json.dumps(line) + '\n' for line in self.lines))
+            with self._writing(), replacing(self._path) as temporary:
+                temporary.write_text(''.join(json.dumps(line) + '\n' for line in self.lines))
 
     def before_checkpoint(self) -> None:
         """Writes metrics.jsonl where lines are not appended: a run goes on after those of its checkpoint."""

@@ -8,7 +8,7 @@ from typing import Any
 from epsanet_jax.training.checkpoint import FOLDER
 from epsanet_jax.training.metrics import best_by
 from epsanet_jax.training.report import describe, read_metrics
-from epsanet_jax.training.setup import Run
+from epsanet_jax.training.run import Run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from epsanet_jax.data.augment import Mixing, mix, normalize, row_keys
 from epsanet_jax.models.dtypes import at_least_float32
 from epsanet_jax.models.epsanet import EPSANet
-from epsanet_jax.training import parallel
+from epsanet_jax.training import sharding
 from epsanet_jax.training.ema import update_average
 from epsanet_jax.training.loss import smoothed_cross_entropy, smoothed_targets
 from epsanet_jax.training.metrics import Sums, batch_sums
@@ -75,13 +75,13 @@ def make_train_step(
     BatchNorm groups. With `mixing` each device holds an even number of rows. What is random is drawn for
     each row from `seed`, step and place in the global batch. With `ema_decay` the state holds averages.
     """
-    model = parallel.bind(model, mesh)
+    model = sharding.bind(model, mesh)
 
     def gradients(state: TrainState, batch: Batch, microbatch: jax.Array | int = 0) -> tuple[Any, Any, Sums]:
         images = normalize(batch['image'], mean, std, model.dtype)
         wide = at_least_float32(model.dtype)
         targets = smoothed_targets(batch['label'], model.num_classes, smoothing, wide)
-        keys = row_keys(seed, state.step, parallel.global_rows(len(targets), microbatch))
+        keys = row_keys(seed, state.step, sharding.global_rows(len(targets), microbatch))
         if mixing is not None:
             images, targets = mix(images, targets, keys, mixing.mixup_alpha, mixing.cutmix_alpha)
         keep = draw_keep(keys, stochastic_depth, sum(model.layers)) if stochastic_depth else None
@@ -102,9 +102,9 @@ def make_train_step(
             grads, changes, sums = _add_up(functools.partial(gradients, state), batch, microbatches)
             grads, changes = jax.tree.map(lambda a: a / microbatches, (grads, changes))
         # Every device holds as many rows, so the mean of the devices' means is the mean over the batch.
-        grads, changes = parallel.mean((grads, changes))
+        grads, changes = sharding.mean((grads, changes))
         batch_stats = jax.tree.map(jnp.add, state.batch_stats, changes)
-        sums = parallel.total(sums)
+        sums = sharding.total(sums)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
@@ -113,8 +113,8 @@ def make_train_step(
             ema = update_average(ema, new, state.step, ema_decay)
         return TrainState(state.step + 1, params, batch_stats, opt_state, ema), sums
 
-    step = parallel.shard_step(local_step, mesh, replicated_args=1, microbatches=microbatches)
-    copies, rows = parallel.replicated(mesh), parallel.by_rows(mesh, microbatches)
+    step = sharding.shard_step(local_step, mesh, replicated_args=1, microbatches=microbatches)
+    copies, rows = sharding.replicated(mesh), sharding.by_rows(mesh, microbatches)
     return jax.jit(step, in_shardings=(copies, rows), out_shardings=copies, donate_argnums=0)
 
 
@@ -131,10 +131,10 @@ def make_eval_step(
         logits: Any = model.apply(variables, images, train=False)
         losses = smoothed_cross_entropy(logits, batch['label'], smoothing)
         sums = batch_sums(losses, logits, batch['label'], batch['mask'])
-        return parallel.total(_with_requests(sums, batch))
+        return sharding.total(_with_requests(sums, batch))
 
-    step = parallel.shard_step(local_step, mesh, replicated_args=1)
-    copies, rows = parallel.replicated(mesh), parallel.by_rows(mesh)
+    step = sharding.shard_step(local_step, mesh, replicated_args=1)
+    copies, rows = sharding.replicated(mesh), sharding.by_rows(mesh)
     return jax.jit(step, in_shardings=(copies, rows), out_shardings=copies)
 
 

@@ -8,14 +8,14 @@ from jax.sharding import Mesh
 
 from epsanet_jax.errors import InputError
 from epsanet_jax.models.epsanet import EPSANet
-from epsanet_jax.training import inputs, parallel, steps
+from epsanet_jax.training import inputs, sharding, steps
 from epsanet_jax.training.config import Config, mixing
 from epsanet_jax.training.state import TrainState
 
 _ASKED_IN_TRAINING, _ASKED_IN_EVALUATION = 2, 1  # requests of a process: to stop, to save; to stop
 
 
-def run_mesh(config: Config, bn_group: int | None, devices: Sequence[parallel.Device] | None = None) -> Mesh:
+def run_mesh(config: Config, bn_group: int | None, devices: Sequence[sharding.Device] | None = None) -> Mesh:
     """Arranges devices for a run's batches.
 
     Args:
@@ -27,7 +27,7 @@ def run_mesh(config: Config, bn_group: int | None, devices: Sequence[parallel.De
         InputError: the batch does not divide among devices, microbatches, groups, or into pairs to be mixed.
     """
     microbatches = config.gradient_accumulation_steps
-    mesh = parallel.make_mesh(config.batch_size, bn_group, devices, microbatches)
+    mesh = sharding.make_mesh(config.batch_size, bn_group, devices, microbatches)
     rows = config.batch_size // microbatches // mesh.size
     if mixing(config) and rows % 2:
         raise InputError(

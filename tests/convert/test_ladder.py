@@ -17,7 +17,7 @@ from epsanet_jax import create_model, list_models
 from epsanet_jax.convert import to_torch, torch_model
 from epsanet_jax.convert.state_dict import to_jax_layout
 from epsanet_jax.models import EPSABlock, PSAModule, SEWeightModule
-from epsanet_jax.training import parallel, steps
+from epsanet_jax.training import sharding, steps
 from epsanet_jax.training.config import OptimizerConfig, ScheduleConfig
 from epsanet_jax.training.loss import smoothed_targets
 from epsanet_jax.training.optimizer import make_optimizer, make_schedule
@@ -186,12 +186,12 @@ def five_steps(net, variables, twin, images, labels, dtype=np.float64):
 
     schedule = make_schedule(ScheduleConfig(name='constant'), lr, 5, 1)
     optimizer = make_optimizer(OptimizerConfig(lr, momentum, False, decay), schedule)
-    mesh = parallel.make_mesh(len(labels[0]))
+    mesh = sharding.make_mesh(len(labels[0]))
     step = steps.make_train_step(net, optimizer, mesh, smoothing=smoothing, mean=MEAN, std=STD)
     state = TrainState(jnp.zeros((), jnp.int32), **variables, opt_state=optimizer.init(variables['params']))
-    state = jax.device_put(state, parallel.replicated(mesh))
+    state = jax.device_put(state, sharding.replicated(mesh))
     for x, y in zip(images, labels, strict=True):
-        state, sums = step(state, parallel.to_devices({'image': x, 'label': y}, mesh))
+        state, sums = step(state, sharding.to_devices({'image': x, 'label': y}, mesh))
         losses.append(float(sums['loss']) / len(y))
     expected = {k: v.numpy() for k, v in twin.state_dict().items() if not k.endswith('num_batches_tracked')}
     ours = to_torch(state.variables, net)

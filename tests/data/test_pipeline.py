@@ -20,7 +20,7 @@ from epsanet_jax.data.sources import ImageFolder, Records, Synthetic, Tfds
 from epsanet_jax.data.stack import Stack
 from epsanet_jax.data.transforms import CentreCrop, RandomCrop, TrainTransform
 from epsanet_jax.errors import TrainingError
-from epsanet_jax.training import parallel
+from epsanet_jax.training import sharding
 
 SOURCE = Synthetic(20, 4, 32)
 CROP = TrainTransform(RandomCrop(32))
@@ -236,11 +236,11 @@ def test_large_pictures_may_be_decoded_no_larger_than_their_crops_need(tmp_path,
 
 
 def test_memory_is_used_again_but_never_while_somebody_needs_it(rng):
-    stack, mesh = Stack(), parallel.make_mesh(8)
+    stack, mesh = Stack(), sharding.make_mesh(8)
     rows = [
         [{'image': rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)} for _ in range(8)] for _ in range(50)
     ]
-    on_devices = [parallel.to_devices(stack(batch), mesh)['image'] for batch in rows]
+    on_devices = [sharding.to_devices(stack(batch), mesh)['image'] for batch in rows]
     for found, batch in zip(on_devices, rows, strict=True):
         np.testing.assert_array_equal(found, np.stack([row['image'] for row in batch]))
     first = stack(rows[0])['image']

@@ -13,7 +13,7 @@ from test_loop import lines, recipe, saved_state
 from epsanet_jax import InputError, from_pretrained
 from epsanet_jax.cli import main
 from epsanet_jax.data.augment import row_keys
-from epsanet_jax.training import loop, pretrained, setup
+from epsanet_jax.training import loop, pretrained, run
 from epsanet_jax.training.config import (
     DataConfig,
     ModelConfig,
@@ -179,7 +179,7 @@ def test_the_classifier_is_kept_for_the_same_classes_alone(tmp_path, names, said
     save_weights(str(tmp_path / 'weights'), variables, make_metadata(net, names, DataConfig()))
     config = recipe(init_from=str(tmp_path / 'weights'))
     config.model = dataclasses.replace(net, num_classes=0)
-    initial = setup.prepare(config, str(tmp_path / 'run')).initial
+    initial = run.prepare(config, str(tmp_path / 'run')).initial
     assert [line[: len(said)] for line in initial.said] == ([said] if said else [])
     before, after = (v['params']['fc']['kernel'] for v in (variables, initial.variables))
     kept = np.array_equal(before, after)
@@ -238,7 +238,7 @@ def test_options_that_cannot_be_are_refused(tmp_path, changes, message):
 
 def test_the_rate_is_scaled_with_the_batch_where_asked(tmp_path):
     config = recipe(schedule=ScheduleConfig('constant'), optimizer=OptimizerConfig(0.1, lr_batch=64))
-    assert setup.prepare(config, str(tmp_path)).learning_rate(0) == pytest.approx(0.1 * 16 / 64)
+    assert run.prepare(config, str(tmp_path)).learning_rate(0) == pytest.approx(0.1 * 16 / 64)
 
 
 def test_a_run_with_frozen_parameters_continues_as_if_it_had_not_stopped(tmp_path):
@@ -263,6 +263,6 @@ def test_one_picture_at_a_time_where_batchnorm_is_frozen_or_the_maps_are_large(t
     config.model = dataclasses.replace(config.model, layers=(1,) * 4, planes=(8,) * 4, bn_group=1)
     for changes in ({'frozen_bn': '.'}, {'output_stride': 16}):
         changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **changes))
-        assert setup.prepare(changed, str(tmp_path / 'run')).total_steps == 6
+        assert run.prepare(changed, str(tmp_path / 'run')).total_steps == 6
     with pytest.raises(InputError, match='one value a channel in the last stage'):
-        setup.prepare(config, str(tmp_path / 'run'))
+        run.prepare(config, str(tmp_path / 'run'))

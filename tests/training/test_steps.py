@@ -12,7 +12,7 @@ import small
 
 from epsanet_jax import InputError
 from epsanet_jax.data.augment import Mixing, mix, normalize, row_keys
-from epsanet_jax.training import parallel, steps
+from epsanet_jax.training import sharding, steps
 from epsanet_jax.training.config import OptimizerConfig, ScheduleConfig
 from epsanet_jax.training.ema import update_average
 from epsanet_jax.training.loss import smoothed_targets
@@ -54,7 +54,7 @@ OPTIONS = {
 
 
 def sharded(model, data, devices, n_steps=2, microbatches=1, **options):
-    mesh = parallel.make_mesh(len(data['label']), model.bn_group, devices, microbatches)
+    mesh = sharding.make_mesh(len(data['label']), model.bn_group, devices, microbatches)
     step = steps.make_train_step(
         model,
         OPTIMIZER,
@@ -65,9 +65,9 @@ def sharded(model, data, devices, n_steps=2, microbatches=1, **options):
         microbatches=microbatches,
         **options,
     )
-    state = jax.device_put(fresh_state(model, 'ema_decay' in options), parallel.replicated(mesh))
+    state = jax.device_put(fresh_state(model, 'ema_decay' in options), sharding.replicated(mesh))
     for _ in range(n_steps):
-        state, sums = step(state, parallel.to_devices(data, mesh, microbatches))
+        state, sums = step(state, sharding.to_devices(data, mesh, microbatches))
     return state, sums
 
 
@@ -154,7 +154,7 @@ def test_what_is_random_does_not_depend_on_devices_and_microbatches(rng, devices
 )
 def test_microbatches_that_would_cut_a_group_are_refused(batch_size, bn_group, microbatches, message):
     with pytest.raises(InputError, match=message):
-        parallel.microbatch_size(batch_size, bn_group, microbatches)
+        sharding.microbatch_size(batch_size, bn_group, microbatches)
 
 
 def test_another_grouping_is_another_update(rng):
@@ -166,7 +166,7 @@ def test_another_grouping_is_another_update(rng):
 @pytest.mark.parametrize('bn_group', [None, pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_compiled_step_reduces_and_gathers_nothing(bn_group):
     model = net(bn_group=bn_group)
-    mesh = parallel.make_mesh(16, bn_group)
+    mesh = sharding.make_mesh(16, bn_group)
     step = steps.make_train_step(model, OPTIMIZER, mesh, smoothing=SMOOTHING, mean=MEAN, std=STD)
     state = jax.eval_shape(lambda key: create_state(model, OPTIMIZER, key, 32), jax.random.key(0))
     data = {
@@ -183,14 +183,14 @@ def test_the_compiled_step_reduces_and_gathers_nothing(bn_group):
 
 def test_a_step_is_not_compiled_twice(rng):
     model, data = net(), batch(rng, 8)
-    mesh = parallel.make_mesh(8)
+    mesh = sharding.make_mesh(8)
     step = steps.make_train_step(model, OPTIMIZER, mesh, smoothing=SMOOTHING, mean=MEAN, std=STD)
     make = jax.jit(
-        lambda key: create_state(model, OPTIMIZER, key, 32), out_shardings=parallel.replicated(mesh)
+        lambda key: create_state(model, OPTIMIZER, key, 32), out_shardings=sharding.replicated(mesh)
     )
     state = make(jax.random.key(0))
     for _ in range(3):
-        state, _ = step(state, parallel.to_devices(data, mesh))
+        state, _ = step(state, sharding.to_devices(data, mesh))
     assert step._cache_size() == 1
     assert int(state.step) == 3
 
@@ -199,12 +199,12 @@ def test_a_step_is_not_compiled_twice(rng):
 def test_evaluation_adds_up_masked_rows(rng, devices):
     model, data = net(**F64), batch(rng)
     variables = small.random_variables(model)
-    mesh = parallel.make_mesh(16, None, jax.devices()[:devices])
+    mesh = sharding.make_mesh(16, None, jax.devices()[:devices])
     step = steps.make_eval_step(model, mesh, smoothing=SMOOTHING, mean=MEAN, std=STD)
     mask = np.arange(16) < 11
     sums = step(
-        jax.device_put(variables, parallel.replicated(mesh)),
-        parallel.to_devices({**data, 'mask': mask}, mesh),
+        jax.device_put(variables, sharding.replicated(mesh)),
+        sharding.to_devices({**data, 'mask': mask}, mesh),
     )
     logits = jax.jit(model.apply)(variables, normalize(data['image'], MEAN, STD, jnp.float64))
     best = np.argsort(-logits, 1)
@@ -218,7 +218,7 @@ def test_evaluation_adds_up_masked_rows(rng, devices):
     [(16, None, (1, 8)), (16, 16, (1, 8)), (16, 4, (4, 2)), (16, 2, (8, 1)), (32, 2, (8, 1)), (8, 1, (8, 1))],
 )
 def test_the_mesh_puts_a_group_on_as_many_devices_as_it_spans(batch_size, bn_group, shape):
-    mesh = parallel.make_mesh(batch_size, bn_group)
+    mesh = sharding.make_mesh(batch_size, bn_group)
     assert mesh.devices.shape == shape
     assert mesh.devices.flatten().tolist() == jax.devices()
 
@@ -234,7 +234,7 @@ def test_the_mesh_puts_a_group_on_as_many_devices_as_it_spans(batch_size, bn_gro
 )
 def test_batches_that_do_not_divide_are_refused(batch_size, bn_group, message):
     with pytest.raises(InputError, match=message):
-        parallel.make_mesh(batch_size, bn_group)
+        sharding.make_mesh(batch_size, bn_group)
 
 
 def test_the_pieces_work_under_vmap_and_forward_mode(rng):

@@ -12,7 +12,7 @@ from test_loop import Killed, kill_after, lines, recipe
 from epsanet_jax import InputError
 from epsanet_jax.training import loop
 from epsanet_jax.training.config import CheckpointConfig, ProfileConfig
-from epsanet_jax.training.events import Events
+from epsanet_jax.training.tensorboard import Events
 
 
 @pytest.fixture(scope='module')

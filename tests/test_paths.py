@@ -3,7 +3,7 @@ import os
 import pytest
 
 from epsanet_jax import InputError
-from epsanet_jax.training.paths import is_remote, resolve
+from epsanet_jax.paths import is_remote, resolve
 
 
 def test_buckets_stay_uris_and_local_paths_become_absolute(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from epsanet_jax.data.decode import BadImageError
 from epsanet_jax.errors import TrainingError
 from epsanet_jax.training import inputs, metrics
 from epsanet_jax.training.report import Report
-from epsanet_jax.training.setup import Run
+from epsanet_jax.training.run import Run
 
 
 class Window:

@@ -15,7 +15,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
-from epsanet_jax.convert.files import write_atomically
+from epsanet_jax.paths import write_atomically
 
 _TOP = 5  # classes in the list of the likeliest
 _PANEL = 2.6  # width and height of a picture, inches

@@ -17,7 +17,8 @@ from epsanet_jax.convert.files import is_weights_file
 from epsanet_jax.data.sources import Source
 from epsanet_jax.errors import InputError, one_line
 from epsanet_jax.models.epsanet import MIN_SIZE, EPSANet
-from epsanet_jax.training import distributed, inputs, parallel, pretrained
+from epsanet_jax.paths import is_remote, replacing, resolve
+from epsanet_jax.training import distributed, inputs, pretrained, sharding
 from epsanet_jax.training.checkpoint import has_checkpoint
 from epsanet_jax.training.config import (
     Config,
@@ -28,9 +29,7 @@ from epsanet_jax.training.config import (
 )
 from epsanet_jax.training.metadata import make_metadata, name_outputs
 from epsanet_jax.training.optimizer import frozen_mask, make_optimizer, make_schedule
-from epsanet_jax.training.paths import is_remote, resolve
 from epsanet_jax.training.pretrained import Initial, Start, Weights
-from epsanet_jax.training.report import write_whole
 from epsanet_jax.training.tracing import run_mesh
 from epsanet_jax.training.validation import validate
 
@@ -98,7 +97,8 @@ class Run:
         try:
             if not path.exists() or path.read_text() != text:
                 self.workdir.mkdir(parents=True, exist_ok=True)
-                write_whole(path, text)
+                with replacing(path) as temporary:
+                    temporary.write_text(text)
         except OSError as e:
             raise InputError(f'cannot write to --workdir={self.workdir}: {e}') from e
 
@@ -159,7 +159,7 @@ def prepare(config: Config, workdir: str) -> Run:
         steps_per_epoch=steps_per_epoch,
         total_steps=total,
         eval_every=every,
-        eval_batch_size=parallel.round_up_to_devices(config.eval_batch_size or config.batch_size),
+        eval_batch_size=sharding.round_up_to_devices(config.eval_batch_size or config.batch_size),
     )
 
 

@@ -7,13 +7,13 @@ import sys
 import jax
 import pytest
 
-from epsanet_jax.training import memory
+from epsanet_jax.training import malloc
 
 COUNT = """
 import resource, sys
-from epsanet_jax.training import memory
+from epsanet_jax.training import malloc
 if sys.argv[1] == 'kept':
-    memory.allocate_in_main_thread()
+    malloc.allocate_in_main_thread()
 import jax, jax.numpy as jnp
 
 @jax.jit
@@ -23,7 +23,7 @@ def step(x):  # sorts 64 MiB: more than glibc ever keeps by itself
 x = jnp.arange(2.0)[:, None]
 step(x).block_until_ready()
 if sys.argv[1] == 'kept':
-    memory.keep_freed_memory()
+    malloc.keep_freed_memory()
     step(x).block_until_ready()
 counts = []
 for _ in range(4):  # now and then, in 3 of 128 steps, a small allocation is in the way of a large one
@@ -51,11 +51,11 @@ def test_malloc_is_set_in_processes_alone_that_asked_for_the_main_thread(monkeyp
         def mallopt(self, *args):
             set_to.append(args)
 
-    monkeypatch.setattr(memory.ctypes, 'CDLL', lambda name: Library())
+    monkeypatch.setattr(malloc.ctypes, 'CDLL', lambda name: Library())
     before = jax.config.read('jax_cpu_enable_async_dispatch')
     jax.config.update('jax_cpu_enable_async_dispatch', asynchronous)
     try:
-        memory.keep_freed_memory()
+        malloc.keep_freed_memory()
     finally:
         jax.config.update('jax_cpu_enable_async_dispatch', before)
     assert len(set_to) == settings

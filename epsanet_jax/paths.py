@@ -1,0 +1,58 @@
+"""Paths on local disks and in buckets, and files that are written whole or not at all."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+
+from etils import epath
+
+from epsanet_jax.errors import InputError, one_line
+
+
+def resolve(path: str | os.PathLike[str]) -> epath.Path:
+    """Returns an absolute path; '~' is expanded. A URI such as gs://bucket/run stays as it is.
+
+    Raises:
+        InputError: the kind of URI is unknown.
+    """
+    try:
+        return epath.Path(path) if is_remote(path) else epath.Path(os.path.expanduser(path)).absolute()
+    except (KeyError, ImportError, ValueError) as e:
+        raise InputError(f'cannot use the path {path}: {one_line(e)}') from e
+
+
+def is_remote(path: object) -> bool:
+    """Whether a path is a URI."""
+    return '://' in str(path)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
+    """Yields a temporary path in the folder of `path`, and renames it to `path` on success.
+
+    On an error the temporary file is removed, and a file that was at `path` stays as it was.
+    """
+    final = epath.Path(path)
+    # Not made from the file's name, which may already be as long as a file system allows.
+    temporary = final.parent / f'.tmp-{os.getpid()}-{secrets.token_hex(4)}'
+    try:
+        yield temporary
+        temporary.replace(final)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def write_atomically(path: str, write: Callable[[str], object]) -> None:
+    """Lets `write` write a file of another name in the same folder, and renames it.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        with replacing(path) as temporary:
+            write(str(temporary))
+    except (OSError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
+        raise InputError(f'cannot write {path}: {one_line(e, 200)}') from e
