@@ -2,21 +2,21 @@
 
 import jax
 
+from epsanet_jax.commands.common import use_persistent_cache
 from epsanet_jax.training import flags, loop
-from epsanet_jax.training.compilation import use_persistent_cache
 from epsanet_jax.training.config import Config
 from epsanet_jax.training.malloc import allocate_in_main_thread
 
 
 def main(config: Config, workdir: str) -> None:
-    """Trains or continues the run in `workdir` and tells how it ended."""
+    """Trains or continues the run in `workdir` and prints how it ended."""
     use_persistent_cache()
     allocate_in_main_thread()
     result = loop.train(config, workdir)
     if jax.process_index() > 0:
         return
     print(result)
-    print(f'train it on: the same command with --config.{"steps" if config.steps else "epochs"} raised')
+    print(f'train longer: the same command with --config.{"steps" if config.steps else "epochs"} raised')
 
 
 if __name__ == '__main__':

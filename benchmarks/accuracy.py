@@ -22,7 +22,8 @@ import common
 import numpy as np
 from PIL import Image
 
-from epsanet_jax.training.compilation import use_persistent_cache
+from epsanet_jax.commands.common import use_persistent_cache
+from epsanet_jax.models.zoo import build_model
 from epsanet_jax.training.config import (
     CheckpointConfig,
     Config,
@@ -30,7 +31,6 @@ from epsanet_jax.training.config import (
     ModelConfig,
     OptimizerConfig,
     ScheduleConfig,
-    build_model,
 )
 from epsanet_jax.training.loop import train
 

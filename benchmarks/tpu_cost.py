@@ -13,6 +13,7 @@ then lists the N dearest operations.
 """
 
 import argparse
+import functools
 import re
 import sys
 import time
@@ -27,6 +28,7 @@ import jax.numpy as jnp
 from epsanet_jax.analysis import hlo
 from epsanet_jax.models import create_model
 from epsanet_jax.models.epsanet import STEM_WIDTH, EPSABlock, EPSANet
+from epsanet_jax.models.settings import settings_of
 from epsanet_jax.training import sharding, steps
 from epsanet_jax.training.config import DataConfig, OptimizerConfig
 from epsanet_jax.training.optimizer import make_optimizer
@@ -93,20 +95,20 @@ def step_cost(model: EPSANet, devices: list[Any], args: argparse.Namespace) -> d
 def blocks(model: EPSANet, batch: int, image_size: int) -> dict[str, tuple[EPSABlock, tuple[int, ...]]]:
     """Returns the blocks of a network that differ: by layer, the module and the shape of its input."""
     found = {}
-    fields = {f: getattr(model, f) for f in ('expansion', 'middle', 'kernels', 'groups', 'conv', 'dtype')}
+    make = functools.partial(EPSABlock, settings=settings_of(model), middle=model.middle)
     channels, size = STEM_WIDTH, image_size // 4
     for stage, planes in enumerate(model.planes):
         stride = 2 if stage else 1
-        first = EPSABlock(planes, stride=stride, downsample=True, **fields)
+        first = make(planes, stride=stride, downsample=True)
         found[f'layer{stage + 1}_0'] = first, (batch, size, size, channels)
         channels, size = planes * model.expansion, size // stride
-        found[f'layer{stage + 1}_1'] = EPSABlock(planes, **fields), (batch, size, size, channels)
+        found[f'layer{stage + 1}_1'] = make(planes), (batch, size, size, channels)
     return found
 
 
 def block_cost(block: EPSABlock, shape: tuple[int, ...], device: Any, by_op: int = 0) -> dict[str, Any]:
     """Returns the cost of one residual block, forward and backward, on one chip."""
-    x = jax.ShapeDtypeStruct(shape, block.dtype)
+    x = jax.ShapeDtypeStruct(shape, block.settings.dtype)
     variables = jax.eval_shape(block.init, jax.random.key(0), x)
     y = jax.eval_shape(block.apply, variables, x)
 

@@ -26,10 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from epsanet_jax.commands.common import use_persistent_cache
 from epsanet_jax.data.augment import normalize
 from epsanet_jax.models import create_model, fold_batch_norm
 from epsanet_jax.training import sharding, steps
-from epsanet_jax.training.compilation import use_persistent_cache
 from epsanet_jax.training.config import DataConfig, OptimizerConfig
 from epsanet_jax.training.malloc import allocate_in_main_thread, keep_freed_memory
 from epsanet_jax.training.optimizer import make_optimizer

@@ -2,6 +2,6 @@
 
 import sys
 
-from epsanet_jax.cli import main
+from epsanet_jax.commands.main import main
 
 sys.exit(main())

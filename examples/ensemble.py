@@ -24,8 +24,7 @@ import jax
 import numpy as np
 import optax
 
-from epsanet_jax.training.loss import smoothed_targets
-from epsanet_jax.training.steps import loss_and_updates
+from epsanet_jax.training.steps import loss_and_updates, smoothed_targets
 
 BATCH = 64
 OPTIMIZER = optax.sgd(0.05, momentum=0.9)

@@ -19,8 +19,7 @@ import digits
 import jax
 import jax.numpy as jnp
 
-from epsanet_jax.training.loss import smoothed_targets
-from epsanet_jax.training.steps import loss_and_updates
+from epsanet_jax.training.steps import loss_and_updates, smoothed_targets
 
 
 def hvp(loss: Callable[[Any], jax.Array], params: Any, direction: Any) -> Any:

@@ -1,6 +1,6 @@
 """The command `epsanet`, called in this process."""
 
-from epsanet_jax.cli import main
+from epsanet_jax.commands.main import main
 
 
 def run(capsys, *arguments):

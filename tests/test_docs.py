@@ -10,7 +10,7 @@ import small
 from PIL import Image
 
 import epsanet_jax
-from epsanet_jax.cli import main
+from epsanet_jax.commands.main import main
 
 DOCS = pathlib.Path(__file__).parents[1] / 'docs'
 BLOCKS = [
@@ -31,7 +31,7 @@ def place(tmp_path_factory):
 
     folder, rng = tmp_path_factory.mktemp('place'), np.random.default_rng(0)
     variables = small.random_variables(NET, dtype=np.float32)
-    settings = epsanet_jax.models.zoo.Preprocessing(32, 36)
+    settings = epsanet_jax.data.preprocessing.Preprocessing(32, 36)
     epsanet_jax.save_pretrained(folder / 'net', NET, variables, NAMES, settings)
     (folder / 'runs').mkdir()
     (folder / 'holiday').mkdir()

@@ -14,9 +14,9 @@ import small
 from command import run
 
 import epsanet_jax
+from epsanet_jax.convert.stablehlo import to_stablehlo
 from epsanet_jax.data.augment import normalize
-from epsanet_jax.export import to_stablehlo
-from epsanet_jax.models.zoo import Preprocessing
+from epsanet_jax.data.preprocessing import Preprocessing
 
 NET = small.model(layers=(1, 1), planes=(8, 16))  # an exported network is compiled several times here
 VARIABLES = small.random_variables(NET, dtype=np.float32)

@@ -15,7 +15,7 @@ from command import run
 
 import epsanet_jax
 from epsanet_jax import InputError
-from epsanet_jax.models.zoo import Preprocessing
+from epsanet_jax.data.preprocessing import Preprocessing
 
 NET = small.model(layers=(1, 1), planes=(8, 16))
 VARIABLES = small.random_variables(NET, dtype=np.float32)
@@ -66,14 +66,13 @@ def test_every_setting_of_a_network(tmp_path, model):
 
 @pytest.mark.parametrize('name', epsanet_jax.list_models())
 def test_a_published_network_is_known_by_its_name(name):
-    from epsanet_jax.convert.infer import settings_of
-    from epsanet_jax.training.config import ModelConfig, build_model
+    from epsanet_jax.models.zoo import build_model, config_of
 
     model = epsanet_jax.create_model(name)
-    settings = settings_of(model)
-    assert settings['name'] == name
-    assert not {'layers', 'planes', 'kernels', 'groups'} & set(settings)
-    assert build_model(ModelConfig(**settings), 0) == model
+    config = config_of(model)
+    assert config.name == name
+    assert config == epsanet_jax.models.ModelConfig(name=name, num_classes=1000)
+    assert build_model(config) == model
 
 
 def test_the_files_are_what_the_hub_expects(saved):

@@ -17,17 +17,19 @@ import torch
 from command import run
 from PIL import Image
 
-from epsanet_jax import InputError, predict_command
+from epsanet_jax import InputError, load
+from epsanet_jax.analysis.predict import predict
+from epsanet_jax.analysis.predict import run as run_step
+from epsanet_jax.commands import common
 from epsanet_jax.convert import to_torch, torch_model
 from epsanet_jax.data import files
 from epsanet_jax.data.decode import BadImageError
 from epsanet_jax.data.sources import ImageFolder
 from epsanet_jax.data.transforms import CentreCrop
-from epsanet_jax.predict import predict
-from epsanet_jax.predict import run as run_step
-from epsanet_jax.training import inputs, loading, pretrained, sharding, steps
+from epsanet_jax.training import inputs, sharding, steps
 from epsanet_jax.training.config import DataConfig, ModelConfig
-from epsanet_jax.training.metadata import make_metadata
+from epsanet_jax.weights import orbax
+from epsanet_jax.weights.metadata import make_metadata
 
 SETTINGS = {**small.SETTINGS, 'layers': (1,), 'planes': (8,)}
 NET = small.model(**SETTINGS)
@@ -40,7 +42,9 @@ DATA = DataConfig(image_size=32, resize_size=40, mean=(0.5, 0.4, 0.3), std=(0.2,
 def weights(tmp_path_factory):
     path = tmp_path_factory.mktemp('weights') / 'orbax'
     settings = {**SETTINGS, 'name': 'epsanet50_small'}
-    loading.save_weights(str(path), VARIABLES, make_metadata(ModelConfig(**settings), NAMES, DATA))
+    orbax.save_weights(
+        str(path), VARIABLES, make_metadata(ModelConfig(**settings), NAMES, DATA.preprocessing)
+    )
     return path
 
 
@@ -70,7 +74,7 @@ def of_json(capsys, *arguments):
 
 
 def test_the_same_logits_as_the_evaluation_step_and_pytorch(weights, pictures, tmp_path):
-    loaded = pretrained.load(str(weights))
+    loaded = load(str(weights))
     predictions = list(predict(loaded, [str(pictures)], top=3))
     assert [os.path.basename(p.path) for p in predictions] == [
         'a.png',
@@ -127,7 +131,7 @@ def test_table_csv_and_json_say_the_same(capsys, weights, pictures):
 
 
 def test_any_number_of_pictures_is_one_shape(capsys, weights, pictures):
-    loaded, shapes = pretrained.load(str(weights)), []
+    loaded, shapes = load(str(weights)), []
 
     def step(variables, images):
         shapes.append(images.shape)
@@ -205,7 +209,7 @@ def test_bad_files_are_named_and_skipped(capsys, weights, pictures, bad):
     assert (status, out) == (2, '')
     assert err.splitlines()[-1] == 'error: none of the 6 pictures can be decoded'
     with pytest.raises(BadImageError, match=r'broken\.jpg: cannot decode'):
-        list(predict(pretrained.load(str(weights)), [str(bad)]))
+        list(predict(load(str(weights)), [str(bad)]))
 
 
 @pytest.mark.parametrize(
@@ -238,7 +242,7 @@ def test_bad_usage_and_weights(capsys, weights, pictures, tmp_path):
     ):
         status, out, err = run(capsys, 'predict', *arguments)
         assert (status, out, err.count('\n'), part in err) == (2, '', 1, True)
-    loaded = pretrained.load(str(weights))
+    loaded = load(str(weights))
     damaged = jax.tree.map(lambda a: a * np.nan, loaded.variables)
     with pytest.raises(InputError, match='the logits are not finite'):
         list(predict(dataclasses.replace(loaded, variables=damaged), [str(pictures)]))
@@ -252,7 +256,7 @@ def test_bad_usage_and_weights(capsys, weights, pictures, tmp_path):
 def test_float64_is_not_cut_to_float32_without_a_word(capsys, pictures, tmp_path):
     settings = ModelConfig(**SETTINGS, dtype='float64', param_dtype='float64')
     variables = small.random_variables(NET, dtype=np.float64)
-    loading.save_weights(str(tmp_path / 'x'), variables, make_metadata(settings, NAMES, DATA))
+    orbax.save_weights(str(tmp_path / 'x'), variables, make_metadata(settings, NAMES, DATA.preprocessing))
     jax.config.update('jax_enable_x64', False)
     try:
         status, out, err = run(capsys, 'predict', tmp_path / 'x', pictures)
@@ -305,7 +309,7 @@ def test_ctrl_c_is_no_traceback(capsys, monkeypatch, weights, pictures):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(predict_command, 'predict', interrupted)
+    monkeypatch.setattr('epsanet_jax.analysis.predict.predict', interrupted)
     assert run(capsys, 'predict', weights, pictures) == (130, '', '')
 
 
@@ -316,5 +320,5 @@ def test_a_progress_bar_for_a_terminal_alone(monkeypatch, pictures):
 
     for terminal, bar in ((Terminal(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, 'stderr', terminal)
-        assert list(predict_command.progress(range(5), [str(pictures)])) == list(range(5))
+        assert list(common.progress(range(5), [str(pictures)])) == list(range(5))
         assert ('/5' in terminal.getvalue()) is bar

@@ -7,8 +7,9 @@ import runpy
 import jax
 import pytest
 
+from epsanet_jax.models.zoo import build_model
 from epsanet_jax.training import sharding
-from epsanet_jax.training.config import build_model, with_frozen_bn
+from epsanet_jax.training.config import with_frozen_bn
 from epsanet_jax.training.optimizer import make_optimizer, make_schedule
 from epsanet_jax.training.state import create_state
 from epsanet_jax.training.tracing import trace_train_step

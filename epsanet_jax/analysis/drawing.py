@@ -1,6 +1,5 @@
 """The drawings of `epsanet explain`."""
 
-import dataclasses
 import math
 import warnings
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.ticker import PercentFormatter
 
+from epsanet_jax.analysis.explain import Explanation
 from epsanet_jax.paths import write_atomically
 
 _TOP = 5  # classes in the list of the likeliest
@@ -23,31 +23,6 @@ _BARS_HEIGHT = 2.4  # of the attention's bars, inches
 _LONGEST = 30  # characters of a name
 _COLOURS = ('#3b6fb6', '#52a675', '#e0a030', '#c8553d', '#8a5fa8', '#6b6b6b')
 _MAP = 'inferno'
-
-
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """What is to be drawn of one picture.
-
-    Attributes:
-        name: of the picture.
-        image: uint8 [H, W, 3], as the network sees it.
-        names: of all classes.
-        probabilities: [num_classes].
-        classes: int [K], those explained.
-        cams: for each stage [K, H, W], from `explain.grad_cam`.
-        attention: for each stage [blocks, S], means over channels; none for a ResNet.
-        kernels: what to call the S branches.
-    """
-
-    name: str
-    image: np.ndarray
-    names: Sequence[str]
-    probabilities: np.ndarray
-    classes: np.ndarray
-    cams: dict[str, np.ndarray]
-    attention: dict[str, np.ndarray]
-    kernels: Sequence[str]
 
 
 def draw(explanation: Explanation) -> Figure:

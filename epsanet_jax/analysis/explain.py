@@ -1,13 +1,51 @@
-"""What a network looks at, and through which kernels: pure functions of arrays, usable under jit and vmap."""
+"""Where a network looks, and which kernels it uses.
 
-from typing import Any
+`grad_cam` and `attention` are pure functions of arrays, usable under jit and vmap; `explain` reads images.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Generator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from epsanet_jax.errors import InputError
+from epsanet_jax.errors import InputError, suggest
 from epsanet_jax.models.dtypes import at_least_float32
 from epsanet_jax.models.epsanet import EPSANet, check_stage
+from epsanet_jax.models.epsanet import stages as all_stages
+from epsanet_jax.weights.files import as_network
+from epsanet_jax.weights.network import Network
+
+if TYPE_CHECKING:
+    from epsanet_jax.data.files import OnBad, PictureFile
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """What a network makes of one image.
+
+    Attributes:
+        name: of the image.
+        image: uint8 [H, W, 3], as the network sees it.
+        names: names of all classes.
+        probabilities: [num_classes].
+        classes: int [K], numbers of the explained classes.
+        cams: for each stage [K, H, W], from `grad_cam`.
+        attention: for each stage [blocks, S], means over channels; none for a ResNet.
+        kernels: names of the S branches.
+    """
+
+    name: str
+    image: np.ndarray
+    names: Sequence[str]
+    probabilities: np.ndarray
+    classes: np.ndarray
+    cams: dict[str, np.ndarray]
+    attention: dict[str, np.ndarray]
+    kernels: Sequence[str]
 
 
 def grad_cam(
@@ -92,10 +130,118 @@ def has_pyramids(model: EPSANet) -> bool:
 
 
 def kernel_labels(model: EPSANet) -> list[str]:
-    """Returns what to call the branches: '3x3', '5x5', '5x5 (2nd)', '7x7'."""
+    """Returns names for the branches: '3x3', '5x5', '5x5 (2nd)', '7x7'; none for a ResNet."""
     labels = []
+    if not has_pyramids(model):
+        return labels
     for i, kernel in enumerate(model.kernels):
         nth = model.kernels[:i].count(kernel) + 1
         ending = {2: 'nd', 3: 'rd'}.get(nth, 'th')
         labels.append(f'{kernel}x{kernel}' + (f' ({nth}{ending})' if nth > 1 else ''))
     return labels
+
+
+def explain(
+    network: Network | str,
+    paths: Sequence[str],
+    stages: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None,
+    batch_size: int = 8,
+    *,
+    on_bad: 'OnBad | None' = None,
+    without: str | None = None,
+) -> Generator[tuple['PictureFile', Explanation], None, None]:
+    """Yields what a network makes of each image: probabilities, Grad-CAM and attention.
+
+    Args:
+        network: a network, or the path of its weights, see `weights.load`.
+        paths: of images, and of folders, whose images are found at any depth.
+        stages: where to take Grad-CAM; None: the last stage.
+        classes: names or numbers of the classes to explain; None: the top class of each image.
+        batch_size: images computed at once.
+        on_bad: called with a line for each image that cannot be decoded; by default that raises.
+        without: a folder that is left out.
+
+    Raises:
+        InputError: a path, stage or class does not exist, or the network has no classifier.
+    """
+    from epsanet_jax.analysis.predict import run  # imports what reads images
+    from epsanet_jax.data.files import stop_at_bad
+
+    network = as_network(network)
+    model, names = network.model, network.labels
+    if not model.num_classes:
+        raise InputError(f'{network.source.path or "the network"} has no classifier to explain')
+    stages = list(dict.fromkeys(stages or all_stages(model)[-1:]))
+    for stage in stages:
+        check_stage(model, stage)
+    numbers = None if classes is None else find_classes(classes, names)
+    kernels = kernel_labels(model)
+    step = make_step(model, stages, numbers)
+    with contextlib.closing(run(step, network, paths, batch_size, on_bad or stop_at_bad, without)) as rows:
+        for file, image, _, found in rows:
+            yield (
+                file,
+                Explanation(
+                    file.below,
+                    image,
+                    names,
+                    found['probabilities'],
+                    found['classes'],
+                    found['cams'],
+                    found['attention'],
+                    kernels,
+                ),
+            )
+
+
+def make_step(
+    model: EPSANet, chosen_stages: Sequence[str], classes: Sequence[int] | None
+) -> Callable[[Any, jax.Array], tuple[jax.Array, dict[str, Any]]]:
+    """Returns the function `(variables, images) -> (logits, arrays)` behind a drawing.
+
+    The arrays are 'probabilities' [N, num_classes]; 'classes' int [N, K], those given or the likeliest one;
+    'cams', for each stage [N, K, H, W]; and 'attention', for each stage [N, blocks, S], means over channels,
+    empty for a ResNet.
+    """
+
+    def step(variables: Any, images: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
+        logits: Any = model.apply(variables, images, train=False)
+        probabilities = jax.nn.softmax(logits)
+        if classes is None:
+            chosen = probabilities.argmax(axis=-1, keepdims=True)  # [N, 1]
+        else:
+            chosen = jnp.broadcast_to(jnp.asarray(classes), (len(images), len(classes)))  # [N, K]
+
+        def cams(stage: str) -> jax.Array:
+            one = lambda classes: grad_cam(model, variables, images, classes, stage)  # noqa: E731
+            return jax.vmap(one, in_axes=1, out_axes=1)(chosen)
+
+        shares = attention(model, variables, images) if has_pyramids(model) else {}
+        return logits, {
+            'probabilities': probabilities,
+            'classes': chosen,
+            'cams': {stage: cams(stage) for stage in chosen_stages},
+            'attention': {stage: a.mean(axis=-1) for stage, a in shares.items()},
+        }
+
+    return step
+
+
+def find_classes(chosen: Sequence[str], names: Sequence[str]) -> list[int]:
+    """Returns the numbers of classes given by name or, where no class is called so, by number.
+
+    Raises:
+        InputError: there is no such class.
+    """
+    numbers = []
+    for text in chosen:
+        if text in names:
+            numbers.append(names.index(text))
+        elif text.isascii() and text.isdecimal() and int(text) < len(names):
+            numbers.append(int(text))
+        else:
+            raise InputError(
+                f'no class {text!r}{suggest(text, names)}; a name or a number from 0 to {len(names) - 1}'
+            )
+    return list(dict.fromkeys(numbers))

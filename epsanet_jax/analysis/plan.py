@@ -1,4 +1,4 @@
-"""What a run will need on devices that are not at hand: its very training step, compiled for them."""
+"""What a step needs on devices that need not be there: memory, communication and cost, from the compiler."""
 
 import dataclasses
 import functools
@@ -12,11 +12,8 @@ import jax
 from epsanet_jax.analysis import hlo
 from epsanet_jax.analysis.topology import GIB, Topology
 from epsanet_jax.errors import InputError
-from epsanet_jax.training.config import Config, build_model, with_frozen_bn
-from epsanet_jax.training.optimizer import make_optimizer, make_schedule
-from epsanet_jax.training.state import create_state
-from epsanet_jax.training.tracing import run_mesh, trace_train_step
-from epsanet_jax.training.validation import validate
+
+Lower = Callable[[int], Any]  # global batch -> jax.stages.Lowered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,28 +54,24 @@ class Plan:
 
 
 def make_plan(
-    config: Config, topology: Topology, batch: int | None = None, say: Callable[[str], None] = lambda _: None
+    lower: Lower, name: str, batch: int, topology: Topology, report: Callable[[str], None] = lambda _: None
 ) -> Plan:
-    """Compiles the training step of a configuration for a topology.
+    """Compiles a step for a topology.
 
     Args:
-        config: of the run; where it leaves the number of classes to the data, they are 1000.
+        lower: lowers the step for a global batch.
+        name: of the model.
+        batch: rows of the global batch.
         topology: from `open_topology`.
-        batch: the global batch; None: the configuration's.
-        say: called with a line before the compiler starts.
+        report: called with a line before the compiler starts.
 
     Raises:
-        InputError: the configuration cannot be, or the batch does not divide.
+        InputError: the step cannot be lowered for this batch.
     """
-    validate(config, with_data=False)
-    if batch is not None:
-        config = dataclasses.replace(config, batch_size=batch)
-        validate(config, with_data=False)
-    devices = len(topology.devices)
-    plan = functools.partial(Plan, config.model.name, topology.name, devices, config.batch_size)
+    plan = functools.partial(Plan, name, topology.name, len(topology.devices), batch)
     began = time.perf_counter()
-    lowered = _lower(config, topology)
-    say(f'compiling for {topology.name}, batch {config.batch_size}: minutes for a large network ...')
+    lowered = lower(batch)
+    report(f'compiling for {topology.name}, batch {batch}: takes minutes for a large network ...')
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
@@ -109,39 +102,44 @@ def make_plan(
 
 
 def find_batch(
-    config: Config, topology: Topology, batch: int | None = None, say: Callable[[str], None] = lambda _: None
+    lower: Lower,
+    divides: Callable[[int], bool],
+    name: str,
+    batch: int,
+    unit: int,
+    topology: Topology,
+    report: Callable[[str], None] = lambda _: None,
 ) -> tuple[int, list[Plan]]:
-    """Finds the largest batch that fits, by a straight line through the memory of two.
+    """Finds the largest batch that fits, from a straight line through the memory of two batches.
 
     Args:
-        config: of the run.
-        topology: from `open_topology`, of known memory.
-        batch: the larger of the two to compile; None: the configuration's. For TPUs it is rounded up to 256
-            rows a device or more: their compiler fills up rows to multiples of 128.
-        say: as in `make_plan`.
+        lower: lowers the step for a global batch.
+        divides: whether a batch divides among the devices.
+        name: of the model.
+        batch: the larger of the two batches to compile. For TPUs it is rounded up to at least 256 rows per
+            device, because their compiler pads rows to multiples of 128.
+        unit: rows that every batch must be a multiple of.
+        topology: from `open_topology`, with known memory.
+        report: called with a line before the compiler starts.
 
     Returns:
-        The batch, 0 if none fits, and the plans of the two compiled, the smaller first.
+        The batch, 0 if none fits, and the two plans, the smaller batch first.
 
     Raises:
         InputError: the memory is not known, or the batch cannot be halved.
     """
-    validate(config, with_data=False)
     if topology.memory is None:
         raise InputError(f'--find-batch: the memory of {topology.name} is not known')
-    unit = len(topology.devices) * config.gradient_accumulation_steps
     unit *= 128 if topology.platform == 'tpu' else 1
 
     def largest(limit: int) -> int:
-        return next((n for n in range(limit // unit * unit, 0, -unit) if _divides(config, topology, n)), 0)
+        return next((n for n in range(limit // unit * unit, 0, -unit) if divides(n)), 0)
 
-    larger = batch or config.batch_size
-    if topology.platform == 'tpu':
-        larger = max(2, -(-larger // unit)) * unit
+    larger = max(2, -(-batch // unit)) * unit if topology.platform == 'tpu' else batch
     smaller = largest(larger // 2)
     if not smaller:
-        raise InputError(f'--find-batch compiles a batch and one of half the size: {larger} has none')
-    plans = [make_plan(config, topology, size, say) for size in (smaller, larger)]
+        raise InputError(f'--find-batch: a batch of {larger} cannot be halved; give a larger --batch')
+    plans = [make_plan(lower, name, size, topology, report) for size in (smaller, larger)]
     low, high = (plan.bytes_per_device for plan in plans)
     if high <= low:
         raise InputError(
@@ -149,27 +147,6 @@ def find_batch(
         )
     room = min(plan.memory_per_device or 0 for plan in plans) - low
     return largest(max(0, int(smaller + room * (larger - smaller) / (high - low)))), plans
-
-
-def _divides(config: Config, topology: Topology, batch: int) -> bool:
-    try:
-        config = dataclasses.replace(config, batch_size=batch)
-        run_mesh(config, config.model.bn_group or None, topology.devices)
-    except InputError:
-        return False
-    return True
-
-
-def _lower(config: Config, topology: Topology) -> Any:
-    """Lowers the training step as `training.loop` makes it."""
-    model = build_model(with_frozen_bn(config), config.model.num_classes or 1000)
-    mesh = run_mesh(config, model.bn_group, topology.devices)
-    schedule = make_schedule(config.schedule, config.optimizer.lr, total_steps=1000, steps_per_epoch=100)
-    optimizer = make_optimizer(config.optimizer, schedule, config.freeze)
-    size, ema = config.data.image_size, config.ema_decay > 0
-    state = jax.eval_shape(lambda key: create_state(model, optimizer, key, size, ema), jax.random.key(0))
-    traced = trace_train_step(config, model, optimizer, mesh, state)
-    return traced.lower(lowering_platforms=(topology.platform,))
 
 
 def _bytes(memory: Any) -> int:

@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 
 from epsanet_jax.errors import InputError
 from epsanet_jax.paths import resolve, write_atomically
-from epsanet_jax.training.metrics import best_by
-from epsanet_jax.training.report import METRICS_FILE, read_metrics
+from epsanet_jax.workdir import METRICS_FILE, best_by, read_metrics
 
 SUFFIXES = ('.png', '.svg', '.pdf')
 # Okabe and Ito's colours, which people with colour blindness tell apart too.

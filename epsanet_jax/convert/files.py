@@ -192,7 +192,7 @@ def weights_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what a file of weights says about them: all of it, and for other programs the main things.
 
     Args:
-        metadata: from `training.metadata.make_metadata`.
+        metadata: from `weights.metadata.make_metadata`.
     """
     model = metadata['model']
     shown = {'model': model['name'], 'num_classes': str(model['num_classes'])}

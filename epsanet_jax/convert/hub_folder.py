@@ -24,7 +24,7 @@ def to_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     may name folders of a machine that nobody else is to know.
 
     Args:
-        metadata: from `training.metadata.make_metadata`.
+        metadata: from `weights.metadata.make_metadata`.
     """
     config = {'architectures': ['EPSANet'], 'model_type': 'epsanet'}
     if metadata['class_names']:
@@ -33,7 +33,7 @@ def to_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_metadata(folder: str) -> dict[str, Any] | None:
-    """Returns the metadata that config.json holds, for `training.metadata.check_metadata`; None without one.
+    """Returns the metadata that config.json holds, for `weights.metadata.read_metadata`; None without one.
 
     Raises:
         InputError: it cannot be read, or its classes are not numbered from 0.

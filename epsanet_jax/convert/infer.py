@@ -1,25 +1,25 @@
-"""What network a state dict is of, by its names and shapes."""
+"""Which network a state dict belongs to, by its names and shapes."""
 
 import collections
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+import jax
 
 from epsanet_jax.errors import InputError
-from epsanet_jax.models import create_model
-from epsanet_jax.models.epsanet import EPSANet
-from epsanet_jax.models.zoo import VARIANTS
+from epsanet_jax.models.epsanet import EPSANet, abstract_variables
+from epsanet_jax.models.settings import ModelConfig
+from epsanet_jax.models.zoo import build_model, nearest_variant
 
 _DEFAULT_REDUCTION = 16
-STRUCTURE = ('layers', 'planes', 'expansion', 'kernels', 'groups')
 
 
-def infer_settings(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns 'name' and the overrides of `create_model` that give these names and shapes.
+def infer_settings(state_dict: Mapping[str, Any]) -> ModelConfig:
+    """Returns the configuration of the network that has these names and shapes.
 
-    'num_classes' is 0 where there is no classifier.
+    Without a classifier `num_classes` is 0.
 
     Args:
         state_dict: name -> tensor or array, without a wrapper's prefix.
@@ -35,62 +35,24 @@ def infer_settings(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(
             f'not the state dict of an EPSANet: {str(e) or "its shapes"} does not fit; it holds {some} ...'
         ) from e
-    return _as_overrides(settings)
+    return nearest_variant(settings.pop('middle'), settings.pop('use_se'), settings)
 
 
-def settings_of(model: EPSANet) -> dict[str, Any]:
-    """Returns 'name' and the overrides of `create_model` that give this network, types as their names.
-
-    Raises:
-        InputError: it is none that `create_model` makes.
-    """
-    fields = ('num_classes', 'layers', 'planes', 'expansion', 'middle', 'use_se')
-    if model.middle == 'psa':
-        fields = (*fields, 'kernels', 'groups', 'reduction', 'psa_bias')
-    elif model.use_se:
-        fields = (*fields, 'reduction')
-    settings = {field: getattr(model, field) for field in (*fields, 'output_stride', 'conv', 'remat')}
-    settings |= {field: np.dtype(getattr(model, field)).name for field in ('dtype', 'param_dtype')}
-    return _as_overrides({**settings, 'bn_group': model.bn_group or 0, 'frozen_bn': model.frozen_bn})
-
-
-def _as_overrides(settings: dict[str, Any]) -> dict[str, Any]:
-    """Puts the name of the nearest variant in place of what that variant has of its own."""
-    kind = settings['middle'], settings['use_se']
-    candidates = {name: v for name, v in VARIANTS.items() if (v.middle, v.use_se) == kind}
-    if not candidates:
-        raise InputError(
-            'a pyramid and a squeeze-and-excitation module in one block: no network of this package'
-        )
-
-    def distance(name: str) -> int:
-        return sum(getattr(candidates[name], f) != settings.get(f) for f in STRUCTURE if f in settings)
-
-    name = min(candidates, key=distance)
-    own = {f for f in STRUCTURE if getattr(candidates[name], f) == settings.get(f)} | {'middle', 'use_se'}
-    return {'name': name, **{k: v for k, v in settings.items() if k not in own}}
-
-
-def model_from_settings(settings: Mapping[str, Any], **changes: Any) -> EPSANet:
-    """Makes the network that `infer_settings` describes."""
-    kwargs = {**settings, **changes}
-    return create_model(kwargs.pop('name'), **kwargs)
-
-
-def differences(settings: Mapping[str, Any], model: EPSANet) -> str:
-    """Returns in words what network the settings mean if it is another than `model`, else ''."""
+def differences(config: ModelConfig, model: EPSANet) -> str:
+    """Returns the call of `create_model` for a configuration, or '' if it gives the shapes of `model`."""
     try:
-        meant = model_from_settings(settings)
+        meant = build_model(config)
     except InputError:
         return ''
-    fields = ('middle', *STRUCTURE, 'reduction', 'psa_bias', 'num_classes')
-    if meant.middle != 'psa':
-        fields = ('middle', 'use_se', 'layers', 'planes', 'expansion', 'num_classes')
-        fields = (*fields, 'reduction') if meant.use_se else fields
-    if all(getattr(meant, f) == getattr(model, f) for f in fields):
+    if _shapes(meant) == _shapes(model):
         return ''
-    overrides = ', '.join(f'{k}={v}' for k, v in settings.items() if k != 'name')
-    return f"create_model('{settings['name']}'{', ' if overrides else ''}{overrides})"
+    default = ModelConfig(name=config.name)
+    changed = ''.join(f', {k}={v}' for k, v in dataclasses.asdict(config).items() if v != getattr(default, k))
+    return f"create_model('{config.name}'{changed})"
+
+
+def _shapes(model: EPSANet) -> Any:
+    return jax.tree.map(lambda leaf: leaf.shape, dict(abstract_variables(model)))
 
 
 def _read_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
@@ -101,6 +63,7 @@ def _read_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     planes = tuple(shapes[f'layer{s}.0.conv1.weight'][0] for s in stages)
     settings: dict[str, Any] = {
         'num_classes': shapes['fc.weight'][0] if 'fc.weight' in shapes else 0,
+        'in_channels': shapes['conv1.weight'][1],
         'layers': tuple(counts[s] for s in stages),
         'planes': planes,
         'expansion': shapes['layer1.0.conv3.weight'][0] // planes[0],

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from epsanet_jax.convert.state_dict import to_torch
+from epsanet_jax.data.preprocessing import Preprocessing
 from epsanet_jax.errors import InputError, one_line
 from epsanet_jax.models.epsanet import EPSANet
-from epsanet_jax.models.zoo import Preprocessing
 
 INPUT, OUTPUT = 'images', 'logits'
 
@@ -52,7 +52,7 @@ def to_onnx(
         network = torch_model.FromPixels(network, pixels.mean, pixels.std)
     # Two, because PyTorch takes a batch of one for a constant.
     example = torch.zeros(
-        2, 3, image_size, image_size, dtype=torch.float32 if pixels is None else torch.uint8
+        2, model.in_channels, image_size, image_size, dtype=torch.float32 if pixels is None else torch.uint8
     )
     with _quiet():
         try:

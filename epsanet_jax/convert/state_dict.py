@@ -17,7 +17,7 @@ from flax import traverse_util
 
 from epsanet_jax.convert.infer import differences, infer_settings
 from epsanet_jax.errors import InputError
-from epsanet_jax.models.epsanet import MIN_SIZE, EPSANet
+from epsanet_jax.models.epsanet import EPSANet, abstract_images, abstract_variables
 
 Path = tuple[str, ...]
 _LEAVES = {
@@ -34,9 +34,8 @@ _HEAD = ('fc.weight', 'fc.bias')
 
 def name_table(model: EPSANet) -> dict[str, tuple[Path, jax.ShapeDtypeStruct]]:
     """Returns, for each name of the state dict, the path and shape of its leaf among the variables."""
-    images = jax.ShapeDtypeStruct((1, MIN_SIZE, MIN_SIZE, 3), model.dtype)
-    variables = jax.eval_shape(model.init, jax.random.key(0), images)
-    return {_torch_name(path): (path, leaf) for path, leaf in _flatten(variables).items()}
+    flat = _flatten(abstract_variables(model))
+    return {_torch_name(path): (path, leaf) for path, leaf in flat.items()}
 
 
 def from_torch(
@@ -186,10 +185,14 @@ def read_values(name: str, value: Any, dtype: Any) -> tuple[np.ndarray | None, s
     return array, ''
 
 
+def draw_classifier(model: EPSANet, key: jax.Array) -> dict[str, jax.Array]:
+    """Draws 'kernel' [C, K] and 'bias' [K] of a classifier as a new model would."""
+    images = jnp.zeros(abstract_images(model).shape, model.dtype)
+    return jax.jit(lambda k: model.init(k, images)['params']['fc'])(key)
+
+
 def _draw_head(model: EPSANet, key: jax.Array) -> dict[str, np.ndarray]:
-    """Draws a classifier as a new model's."""
-    images = jnp.zeros((1, MIN_SIZE, MIN_SIZE, 3), model.dtype)
-    head = jax.jit(lambda k: model.init(k, images)['params']['fc'])(key)
+    head = draw_classifier(model, key)
     return {
         'fc.weight': to_torch_layout(np.asarray(head['kernel'])),
         'fc.bias': np.asarray(head['bias']),

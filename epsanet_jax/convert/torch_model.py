@@ -108,7 +108,7 @@ class EPSANet(nn.Module):
     def __init__(self, settings: JaxEPSANet):
         super().__init__()
         s = settings
-        self.conv1, self.bn1 = _conv(3, STEM_WIDTH, 7, 2), nn.BatchNorm2d(STEM_WIDTH)
+        self.conv1, self.bn1 = _conv(s.in_channels, STEM_WIDTH, 7, 2), nn.BatchNorm2d(STEM_WIDTH)
         self.stages = len(s.layers)
         inputs, reached, dilation = STEM_WIDTH, 4, 1
         for stage, (count, planes) in enumerate(zip(s.layers, s.planes, strict=True)):
@@ -128,7 +128,7 @@ class EPSANet(nn.Module):
                 blocks.append(EPSABlock(inputs, planes, outputs, stride, downsample, middle, se))
                 inputs, dilation = outputs, dilation * (2 if kept else 1)
             self.add_module(f'layer{stage + 1}', nn.Sequential(*blocks))
-        self.fc = nn.Linear(inputs, s.num_classes)
+        self.fc = nn.Linear(inputs, s.num_classes) if s.num_classes else nn.Identity()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 k = module.kernel_size[0]

@@ -4,14 +4,17 @@ from epsanet_jax.models.epsanet import EPSABlock, EPSANet
 from epsanet_jax.models.folding import fold_batch_norm
 from epsanet_jax.models.norm import BatchNorm
 from epsanet_jax.models.psa import PSAModule, SEWeightModule
+from epsanet_jax.models.settings import ModelConfig, Settings
 from epsanet_jax.models.zoo import create_model, get_variant, list_models
 
 __all__ = [
     'BatchNorm',
     'EPSABlock',
     'EPSANet',
+    'ModelConfig',
     'PSAModule',
     'SEWeightModule',
+    'Settings',
     'create_model',
     'fold_batch_norm',
     'get_variant',

@@ -10,76 +10,59 @@ import jax.numpy as jnp
 
 from epsanet_jax.errors import InputError, suggest
 from epsanet_jax.models.conv import Conv, Linear
-from epsanet_jax.models.dtypes import Dtype, at_least_float32
+from epsanet_jax.models.dtypes import at_least_float32
 from epsanet_jax.models.norm import Affine, BatchNorm
 from epsanet_jax.models.pool import max_pool
 from epsanet_jax.models.psa import PSAModule, SEWeightModule
+from epsanet_jax.models.settings import Settings, settings_of
 from epsanet_jax.ops.materialize import materialize
 
 STEM_WIDTH = 64
 Norm = Callable[[Any, bool], jax.Array]  # an activation, or a `Weighted`; training mode
-MIN_SIZE = 32  # the network's total stride: below it the last stage has nothing left to halve
-MIDDLES = ('psa', 'conv3x3')
+MIN_SIZE = 32  # the network's total stride: the last stage cannot halve a smaller image
 
 
 class EPSABlock(nn.Module):
     """A bottleneck block: 1x1 conv, PSA module, 1x1 conv, each with BatchNorm, and a shortcut.
 
     Attributes:
-        planes: width of the bottleneck.
-        expansion: output channels are planes * expansion.
-        stride: of the PSA module (and of the shortcut).
-        dilation: of the PSA module.
+        planes: width of the bottleneck; the output has planes * settings.expansion channels.
+        stride: of the PSA module and of the shortcut.
         downsample: whether the shortcut is a 1x1 conv with BatchNorm instead of the input itself.
+        dilation: of the PSA module.
+        settings: options of the network, see `models.settings.Settings`.
         middle: 'psa', or 'conv3x3' for ResNet's plain bottleneck.
-        use_se: whether a squeeze-and-excitation module weighs what the last convolution gives.
-        kernels, groups, reduction, psa_bias: of the PSA module; reduction is that of `use_se` too.
-        bn_group, bn_axis, frozen_bn: of BatchNorm (`group`, `axis_name`, `frozen`).
-        folded: no BatchNorm, see `EPSANet`.
-        conv: algorithm, see `epsanet_jax.ops.grouped_conv`.
-        dtype: of the computation and the result.
-        param_dtype: of the parameters.
+        use_se: whether a squeeze-and-excitation module weights the output of the last convolution.
+        bn_axis: mesh axis over which one BatchNorm group is spread, see `EPSANet`.
+        folded: whether the block has no BatchNorm, see `EPSANet`.
     """
 
     planes: int
-    expansion: int = 4
     stride: int = 1
     downsample: bool = False
-    middle: str = 'psa'
-    kernels: tuple[int, ...] = (3, 5, 7, 9)
-    groups: tuple[int, ...] = (1, 4, 8, 16)
-    reduction: int = 16
-    psa_bias: bool = False
-    use_se: bool = False
     dilation: int = 1
-    bn_group: int | None = None
+    settings: Settings = Settings()
+    middle: str = 'psa'
+    use_se: bool = False
     bn_axis: str | None = None
-    frozen_bn: str = ''
     folded: bool = False
-    conv: str = 'auto'
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
 
     def setup(self):
-        dtypes = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
-        conv = functools.partial(Conv, conv=self.conv, use_bias=self.folded, **dtypes)
-        norm = functools.partial(
-            BatchNorm, group=self.bn_group, axis_name=self.bn_axis, frozen=self.frozen_bn, **dtypes
-        )
-        if self.folded:
-            norm = _no_norm
-        width = self.planes * self.expansion
+        s = self.settings
+        conv, norm = _parts(s, self.bn_axis, self.folded)
+        dtypes = _dtypes(s)
+        width = self.planes * s.expansion
         self.conv1, self.bn1 = conv(self.planes, 1), norm()
         if self.middle == 'psa':
             self.conv2 = PSAModule(
                 self.planes,
                 self.stride,
-                self.kernels,
-                self.groups,
-                self.reduction,
-                use_bias=self.psa_bias,
+                s.kernels,
+                s.groups,
+                s.reduction,
+                use_bias=s.psa_bias,
                 dilation=self.dilation,
-                conv=self.conv,
+                conv=s.conv,
                 **dtypes,
             )
         else:
@@ -87,7 +70,7 @@ class EPSABlock(nn.Module):
         self.bn2: Norm = Affine(**dtypes) if self.folded and self.middle == 'psa' else norm()
         self.conv3, self.bn3 = conv(width, 1), norm()
         if self.use_se:
-            self.se = SEWeightModule(width, self.reduction, **dtypes)
+            self.se = SEWeightModule(width, s.reduction, **dtypes)
         if self.downsample:
             self.downsample_0, self.downsample_1 = conv(width, 1, stride=self.stride), norm()
 
@@ -111,91 +94,51 @@ class EPSABlock(nn.Module):
         return materialize(nn.relu(y + shortcut))
 
 
-class EPSANet(nn.Module):
+class EPSANet(nn.Module, Settings):
     """The network; `epsanet_jax.create_model` makes the published variants.
 
+    Its options are the fields of `models.settings.Settings`.
+
     Attributes:
-        num_classes: outputs of the classifier.
-        layers: blocks in each of the four stages.
-        planes: bottleneck width of each stage.
-        expansion: a stage's output channels are planes * expansion.
         middle: 'psa', or 'conv3x3' for ResNet.
-        use_se: squeeze-and-excitation at the end of each block, as in SE-ResNet.
-        kernels, groups, reduction, psa_bias: of the PSA modules; reduction is that of `use_se` too.
-        output_stride: 32, or 16 or 8: the last stages then keep their size and dilate their convolutions,
-            with the same parameters, for dense predictions.
-        bn_group: examples in a BatchNorm group (consecutive rows of the batch); None: the whole batch.
-        bn_axis: mesh axis over which one BatchNorm group is spread; set by `training.sharding`.
-        frozen_bn: regular expression for the BatchNorms that keep to their running statistics in training,
-            by the name of their scale: '^bn1|^layer1' the first ones, '.' all.
-        folded: the convolutions have biases instead of a BatchNorm behind them; for inference, with what
-            `models.fold_batch_norm` makes of the variables.
-        conv: algorithm of the convolutions, see `epsanet_jax.ops.grouped_conv`.
-        remat: recompute each block's activations in the backward pass instead of storing them.
-        dtype: of the computation.
-        param_dtype: of the parameters.
+        use_se: whether each block ends in a squeeze-and-excitation module, as in SE-ResNet.
+        bn_axis: mesh axis over which one BatchNorm group is spread; `training.sharding` sets it.
+        folded: whether the convolutions have biases instead of a BatchNorm after them; for inference, with
+            the variables that `models.fold_batch_norm` returns.
     """
 
-    num_classes: int = 1000
-    layers: tuple[int, ...] = (3, 4, 6, 3)
-    planes: tuple[int, ...] = (64, 128, 256, 512)
-    expansion: int = 4
     middle: str = 'psa'
     use_se: bool = False
-    kernels: tuple[int, ...] = (3, 5, 7, 9)
-    groups: tuple[int, ...] = (1, 4, 8, 16)
-    reduction: int = 16
-    psa_bias: bool = False
-    output_stride: int = 32
-    bn_group: int | None = None
     bn_axis: str | None = None
-    frozen_bn: str = ''
     folded: bool = False
-    conv: str = 'auto'
-    remat: bool = False
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
 
     def setup(self):
-        dtypes = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
-        self.conv1 = Conv(STEM_WIDTH, 7, stride=2, conv=self.conv, use_bias=self.folded, **dtypes)
-        if self.folded:
-            self.bn1 = _no_norm()
-        else:
-            self.bn1 = BatchNorm(group=self.bn_group, axis_name=self.bn_axis, frozen=self.frozen_bn, **dtypes)
-        block = nn.remat(EPSABlock, static_argnums=(2,)) if self.remat else EPSABlock
+        settings = settings_of(self)
+        conv, norm = _parts(settings, self.bn_axis, self.folded)
+        self.conv1, self.bn1 = conv(STEM_WIDTH, 7, stride=2), norm()
+        block = functools.partial(
+            nn.remat(EPSABlock, static_argnums=(2,)) if self.remat else EPSABlock,
+            settings=settings,
+            middle=self.middle,
+            use_se=self.use_se,
+            bn_axis=self.bn_axis,
+            folded=self.folded,
+        )
         width, reached, dilation = STEM_WIDTH, 4, 1
         for stage, (count, planes) in enumerate(zip(self.layers, self.planes, strict=True)):
             blocks = []
             for i in range(count):
                 halves = stage > 0 and i == 0
-                # Dilated instead, from the next block on.
+                # Instead of halving, the blocks that follow are dilated.
                 kept = halves and self.output_stride < 32 and reached >= self.output_stride
-                blocks.append(
-                    block(
-                        planes,
-                        self.expansion,
-                        stride=2 if halves and not kept else 1,
-                        dilation=dilation,
-                        downsample=halves or width != planes * self.expansion,
-                        middle=self.middle,
-                        use_se=self.use_se,
-                        kernels=self.kernels,
-                        groups=self.groups,
-                        reduction=self.reduction,
-                        psa_bias=self.psa_bias,
-                        bn_group=self.bn_group,
-                        bn_axis=self.bn_axis,
-                        frozen_bn=self.frozen_bn,
-                        folded=self.folded,
-                        conv=self.conv,
-                        **dtypes,
-                    )
-                )
+                stride = 2 if halves and not kept else 1
+                downsample = halves or width != planes * self.expansion
+                blocks.append(block(planes, stride, downsample, dilation))
                 width = planes * self.expansion
-                dilation, reached = dilation * (2 if kept else 1), reached * (2 if halves and not kept else 1)
+                dilation, reached = dilation * (2 if kept else 1), reached * stride
             setattr(self, f'layer{stage + 1}', blocks)
-        self.fc = Linear(self.num_classes, **dtypes)
+        if self.num_classes:
+            self.fc = Linear(self.num_classes, **_dtypes(settings))
 
     def features(
         self, images: jax.Array, train: bool = False, keep: jax.Array | None = None
@@ -203,7 +146,7 @@ class EPSANet(nn.Module):
         """Returns the activations after the stem and each stage.
 
         Args:
-            images: [N, H, W, 3], normalised; H and W at least 32.
+            images: [N, H, W, in_channels], normalised; H and W at least 32.
             train: whether BatchNorm normalises by the batch (and updates 'batch_stats').
             keep: factors [N, blocks] of the residual branches, for stochastic depth
                 (`training.stochastic_depth.draw_keep`); None: all are kept as they are.
@@ -215,8 +158,8 @@ class EPSANet(nn.Module):
         Raises:
             InputError: the images are of the wrong rank, type, number of channels or too small.
         """
-        check_images(images)
-        x = images.astype(self.dtype)  # [N, H, W, 3]
+        check_images(images, self.in_channels)
+        x = images.astype(self.dtype)  # [N, H, W, in_channels]
         x = nn.relu(self.bn1(self.conv1(x), train))  # [N, H/2, W/2, 64]
         x = max_pool(x)  # [N, H/4, W/4, 64]
         outputs = {'stem': x}
@@ -231,7 +174,8 @@ class EPSANet(nn.Module):
     def __call__(self, images: jax.Array, train: bool = False, keep: jax.Array | None = None) -> jax.Array:
         """Returns logits [N, num_classes], of `dtype` or float32 if that is wider.
 
-        Args and errors are those of `features`.
+        Arguments and errors are those of `features`. Without a classifier (`num_classes` 0) it returns the
+        pooled features [N, planes * expansion].
         """
         last = f'layer{len(self.layers)}'
         return self.logits_from(self.features(images, train, keep)[last], last, train)
@@ -253,12 +197,35 @@ class EPSANet(nn.Module):
                 x = block(x, train)
         wide = at_least_float32(self.dtype)  # x: [N, H/32, W/32, C]
         x = x.mean(axis=(1, 2), dtype=wide)  # [N, C]
-        return self.fc(x).astype(wide)
+        return self.fc(x).astype(wide) if self.num_classes else x
 
 
-def _no_norm() -> Norm:
-    """In the place of a BatchNorm that is folded into the convolution before it."""
-    return lambda x, train: x
+def _dtypes(settings: Settings) -> dict[str, Any]:
+    return {'dtype': jnp.dtype(settings.dtype), 'param_dtype': jnp.dtype(settings.param_dtype)}
+
+
+def _parts(
+    settings: Settings, bn_axis: str | None, folded: bool
+) -> tuple[Callable[..., Any], Callable[[], Norm]]:
+    """Returns what makes the convolutions and the BatchNorms of a network."""
+    dtypes = _dtypes(settings)
+    conv = functools.partial(Conv, conv=settings.conv, use_bias=folded, **dtypes)
+    if folded:
+        return conv, lambda: lambda x, train: x  # the convolution before it does the work
+    group = settings.bn_group or None
+    return conv, functools.partial(
+        BatchNorm, group=group, axis_name=bn_axis, frozen=settings.frozen_bn, **dtypes
+    )
+
+
+def abstract_images(model: EPSANet, size: int = MIN_SIZE) -> jax.ShapeDtypeStruct:
+    """Returns the shape and type of one image, [1, size, size, in_channels]."""
+    return jax.ShapeDtypeStruct((1, size, size, model.in_channels), model.dtype)
+
+
+def abstract_variables(model: EPSANet) -> Any:
+    """Returns the shapes and types of a network's variables; nothing is computed."""
+    return jax.eval_shape(model.init, jax.random.key(0), abstract_images(model))
 
 
 def stages(model: EPSANet) -> list[str]:
@@ -274,14 +241,14 @@ def check_stage(model: EPSANet, stage: str) -> None:
         )
 
 
-def check_images(images: jax.Array) -> None:
-    """Raises InputError unless `images` is a floating-point array [N, H, W, 3] with H, W >= 32."""
+def check_images(images: jax.Array, channels: int = 3) -> None:
+    """Raises InputError unless `images` is a floating-point array [N, H, W, channels] with H, W >= 32."""
     shape = tuple(images.shape)
     if len(shape) != 4:
-        raise InputError(f'images must be [N, H, W, 3], got shape {shape}')
-    if shape[3] != 3:
-        hint = ' (channels come last, unlike in PyTorch)' if shape[1] == 3 else ''
-        raise InputError(f'images must have 3 channels, got shape {shape}{hint}')
+        raise InputError(f'images must be [N, H, W, {channels}], got shape {shape}')
+    if shape[3] != channels:
+        hint = ' (channels come last, unlike in PyTorch)' if shape[1] == channels else ''
+        raise InputError(f'images must have {channels} channels, got shape {shape}{hint}')
     if min(shape[1:3]) < MIN_SIZE:
         raise InputError(f'images must be at least {MIN_SIZE}x{MIN_SIZE} pixels, got shape {shape}')
     if not jnp.issubdtype(images.dtype, jnp.floating):

@@ -1,34 +1,24 @@
 """The table of published networks, and `create_model`."""
 
 import dataclasses
-import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from epsanet_jax.errors import InputError, suggest
 from epsanet_jax.models.dtypes import Dtype
-from epsanet_jax.models.epsanet import MIDDLES, EPSANet
-from epsanet_jax.ops.algorithms import check_name
-
-
-@dataclasses.dataclass(frozen=True)
-class Preprocessing:
-    """What pictures go through before the network.
-
-    Attributes:
-        image_size: side of the square that the network sees, pixels.
-        resize_size: length of the shorter side before the centre crop, pixels.
-        mean: per channel, of values in 0..1.
-        std: per channel, of values in 0..1.
-        exif_orientation: whether pictures are turned as their EXIF tag says.
-    """
-
-    image_size: int = 224
-    resize_size: int = 256
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    exif_orientation: bool = True
+from epsanet_jax.models.epsanet import EPSANet
+from epsanet_jax.models.settings import (
+    NAMES,
+    PYRAMID,
+    STRUCTURE,
+    ModelConfig,
+    check_pyramid,
+    check_settings,
+    plain,
+    settings_of,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +26,17 @@ class Variant:
     """A row of the table.
 
     Attributes:
-        layers, planes, expansion, kernels, groups, middle, use_se: see `EPSANet`.
-        published_params: millions of parameters, 1000 classes, as published.
-        published_flops: billions of multiply-adds at 224 px, as published.
-        published_top1: ImageNet accuracy in percent, as published. Not reproduced here: no weights exist.
-        published_top5: likewise.
-        preprocessing: the reference's.
+        layers: blocks in each stage.
+        planes: bottleneck width of each stage.
+        expansion: a stage has planes * expansion output channels.
+        kernels: kernel size of each branch of the pyramid.
+        groups: number of groups of each branch.
+        middle: 'psa', or 'conv3x3' for a ResNet.
+        use_se: whether each block ends in a squeeze-and-excitation module.
+        published_params: published number of parameters with 1000 classes, in millions.
+        published_flops: published number of multiply-adds at 224 px, in billions.
+        published_top1: published top-1 accuracy on ImageNet, in percent; not reproduced, no weights exist.
+        published_top5: published top-5 accuracy, in percent.
     """
 
     layers: tuple[int, ...]
@@ -55,7 +50,6 @@ class Variant:
     published_flops: float | None = None
     published_top1: float | None = None
     published_top5: float | None = None
-    preprocessing: Preprocessing = Preprocessing()
 
 
 _LARGE: dict[str, Any] = {
@@ -123,128 +117,96 @@ def create_model(
     name: str,
     *,
     num_classes: int = 1000,
+    in_channels: int = 3,
     dtype: Dtype = jnp.float32,
-    param_dtype: Dtype = jnp.float32,
-    layers: tuple[int, ...] | None = None,
-    planes: tuple[int, ...] | None = None,
-    expansion: int | None = None,
-    kernels: tuple[int, ...] | None = None,
-    groups: tuple[int, ...] | None = None,
-    reduction: int = 16,
-    psa_bias: bool = False,
-    output_stride: int = 32,
-    bn_group: int | None = None,
-    frozen_bn: str = '',
-    conv: str = 'auto',
-    remat: bool = False,
+    **overrides: Any,
 ) -> EPSANet:
     """Makes a published network, or one changed from it.
 
     Args:
         name: one of `list_models()`.
-        num_classes: outputs of the classifier.
-        dtype: of the computation; logits are of this type or float32 if that is wider.
-        param_dtype: of the parameters.
-        layers: blocks in each stage.
-        planes: bottleneck width of each stage.
-        expansion: a stage's output channels are planes * expansion.
-        kernels: kernel size of each branch of the pyramid.
-        groups: number of groups of each branch.
-        reduction: of the squeeze-and-excitation modules.
-        psa_bias: whether the pyramid's convolutions have biases (as in the paper's listing; the reference
-            repository has none).
-        output_stride: 32, or 16 or 8 for dense predictions: the last stages keep their size and dilate.
-        bn_group: examples in a BatchNorm group, consecutive rows of the batch; None: the whole batch.
-        frozen_bn: regular expression for the BatchNorms that keep to their running statistics in training,
-            by the name of their scale, as 'layer1_0/bn1/scale'; '.' for all.
-        conv: 'auto', or one convolution algorithm for all (`epsanet_jax.ops.ALGORITHMS`).
-        remat: recompute each block's activations in the backward pass, for less memory.
+        num_classes: outputs of the classifier; 0: no classifier, the network returns the pooled features.
+        in_channels: channels of the images.
+        dtype: floating-point type of the computation; logits are of this type, or float32 if that is wider.
+        **overrides: any other field of `models.settings.Settings`; None stands for the variant's own value.
 
     Returns:
         A flax Module: `model.init(key, images)`, `model.apply(variables, images, train=False)`.
 
     Raises:
-        InputError: the name is unknown, or the settings do not fit together.
+        InputError: the name or a setting is unknown, or the settings do not fit together.
     """
-    variant = get_variant(name)
-    if variant.middle != 'psa' and (kernels is not None or groups is not None or psa_bias):
-        raise InputError(f'{name} has no pyramid: kernels, groups and psa_bias do not apply')
-    model = EPSANet(
-        num_classes=num_classes,
-        layers=tuple(variant.layers if layers is None else layers),
-        planes=tuple(variant.planes if planes is None else planes),
-        expansion=variant.expansion if expansion is None else expansion,
-        middle=variant.middle,
-        use_se=variant.use_se,
-        kernels=tuple(variant.kernels if kernels is None else kernels),
-        groups=tuple(variant.groups if groups is None else groups),
-        reduction=reduction,
-        psa_bias=psa_bias,
-        output_stride=output_stride,
-        bn_group=bn_group,
-        frozen_bn=frozen_bn,
-        conv=conv,
-        remat=remat,
-        dtype=dtype,
-        param_dtype=param_dtype,
-    )
-    check_settings(model)
-    return model
+    changes = plain({'num_classes': num_classes, 'in_channels': in_channels, 'dtype': dtype, **overrides})
+    return _make(ModelConfig(name=name, **changes), num_classes)
 
 
-def check_settings(model: EPSANet) -> None:
-    """Raises InputError if a network cannot be built with these settings."""
-    check_name(model.conv)
-    if model.middle not in MIDDLES:
-        raise InputError(f'middle must be one of {MIDDLES}, got {model.middle!r}')
+def build_model(config: ModelConfig, num_classes: int = 0) -> EPSANet:
+    """Makes the network of a configuration.
+
+    Args:
+        config: name and settings.
+        num_classes: number of classes where the configuration leaves it open.
+
+    Raises:
+        InputError: the settings are invalid, or they ask for float64 and JAX has it switched off.
+    """
     for field in ('dtype', 'param_dtype'):
-        if not jnp.issubdtype(getattr(model, field), jnp.floating):
-            raise InputError(f'{field} must be a floating-point type, got {getattr(model, field)}')
-    for field in ('num_classes', 'expansion', 'reduction'):
-        if getattr(model, field) < 1:
-            raise InputError(f'{field} must be at least 1, got {getattr(model, field)}')
-    for field in ('layers', 'planes', 'kernels', 'groups'):
-        value = getattr(model, field)
-        if not value or min(value) < 1:
-            raise InputError(f'{field} must hold numbers of at least 1, got {value}')
-    if model.bn_group is not None and model.bn_group < 1:
-        raise InputError(f'bn_group must be at least 1, or None for the whole batch, got {model.bn_group}')
-    try:
-        re.compile(model.frozen_bn)
-    except re.error as e:
-        raise InputError(f'frozen_bn must be a regular expression, got {model.frozen_bn!r}: {e}') from e
-    if len(model.layers) != len(model.planes):
-        raise InputError(
-            f'layers and planes must have one number a stage each, got {model.layers} and {model.planes}'
-        )
-    if model.output_stride not in (8, 16, 32):
-        raise InputError(f'output_stride must be 8, 16 or 32, got {model.output_stride}')
+        if getattr(config, field) == 'float64' and not jax.config.jax_enable_x64:
+            raise InputError(
+                f'a network with {field}=float64 needs the environment variable JAX_ENABLE_X64=1'
+            )
+    return _make(config, config.num_classes or num_classes)
+
+
+def _make(config: ModelConfig, num_classes: int) -> EPSANet:
+    variant = get_variant(config.name)
+    given = [field for field in PYRAMID if getattr(config, field)]
+    if variant.middle != 'psa' and given:
+        raise InputError(f'{config.name} has no pyramid: {", ".join(given)} cannot be set')
+    values = {field: getattr(config, field) for field in NAMES}
+    values |= {field: values[field] or getattr(variant, field) for field in STRUCTURE}
+    model = EPSANet(**{**values, 'num_classes': num_classes}, middle=variant.middle, use_se=variant.use_se)
+    check_settings(model)
+    if model.middle == 'psa':
+        check_pyramid(model)
     if model.use_se and min(model.planes) * model.expansion < model.reduction:
         raise InputError(
             f'reduction must be at most {min(model.planes) * model.expansion}, got {model.reduction}'
         )
-    if model.middle == 'psa':
-        _check_pyramid(model)
+    return model
 
 
-def _check_pyramid(model: EPSANet) -> None:
-    kernels, groups = model.kernels, model.groups
-    if len(kernels) != len(groups):
-        raise InputError(f'kernels and groups must have one number a branch each, got {kernels} and {groups}')
-    if any(k % 2 == 0 for k in kernels):
-        raise InputError(f'kernels must be odd, got {kernels}')
-    for planes in model.planes:
-        width, rest = divmod(planes, len(kernels))
-        if rest:
-            raise InputError(f'planes must divide by the {len(kernels)} branches, got {planes}')
-        for g in groups:
-            if planes % g or width % g:
-                raise InputError(
-                    f'groups must divide planes and a branch of planes / {len(kernels)}: {g} groups do not '
-                    f'divide {planes} and {width}'
-                )
-        if width < model.reduction:
-            raise InputError(
-                f'reduction {model.reduction} leaves the squeeze-and-excitation module of a branch with '
-                f'{width} channels without a hidden unit; use at most {width}'
-            )
+def config_of(model: EPSANet) -> ModelConfig:
+    """Returns the nearest variant's name and the changes from it that give this network.
+
+    Raises:
+        InputError: `create_model` cannot make such a network.
+    """
+    return nearest_variant(model.middle, model.use_se, dataclasses.asdict(settings_of(model)))
+
+
+def nearest_variant(middle: str, use_se: bool, settings: dict[str, Any]) -> ModelConfig:
+    """Returns settings as the name of the nearest variant of a kind and the changes from it.
+
+    Args:
+        middle: kind of the block's middle, see `EPSANet`.
+        use_se: whether blocks have squeeze-and-excitation modules.
+        settings: values of `Settings`; those that are left out keep their default.
+
+    Raises:
+        InputError: no variant is of this kind.
+    """
+    candidates = {name: v for name, v in VARIANTS.items() if (v.middle, v.use_se) == (middle, use_se)}
+    if not candidates:
+        raise InputError(
+            'a block with both a pyramid and a squeeze-and-excitation module is not a network of this package'
+        )
+
+    def is_own(name: str, field: str) -> bool:
+        return field not in settings or getattr(candidates[name], field) == settings[field]
+
+    name = max(candidates, key=lambda name: sum(is_own(name, field) for field in STRUCTURE))
+    unset = {field for field in STRUCTURE if is_own(name, field)}
+    if middle != 'psa':
+        unset |= set(PYRAMID)
+    return ModelConfig(name=name, **{k: v for k, v in settings.items() if k not in unset})

@@ -1,4 +1,4 @@
-"""The checkpoints of a run. Nothing but this module and `loading`, its other half, knows Orbax.
+"""The checkpoints of a run. Nothing but this module and `weights.orbax` knows Orbax.
 
 A checkpoint holds the variables ('model'), their moving averages if the run keeps any ('ema'), the
 optimizer's state and step ('optimizer'), and everything that use of the weights needs ('metadata'): model,
@@ -20,17 +20,14 @@ from orbax.checkpoint import checkpoint_managers
 from epsanet_jax.errors import InputError, Interrupted, TrainingError, one_line
 from epsanet_jax.paths import replacing
 from epsanet_jax.training import distributed
-from epsanet_jax.training.metrics import best_by
-from epsanet_jax.training.one_error import OneError
 from epsanet_jax.training.state import TrainState
-
-FOLDER = 'checkpoints'
-DAMAGED = 'checkpoints-damaged'
+from epsanet_jax.weights.orbax import FirstErrorOnly
+from epsanet_jax.workdir import CHECKPOINTS, DAMAGED_CHECKPOINTS, best_by
 
 
 def has_checkpoint(workdir: epath.Path) -> bool:
     """Whether a workdir holds a complete checkpoint; in a bucket one may be there that is not."""
-    folder = workdir / FOLDER
+    folder = workdir / CHECKPOINTS
     return folder.is_dir() and any(
         entry.name.isdigit() and ocp.utils.is_checkpoint_finalized(entry) for entry in folder.iterdir()
     )
@@ -60,8 +57,8 @@ class Checkpoints:
             best_mode='max',
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(workdir / FOLDER, options=options)
-        self._one_error = OneError()
+        self._manager = ocp.CheckpointManager(workdir / CHECKPOINTS, options=options)
+        self._first_error = FirstErrorOnly()
 
     @property
     def latest_step(self) -> int | None:
@@ -73,7 +70,7 @@ class Checkpoints:
 
         Args:
             state: to be saved whole.
-            metadata: from `metadata.make_metadata`.
+            metadata: from `weights.metadata.make_metadata`.
             metrics: of an evaluation at this very step.
         """
         step = int(state.step)
@@ -177,7 +174,7 @@ class Checkpoints:
         self._manager.reload()
 
     def _move(self, numbers: list[int]) -> None:
-        folder = self._manager.directory.parent / DAMAGED
+        folder = self._manager.directory.parent / DAMAGED_CHECKPOINTS
         folder.mkdir(exist_ok=True)
         for number in numbers:
             names = itertools.chain([str(number)], (f'{number}-{i}' for i in itertools.count(2)))
@@ -185,7 +182,7 @@ class Checkpoints:
             (self._manager.directory / str(number)).rename(free)
 
     def __enter__(self) -> Self:
-        self._one_error.__enter__()
+        self._first_error.__enter__()
         return self
 
     def __exit__(
@@ -201,7 +198,7 @@ class Checkpoints:
             failure = e
         finally:
             self._manager.close()
-        self._one_error.__exit__(kind, error or failure, where)
+        self._first_error.__exit__(kind, error or failure, where)
         if failure is not None and error is None:  # else it is told already, or not what went wrong first
             with self._saving():
                 raise failure

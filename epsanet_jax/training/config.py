@@ -6,38 +6,9 @@
 import dataclasses
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from epsanet_jax.data.augment import Mixing
-from epsanet_jax.errors import InputError
-from epsanet_jax.models import create_model
-from epsanet_jax.models.epsanet import EPSANet
-
-
-@dataclasses.dataclass(slots=True)
-class ModelConfig:
-    """The network: arguments of `create_model`; what is not set is the variant's own.
-
-    `num_classes` 0: as many as the data has. `bn_group` 0: the whole batch.
-    """
-
-    name: str = 'epsanet50_small'
-    num_classes: int = 0
-    layers: tuple[int, ...] = ()
-    planes: tuple[int, ...] = ()
-    expansion: int = 0
-    kernels: tuple[int, ...] = ()
-    groups: tuple[int, ...] = ()
-    reduction: int = 16
-    psa_bias: bool = False
-    output_stride: int = 32
-    bn_group: int = 0
-    frozen_bn: str = ''
-    conv: str = 'auto'
-    remat: bool = False
-    dtype: str = 'float32'
-    param_dtype: str = 'float32'
+from epsanet_jax.data.preprocessing import Preprocessing
+from epsanet_jax.models import ModelConfig
 
 
 @dataclasses.dataclass(slots=True)
@@ -105,6 +76,13 @@ class DataConfig:
     def size_in_use(self) -> int:
         """Height and width in evaluation and use, pixels."""
         return self.eval_image_size or self.image_size
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """What images go through before the network, in evaluation and use."""
+        return Preprocessing(
+            self.size_in_use, self.resize_size, tuple(self.mean), tuple(self.std), self.exif_orientation
+        )
 
 
 @dataclasses.dataclass(slots=True)
@@ -245,8 +223,6 @@ def mixing(config: Config) -> Mixing | None:
     return Mixing(config.mixup_alpha, config.cutmix_alpha)
 
 
-DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16, 'float64': jnp.float64}
-
 # Fields that may change when a run is continued; all others, and the data's fingerprint, identify the run.
 _FREE = (
     'epochs',
@@ -282,47 +258,3 @@ def identity(config: Config, fingerprint: str, num_classes: int) -> dict[str, An
     """Returns what must agree for a run to be continued, as {'field': value}."""
     fields = {k: v for k, v in flatten(config).items() if not k.startswith(_FREE)}
     return {**fields, 'model.num_classes': num_classes, 'data.fingerprint': fingerprint}
-
-
-def model_config(settings: dict[str, Any]) -> ModelConfig:
-    """Returns the model's configuration from JSON, which knows no tuples.
-
-    Raises:
-        InputError: it has fields that this version does not know.
-    """
-    unknown = set(settings) - {field.name for field in dataclasses.fields(ModelConfig)}
-    if unknown:
-        raise InputError(f'the model has unknown settings: {", ".join(sorted(unknown))}')
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    return ModelConfig(**values)
-
-
-def build_model(config: ModelConfig, num_classes: int) -> EPSANet:
-    """Makes the network for data with `num_classes` classes.
-
-    Raises:
-        InputError: there is no such network, or JAX has been left without float64, which it needs.
-    """
-    for field in ('dtype', 'param_dtype'):
-        if getattr(config, field) == 'float64' and not jax.config.jax_enable_x64:
-            raise InputError(
-                f'a network with {field}=float64 needs the environment variable JAX_ENABLE_X64=1'
-            )
-    return create_model(
-        config.name,
-        num_classes=config.num_classes or num_classes,
-        layers=config.layers or None,
-        planes=config.planes or None,
-        expansion=config.expansion or None,
-        kernels=config.kernels or None,
-        groups=config.groups or None,
-        reduction=config.reduction,
-        psa_bias=config.psa_bias,
-        output_stride=config.output_stride,
-        bn_group=config.bn_group or None,
-        frozen_bn=config.frozen_bn,
-        conv=config.conv,
-        remat=config.remat,
-        dtype=DTYPES[config.dtype],
-        param_dtype=DTYPES[config.param_dtype],
-    )

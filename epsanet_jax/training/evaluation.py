@@ -1,5 +1,6 @@
 """Evaluation: every example counted exactly once, for any batch size and number of devices."""
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,19 +12,78 @@ from tqdm import tqdm
 from epsanet_jax.data import pipeline
 from epsanet_jax.data.decode import BadImageError
 from epsanet_jax.data.sources import Source
-from epsanet_jax.errors import Interrupted
-from epsanet_jax.training import inputs, metrics
-from epsanet_jax.training.config import DataConfig
+from epsanet_jax.errors import InputError, Interrupted, one_line
+from epsanet_jax.models.settings import check_types
+from epsanet_jax.training import inputs, metrics, sharding
+from epsanet_jax.training.config import Config, DataConfig
+from epsanet_jax.training.steps import make_eval_step
+from epsanet_jax.weights import Network
+from epsanet_jax.weights.files import as_network
 
 
 def evaluate(
+    network: Network | str,
+    data: str | None = None,
+    split: str | None = None,
+    data_dir: str | None = None,
+    batch_size: int = 64,
+    on_bad: str = 'stop',
+    report: Callable[[str], None] = print,
+) -> dict[str, float]:
+    """Evaluates a network on every image of a dataset, each exactly once.
+
+    Args:
+        network: a network, or the path of its weights, see `weights.load`.
+        data: an image folder, a folder of records, or a TFDS name; None: the validation set of the run.
+        split: folder or TFDS split; None: the run's, or 'val' or 'test'.
+        data_dir: folder of TFDS datasets; None: the run's, or TFDS's default.
+        batch_size: rounded up to a multiple of the number of devices.
+        on_bad: 'stop' or 'skip' at an image that cannot be decoded.
+        report: called with a line for each image that is skipped.
+
+    Returns:
+        'loss', 'top1', 'top5' (fractions), 'examples', and 'skipped' if images could not be decoded.
+
+    Raises:
+        InputError: the dataset cannot be read, or has classes that the network does not have.
+    """
+    network = as_network(network)
+    trained_on, smoothing = _training_of(network)
+    chosen = inputs.evaluation_data(trained_on, data, split, data_dir, on_bad)
+    source = inputs.open_source(chosen, chosen.eval_split)
+    source = inputs.with_labels_of(source, network.class_names, network.model.num_classes)
+    batch_size = sharding.round_up_to_devices(batch_size)
+    mesh = sharding.make_mesh(batch_size)
+    step = make_eval_step(network.model, mesh, smoothing=smoothing, mean=chosen.mean, std=chosen.std)
+    variables = jax.device_put(network.variables, sharding.replicated(mesh))
+    return run_evaluation(step, variables, source, chosen, mesh, batch_size, report)
+
+
+def _training_of(network: Network) -> tuple[DataConfig, float]:
+    """Returns the data that a network was trained on, with its preprocessing, and the label smoothing."""
+    stored, place = network.source.config, network.source.path
+    config = dataclasses.asdict(Config()) if stored is None else stored
+    preprocessing = {**dataclasses.asdict(network.preprocessing), 'eval_image_size': 0}
+    try:
+        data = DataConfig(**{**config['data'], **preprocessing})
+        check_types(data, 'data')
+        smoothing = config['label_smoothing']
+        if not 0 <= smoothing < 1:
+            raise InputError(f'label_smoothing must be in [0, 1), got {smoothing}')
+    except (KeyError, TypeError, ValueError) as e:
+        reason = str(e) if isinstance(e, InputError) else f'{type(e).__name__} {e}'
+        raise InputError(f'the metadata of {place} are damaged: {one_line(reason)}') from e
+    return data, smoothing
+
+
+def run_evaluation(
     eval_step: Callable[[Any, Any], metrics.Sums],
     variables: Any,
     source: Source,
     data: DataConfig,
     mesh: Mesh,
     batch_size: int,
-    say: Callable[[str], None],
+    report: Callable[[str], None],
     stop: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
     """Returns 'loss', 'top1', 'top5' (fractions), 'examples', and 'skipped' if pictures were not decodable.
@@ -35,7 +95,7 @@ def evaluate(
         data: size, resize, and how to read.
         mesh: on whose devices.
         batch_size: of the global batch; divides among the devices.
-        say: told of every picture skipped.
+        report: called with a line for each image that is skipped.
         stop: whether this process asks to give up.
 
     Raises:
@@ -55,7 +115,7 @@ def evaluate(
     finally:
         feed.close()
     for index in feed.bad:
-        say(f'skipped: {pipeline.bad_image_message(source, index)}')
+        report(f'skipped: {pipeline.bad_image_message(source, index)}')
     counted = jax.device_get(sums)
     added = {k: sum(float(s[k]) for s in counted) for k in counted[0] if k != 'requests'}
     if not added['count']:

@@ -13,24 +13,27 @@ from epsanet_jax.errors import InputError, Interrupted, TrainingError
 from epsanet_jax.training import distributed, inputs, sharding
 from epsanet_jax.training.checkpoint import Checkpoints
 from epsanet_jax.training.config import CheckpointConfig, Config
-from epsanet_jax.training.evaluation import evaluate
+from epsanet_jax.training.evaluation import run_evaluation
 from epsanet_jax.training.malloc import keep_freed_memory
-from epsanet_jax.training.meter import Window
+from epsanet_jax.training.meter import Meter
 from epsanet_jax.training.profiler import Profiler
-from epsanet_jax.training.report import Report, read_metrics, say
+from epsanet_jax.training.report import Report, say
 from epsanet_jax.training.result import Result, make_result
 from epsanet_jax.training.run import Run, prepare
 from epsanet_jax.training.signals import StopSignals
 from epsanet_jax.training.state import TrainState, create_state
 from epsanet_jax.training.tracing import trace_eval_step, trace_train_step
+from epsanet_jax.weights import Network
+from epsanet_jax.workdir import read_metrics
 
 
-def train(config: Config, workdir: str) -> Result:
+def train(config: Config, workdir: str, init_from: Network | None = None) -> Result:
     """Trains, or continues what lies in `workdir`; a finished run is left as it is.
 
     Args:
         config: of the run.
         workdir: folder for config.json, metrics.jsonl and checkpoints/.
+        init_from: network to start from instead of the file that `config.init_from` names.
 
     Raises:
         InputError: the configuration, the data or the workdir will not do.
@@ -38,7 +41,7 @@ def train(config: Config, workdir: str) -> Result:
         Interrupted: SIGTERM or SIGINT came, and what was done is saved.
     """
     with StopSignals() as signals:
-        run = prepare(config, workdir)
+        run = prepare(config, workdir, init_from)
         run.write_config()
         with Checkpoints(run.workdir, config.checkpoint.keep) as checkpoints:
             if not _finished(run, checkpoints.latest_step):
@@ -69,10 +72,10 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
     feed = inputs.Feed(
         batches, run.mesh, lambda: (signals.requested, saving.overdue()), config.gradient_accumulation_steps
     )
-    window = Window(run, report, feed, sums)
+    meter = Meter(run, report, feed, sums)
 
     def save(evaluation: dict[str, float] | None) -> None:
-        metadata = {**run.metadata_at(step), 'window': window.sums}
+        metadata = {**run.metadata_at(step), 'window': meter.sums}
         report.before_checkpoint()
         signals.unsaved = True  # an evaluation made late replaces its checkpoint
         checkpoints.save(state, metadata, evaluation)
@@ -80,17 +83,17 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
 
     report.say(_opening(run, step))
     if run.initial is not None:
-        for line in run.initial.said:
-            report.say(f'{config.init_from}: {line}')
+        for line in run.initial.report:
+            report.say(f'{config.init_from or "init_from"}: {line}')
     try:
         train_step, eval_step = _compile(run, state)
         if run.mesh.devices.flat[0].platform == 'cpu':
             keep_freed_memory()
         while True:
-            stop, overdue = window.requests or (False, False)
+            stop, overdue = meter.requests or (False, False)
             evaluate_now = _evaluation_due(run, step) and not report.has_evaluation(step) and not stop
             if stop or evaluate_now or overdue or saving.due(step):
-                with window.pause():
+                with meter.pause():
                     _check_finite(state, step)
                     try:
                         evaluation = (
@@ -108,21 +111,21 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
             profiler.before(step)
             state, sums = train_step(state, batch)
             step += 1
-            window.add(step, sums)
+            meter.add(step, sums)
             profiler.after(step, sums)
             checkpoints.check()
             report.advance()
             if step % config.log_every_steps == 0 or step == run.total_steps:
-                window.write(step)
+                meter.write(step)
         report.flush()
     except BadImageError as e:
         if step and jax.process_count() == 1:  # costs none of the steps made; others know nothing of it yet
-            window.collect()
+            meter.collect()
             save(None)
         raise InputError(_advice(e, config.data.on_bad, step)) from e
     finally:
         profiler.close()
-        window.close()
+        meter.close()
         feed.close()
         report.close()
 
@@ -182,7 +185,7 @@ def _evaluate(
     began = time.perf_counter()
 
     def evaluate_these(variables: Any, warn: Callable[[str], None] = report.warn) -> dict[str, float]:
-        return evaluate(
+        return run_evaluation(
             eval_step,
             variables,
             run.eval_source,

@@ -16,7 +16,7 @@ from epsanet_jax.training.report import Report
 from epsanet_jax.training.run import Run
 
 
-class Window:
+class Meter:
     """Collects the sums of steps, which stay on the devices until a line is due.
 
     The first step, which waits for the compiler, and pauses count neither as time nor as steps. Steps run

@@ -34,9 +34,3 @@ def averages(sums: dict[str, float]) -> dict[str, float]:
     count = sums['count']
     means = {k: sums[k] / count for k in ('loss', 'top1', 'top5')}
     return {**means, 'examples': round(count)}
-
-
-def best_by(line: dict[str, float]) -> float:
-    """Returns what makes an evaluation the best: top-1, of the moving averages where there are any."""
-    # A checkpoint between two evaluations has no metrics.
-    return line.get('ema_top1', line.get('top1', -1.0))

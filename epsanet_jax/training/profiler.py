@@ -8,8 +8,7 @@ from etils import epath
 
 from epsanet_jax.errors import one_line
 from epsanet_jax.training.config import ProfileConfig
-
-FOLDER = 'profile'
+from epsanet_jax.workdir import PROFILE
 
 
 class Profiler:
@@ -23,7 +22,7 @@ class Profiler:
     """
 
     def __init__(self, config: ProfileConfig, workdir: epath.Path, step: int, say: Callable[[str], None]):
-        self._config, self._folder, self._say = config, workdir / FOLDER, say
+        self._config, self._folder, self._say = config, workdir / PROFILE, say
         self._wanted = config.steps > 0 and jax.process_index() == 0
         self._active = False
         if self._wanted and step > config.start:

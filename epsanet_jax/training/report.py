@@ -14,22 +14,7 @@ from tqdm import tqdm
 from epsanet_jax.errors import TrainingError, one_line
 from epsanet_jax.paths import is_remote, replacing
 from epsanet_jax.training.tensorboard import Events
-
-METRICS_FILE = 'metrics.jsonl'
-
-
-def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
-    """Returns the lines of a workdir's metrics.jsonl; one cut off by a crash, or damaged, is left out."""
-    path = workdir / METRICS_FILE
-    lines = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            content = json.loads(line)
-        except ValueError:  # no JSON, no UTF-8
-            continue
-        if isinstance(content, dict) and 'step' in content and 'split' in content:
-            lines.append(content)
-    return lines
+from epsanet_jax.workdir import METRICS_FILE, read_metrics
 
 
 def say(text: str) -> None:

@@ -5,10 +5,9 @@ import datetime
 import shlex
 from typing import Any
 
-from epsanet_jax.training.checkpoint import FOLDER
-from epsanet_jax.training.metrics import best_by
-from epsanet_jax.training.report import describe, read_metrics
+from epsanet_jax.training.report import describe
 from epsanet_jax.training.run import Run
+from epsanet_jax.workdir import CHECKPOINTS, best_by, read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Result:
     def __str__(self) -> str:
         lines = [f'finished at step {self.step}, {describe(self.last)}']
         best = f'top-1 {best_by(self.best):.2%} at step {self.best["step"]}'
-        lines.append(f'best: {best} ({self.workdir}/{FOLDER}/{self.best["step"]})')
+        lines.append(f'best: {best} ({self.workdir}/{CHECKPOINTS}/{self.best["step"]})')
         if self.seconds is not None:
             duration = datetime.timedelta(seconds=round(self.seconds))
             lines.append(f'time: {duration} of training steps, {self.images_per_s:.1f} images/s')

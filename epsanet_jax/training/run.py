@@ -16,24 +16,24 @@ from jax.sharding import Mesh
 from epsanet_jax.convert.files import is_weights_file
 from epsanet_jax.data.sources import Source
 from epsanet_jax.errors import InputError, one_line
-from epsanet_jax.models.epsanet import MIN_SIZE, EPSANet
+from epsanet_jax.models.epsanet import EPSANet, abstract_variables
+from epsanet_jax.models.zoo import build_model
 from epsanet_jax.paths import is_remote, replacing, resolve
-from epsanet_jax.training import distributed, inputs, pretrained, sharding
+from epsanet_jax.training import distributed, inputs, sharding
 from epsanet_jax.training.checkpoint import has_checkpoint
 from epsanet_jax.training.config import (
     Config,
-    build_model,
     flatten,
     identity,
     with_frozen_bn,
 )
-from epsanet_jax.training.metadata import make_metadata, name_outputs
+from epsanet_jax.training.init_from import InitialState, Start, make_initial_state, read_start
 from epsanet_jax.training.optimizer import frozen_mask, make_optimizer, make_schedule
-from epsanet_jax.training.pretrained import Initial, Start, Weights
 from epsanet_jax.training.tracing import run_mesh
 from epsanet_jax.training.validation import validate
-
-CONFIG_FILE = 'config.json'
+from epsanet_jax.weights import Network, load
+from epsanet_jax.weights.metadata import make_metadata, name_outputs
+from epsanet_jax.workdir import CONFIG_FILE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Run:
     schedule: optax.Schedule
     optimizer: optax.GradientTransformation
     metadata: dict[str, Any]
-    initial: Initial | None
+    initial: InitialState | None
     start: Start | None
     steps_per_epoch: float
     total_steps: int
@@ -107,8 +107,13 @@ class Run:
 _OF_A_HOST = ('data.dir', 'data.workers', 'data.threads', 'data.on_bad', 'data.max_bad_images')
 
 
-def prepare(config: Config, workdir: str) -> Run:
+def prepare(config: Config, workdir: str, init_from: Network | None = None) -> Run:
     """Checks a configuration against the data, the devices and the workdir.
+
+    Args:
+        config: of the run.
+        workdir: folder of the run.
+        init_from: network to start from instead of the file that `config.init_from` names.
 
     Raises:
         InputError: something will not do; nothing has been compiled or written.
@@ -126,15 +131,15 @@ def prepare(config: Config, workdir: str) -> Run:
     steps_per_epoch = len(train_source) / config.batch_size
     total = config.steps or max(1, round(config.epochs * steps_per_epoch))
     _check_profile(config, folder, total)
-    weights, start = _read_weights(config, folder)
+    network, start = _read_network(config, folder, init_from)
     start_step = None if start is None else start.step(steps_per_epoch)
     if start_step is not None and start_step >= total:
         raise InputError(f'{config.init_from} has {start_step} steps behind it, and the run ends at {total}')
     initial = None
-    if weights is not None:
+    if network is not None:
         key, momentum = jax.random.key(config.seed), config.optimizer.momentum > 0
         names = name_outputs(train_source.class_names, model.num_classes)
-        initial = pretrained.make_initial(weights, model, names, key, start_step, momentum)
+        initial = make_initial_state(network, model, names, key, start_step, momentum)
     peak = _peak(config, total, steps_per_epoch, start, start_step)
     every = max(1, round(config.eval_every_epochs * steps_per_epoch)) if config.eval_every_epochs else total
     schedule = make_schedule(config.schedule, peak, total, steps_per_epoch)
@@ -150,8 +155,8 @@ def prepare(config: Config, workdir: str) -> Run:
         metadata=make_metadata(
             dataclasses.replace(config.model, num_classes=model.num_classes),
             train_source.class_names,
-            config.data,
-            config,
+            config.data.preprocessing,
+            dataclasses.asdict(config),
             fields,
         ),
         initial=initial,
@@ -181,8 +186,7 @@ def _model(config: Config, classes: int) -> EPSANet:
     model = build_model(with_frozen_bn(config), classes)
     _check_last_stage(config, model)
     if config.freeze or config.model.frozen_bn:
-        images = jax.ShapeDtypeStruct((1, MIN_SIZE, MIN_SIZE, 3), model.dtype)
-        params = jax.eval_shape(model.init, jax.random.key(0), images)['params']
+        params = abstract_variables(model)['params']
         if config.freeze:
             frozen_mask(params, config.freeze)
         scales = (name for name in traverse_util.flatten_dict(params, sep='/') if name.endswith('scale'))
@@ -205,24 +209,24 @@ def _check_processes(
     )
 
 
-def _read_weights(config: Config, workdir: epath.Path) -> tuple[Weights | None, Start | None]:
-    """Returns the weights to start from and, for `init_optimizer`, epoch and learning rate.
+def _read_network(
+    config: Config, workdir: epath.Path, given: Network | None
+) -> tuple[Network | None, Start | None]:
+    """Returns the network to start from and, for `init_optimizer`, epoch and learning rate.
 
     A run that has a checkpoint of its own does not need the file again.
     """
-    if not config.init_from:
+    if given is None and not config.init_from:
         return None, None
     if has_checkpoint(workdir):
         start = json.loads((workdir / CONFIG_FILE).read_text()).get('start')
         return None, None if start is None else Start(**start)
-    # Momentum is of the weights themselves; files hold one set of weights.
-    ema = not config.init_optimizer or is_weights_file(config.init_from)
-    weights = pretrained.read(config.init_from, ema=ema)
-    if not config.init_optimizer:
-        return weights, None
-    if weights.no_optimizer:
-        raise InputError(f'--config.init_optimizer: no state of {config.init_from}: {weights.no_optimizer}')
-    return weights, pretrained.read_start(weights.content, config.init_from, config.optimizer)
+    network = given
+    if network is None:
+        # Momentum belongs to the weights themselves; files hold one set of weights.
+        ema = not config.init_optimizer or is_weights_file(config.init_from)
+        network = load(config.init_from, ema=ema, with_checkpoint=True)
+    return network, read_start(network, config.optimizer) if config.init_optimizer else None
 
 
 def _peak(

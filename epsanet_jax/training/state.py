@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from epsanet_jax.models.epsanet import EPSANet
+from epsanet_jax.models.epsanet import EPSANet, abstract_images
 
 
 @flax.struct.dataclass
@@ -50,7 +50,7 @@ def create_state(
         image_size: height and width, pixels; does not change the parameters.
         ema: whether moving averages are kept.
     """
-    variables = model.init(key, jnp.zeros((1, image_size, image_size, 3), model.dtype))
+    variables = model.init(key, jnp.zeros(abstract_images(model, image_size).shape, model.dtype))
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=variables['params'],

@@ -13,13 +13,72 @@ from epsanet_jax.data.augment import Mixing, mix, normalize, row_keys
 from epsanet_jax.models.dtypes import at_least_float32
 from epsanet_jax.models.epsanet import EPSANet
 from epsanet_jax.training import sharding
-from epsanet_jax.training.ema import update_average
-from epsanet_jax.training.loss import smoothed_cross_entropy, smoothed_targets
 from epsanet_jax.training.metrics import Sums, batch_sums
 from epsanet_jax.training.state import TrainState
-from epsanet_jax.training.stochastic_depth import draw_keep
 
 Batch = dict[str, jax.Array]
+_DEPTH_STREAM = 17  # keeps the draws of stochastic depth apart from those of mixup and cutmix
+
+
+def smoothed_targets(labels: jax.Array, num_classes: int, smoothing: float, dtype: Any) -> jax.Array:
+    """Returns y (1 - e) + e / K, [N, K], for integer labels [N] and e = `smoothing`."""
+    return optax.smooth_labels(jax.nn.one_hot(labels, num_classes, dtype=dtype), smoothing)
+
+
+def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
+    """Cross entropy against y (1 - e) + e / K, as the reference takes it in training and in validation.
+
+    Args:
+        logits: [N, K].
+        labels: [N], integers.
+        smoothing: e, in [0, 1).
+
+    Returns:
+        [N], in nats.
+    """
+    targets = smoothed_targets(labels, logits.shape[-1], smoothing, logits.dtype)
+    return optax.softmax_cross_entropy(logits, targets)
+
+
+def draw_keep(keys: jax.Array, rate: float, blocks: int) -> jax.Array:
+    """Draws the factors of the residual branches for stochastic depth, as `EPSANet.__call__` takes them.
+
+    Huang et al. (2016), arXiv:1603.09382: block i of B is skipped with the probability
+    p = rate * i / (B - 1), for each image independently. A branch that is kept is multiplied by 1 / (1 - p),
+    so that evaluation needs no factor.
+
+    Args:
+        keys: [N], one key per image, from `data.augment.row_keys`.
+        rate: probability that the last block is skipped, in [0, 1).
+        blocks: number of blocks B.
+
+    Returns:
+        [N, blocks], float32.
+    """
+    skipped = rate * jnp.arange(blocks, dtype=jnp.float32) / jnp.float32(max(1, blocks - 1))
+
+    def draw(key: jax.Array) -> jax.Array:
+        drawn = jax.random.uniform(jax.random.fold_in(key, _DEPTH_STREAM), (blocks,), jnp.float32)
+        return jnp.where(drawn >= skipped, 1 / (1 - skipped), 0)
+
+    return jax.vmap(draw)(keys)
+
+
+def update_average(average: Any, values: Any, step: jax.Array, decay: float) -> Any:
+    """Returns d * average + (1 - d) * values with d = min(decay, (1 + step) / (10 + step)).
+
+    The smaller decay of the first steps lets the average forget the initial parameters, in short runs too.
+
+    Args:
+        average: tree of arrays.
+        values: a tree like it, of the values after an update.
+        step: updates made before, [].
+        decay: in [0, 1).
+    """
+    wide = jnp.result_type(float)
+    grown = (1 + step.astype(wide)) / (10 + step.astype(wide))
+    share = 1 - jnp.minimum(jnp.asarray(decay, wide), grown)
+    return jax.tree.map(lambda a, v: a + share.astype(a.dtype) * (v - a), average, values)
 
 
 def loss_and_updates(
@@ -37,8 +96,8 @@ def loss_and_updates(
         params: its parameters.
         batch_stats: BatchNorm's running statistics.
         images: [N, H, W, 3], normalised.
-        targets: [N, K], each row's shares of the classes, from `loss.smoothed_targets`.
-        keep: [N, blocks], from `stochastic_depth.draw_keep`; None: every block is kept.
+        targets: [N, K], each row's shares of the classes, from `smoothed_targets`.
+        keep: [N, blocks], from `draw_keep`; None: every block is kept.
 
     Returns:
         The loss, and (new running statistics, losses [N], logits [N, K]).

@@ -7,8 +7,8 @@ from typing import Any
 from etils import epath
 
 from epsanet_jax.errors import InputError
+from epsanet_jax.workdir import TENSORBOARD
 
-FOLDER = 'tensorboard'
 _UNDRAWN = ('split', 'step', 'examples')
 
 
@@ -31,7 +31,7 @@ class Events:
 
         # Files are told apart, and put in order, by the second and then by this.
         suffix = f'.{step:09}.{os.getpid()}'
-        folder = workdir / FOLDER
+        folder = workdir / TENSORBOARD
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._writer = EventsWriter(str(folder / 'events'), suffix)

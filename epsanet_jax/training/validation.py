@@ -1,16 +1,14 @@
 """Checks of a configuration that need neither data nor devices."""
 
-import dataclasses
-import math
 import re
-import typing
-from collections.abc import Sequence
-from typing import Any
 
+from epsanet_jax.data.preprocessing import check_pixels
 from epsanet_jax.errors import InputError
 from epsanet_jax.models import get_variant
 from epsanet_jax.models.epsanet import MIN_SIZE
-from epsanet_jax.training.config import DTYPES, Config, DataConfig, build_model, flatten, with_frozen_bn
+from epsanet_jax.models.settings import DTYPES, check_types
+from epsanet_jax.models.zoo import build_model
+from epsanet_jax.training.config import Config, DataConfig, flatten, with_frozen_bn
 
 
 def validate(config: Config, with_data: bool = True) -> None:
@@ -22,7 +20,7 @@ def validate(config: Config, with_data: bool = True) -> None:
     """
     if not isinstance(config, Config):
         raise InputError(f'get_config() must return an epsanet_jax Config, got {type(config).__name__}')
-    validate_types(config)
+    check_types(config, 'config')
     get_variant(config.model.name)
     for field, choices in {
         'data.source': ('folder', 'records', 'tfds', 'synthetic'),
@@ -63,32 +61,11 @@ def validate(config: Config, with_data: bool = True) -> None:
     if with_data:
         _validate_place(config.data)
     _validate_data(config.data)
-    build_model(config.model, config.model.num_classes or 1)
-
-
-def validate_types(section: Any, prefix: str = 'config') -> None:
-    """Checks what a recipe or config_flags put into the fields against their declared types."""
-    for name, hint in typing.get_type_hints(type(section)).items():
-        value, field = getattr(section, name), f'{prefix}.{name}'
-        if dataclasses.is_dataclass(hint):
-            if not isinstance(value, typing.cast(type, hint)):
-                raise InputError(f'{field} must be a section of settings, got {value!r}')
-            validate_types(value, field)
-        elif typing.get_origin(hint) is tuple:
-            element = typing.get_args(hint)[0]
-            listed = isinstance(value, tuple | list)
-            if not listed or not all(_is(v, element) and math.isfinite(v) for v in value):
-                raise InputError(f'{field} must hold numbers of type {element.__name__}, got {value!r}')
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f'{field} must be finite, got {value}')
-        elif not _is(value, hint):
-            raise InputError(f'{field} must be of type {hint.__name__}, got {value!r}')
-
-
-def _is(value: Any, kind: type) -> bool:
-    if isinstance(value, bool) or kind is bool:
-        return isinstance(value, bool) and kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
+    if config.model.in_channels != 3:
+        raise InputError(
+            f'config.model.in_channels must be 3, as images have, got {config.model.in_channels}'
+        )
+    build_model(config.model, 1)
 
 
 def _validate_numbers(config: Config) -> None:
@@ -169,7 +146,7 @@ def _validate_data(data: DataConfig) -> None:
                 f'config.data.{field} must be a smallest and a largest number above 0'
                 f'{", at most 1" if field == "crop_scale" else ""}, got {value}'
             )
-    validate_pixels(data.mean, data.std, 'config.data')
+    check_pixels(data.mean, data.std, 'config.data')
     if len(data.color_jitter) != 4 or min(data.color_jitter) < 0 or data.color_jitter[3] > 0.5:
         raise InputError(
             'config.data.color_jitter must be brightness, contrast, saturation and hue, from 0, hue to 0.5, '
@@ -181,11 +158,3 @@ def _validate_data(data: DataConfig) -> None:
         )
     if not 0 <= data.random_erasing <= 1:
         raise InputError(f'config.data.random_erasing must be in [0, 1], got {data.random_erasing}')
-
-
-def validate_pixels(mean: Sequence[float], std: Sequence[float], prefix: str) -> None:
-    """Raises InputError unless pixels from 0 to 1 can be normalised by these."""
-    if len(mean) != 3 or min(mean) < 0 or max(mean) > 1:
-        raise InputError(f'{prefix}.mean must be three numbers from 0 to 1, of pixels / 255, got {mean}')
-    if len(std) != 3 or min(std) <= 0 or max(std) > 1:
-        raise InputError(f'{prefix}.std must be three numbers above 0, at most 1, of pixels / 255, got {std}')

@@ -15,9 +15,9 @@ from epsanet_jax import InputError, create_model
 from epsanet_jax.analysis.explain import attention, grad_cam, kernel_labels
 from epsanet_jax.convert import to_torch, torch_model
 from epsanet_jax.data.augment import normalize
-from epsanet_jax.training import loading
 from epsanet_jax.training.config import DataConfig, ModelConfig
-from epsanet_jax.training.metadata import make_metadata
+from epsanet_jax.weights import orbax
+from epsanet_jax.weights.metadata import make_metadata
 
 TWO_STAGES = {'layers': (2, 1), 'planes': (8, 16)}
 NET = small.model(**TWO_STAGES, dtype=jnp.float64, param_dtype=jnp.float64)
@@ -149,7 +149,9 @@ def test_what_is_not_there_is_said(images):
 
 def save_weights(path, settings, net):
     variables = small.random_variables(net, dtype=np.float32)
-    loading.save_weights(str(path), variables, make_metadata(ModelConfig(**settings), NAMES, DATA))
+    orbax.save_weights(
+        str(path), variables, make_metadata(ModelConfig(**settings), NAMES, DATA.preprocessing)
+    )
     return variables
 
 
@@ -264,7 +266,7 @@ def test_damaged_weights_are_noticed(capsys, pictures, tmp_path, name):
     variables = small.random_variables(net, dtype=np.float32)
     variables['params']['fc']['bias'] = np.full(7, np.nan, np.float32)
     settings = ModelConfig(**settings)
-    loading.save_weights(str(tmp_path / 'x'), variables, make_metadata(settings, NAMES, DATA))
+    orbax.save_weights(str(tmp_path / 'x'), variables, make_metadata(settings, NAMES, DATA.preprocessing))
     status, out, err = run(capsys, 'explain', tmp_path / 'x', pictures, '--out', tmp_path / 'out')
     assert (status, out, err.count('\n'), 'the logits are not finite' in err) == (2, '', 1, True)
 

@@ -12,7 +12,9 @@ from command import run
 
 from epsanet_jax.analysis import plan, topology
 from epsanet_jax.errors import InputError
-from epsanet_jax.training.config import Config, ModelConfig, build_model
+from epsanet_jax.models.zoo import build_model
+from epsanet_jax.training import tracing
+from epsanet_jax.training.config import Config, ModelConfig
 from epsanet_jax.training.flags import read_config
 
 RECIPE = """
@@ -80,14 +82,25 @@ def small_memory(size):
     return dataclasses.replace(topology.open_topology('cpu:8'), memory=size)
 
 
-def test_the_largest_batch_fits_and_a_larger_one_does_not(recipe):
+def plan_of(config, place, batch):
+    def lower(batch):
+        changed = dataclasses.replace(config, batch_size=batch)
+        return tracing.lower_train_step(changed, place.devices, place.platform)
+
+    return plan.make_plan(lower, 'net', batch, place)
+
+
+def test_the_largest_batch_fits_and_a_larger_one_does_not(recipe, capsys, monkeypatch):
     config = read_config([f'--config={recipe}'])
-    limit = 2 * plan.make_plan(config, small_memory(2**40), 512).bytes_per_device
-    most, plans = plan.find_batch(config, small_memory(limit), 512)
-    assert [p.batch for p in plans] == [256, 512]
+    place = small_memory(2 * plan_of(config, small_memory(2**40), 512).bytes_per_device)
+    monkeypatch.setattr(topology, 'open_topology', lambda name: place)
+    arguments = (f'--config={recipe}', '--topology=cpu:8', '--batch=512', '--find-batch', '--json')
+    found = json.loads(run(capsys, 'plan', *arguments)[1])
+    most = found['largest_batch']
+    assert [p['batch'] for p in found['plans']] == [256, 512]
     assert most % 64 == 0
-    assert plan.make_plan(config, small_memory(limit), most - most // 10 // 64 * 64).fits
-    assert plan.make_plan(config, small_memory(limit), most + most // 5 // 64 * 64).fits is False
+    assert plan_of(config, place, most - most // 10 // 64 * 64).fits
+    assert plan_of(config, place, most + most // 5 // 64 * 64).fits is False
 
 
 def test_what_does_not_fit_ends_with_status_1(recipe, capsys, monkeypatch):
@@ -142,7 +155,7 @@ def test_an_all_reduce_goes_around_twice():
         (['--topology=cpu:7'], 'batch_size 64 does not divide among 7 devices'),
         (['--topology=cpu:8', '--config.optimizer.lrr=1'], "did you mean 'optimizer.lr'"),
         (['--topology=cpu:8', '--lr=1'], 'unrecognized arguments: --lr=1'),
-        (['--topology=cpu:8', '--find-batch', '--batch=8'], 'one of half the size: 8 has none'),
+        (['--topology=cpu:8', '--find-batch', '--batch=8'], 'a batch of 8 cannot be halved'),
         (
             ['--topology=cpu:8', '--find-batch', '--config.gradient_accumulation_steps=0'],
             'gradient_accumulation_steps must be at least 1, got 0',
@@ -170,7 +183,7 @@ def test_without_a_recipe_there_is_no_plan(capsys):
 def test_the_batch_must_hold_whole_groups():
     config = Config(batch_size=64, model=ModelConfig(bn_group=48))
     with pytest.raises(InputError, match='BatchNorm groups of 48'):
-        plan.make_plan(config, topology.open_topology('cpu:8'))
+        plan_of(config, topology.open_topology('cpu:8'), 64)
 
 
 def test_rows_that_cannot_be_mixed_in_pairs_are_refused_in_one_line(capsys, recipe):

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from epsanet_jax import create_model
-from epsanet_jax.cli import main
+from epsanet_jax.commands.main import main
 from epsanet_jax.convert import files, from_torch, read_checkpoint, to_torch, torch_model
-from epsanet_jax.training import loading, pretrained
-from epsanet_jax.training.metadata import make_metadata
+from epsanet_jax.weights import load, orbax
+from epsanet_jax.weights.metadata import make_metadata
 
 NET = small.model()
 VARIABLES = small.random_variables(NET, dtype=np.float32)
@@ -68,7 +68,7 @@ def test_weights_are_found_wherever_training_scripts_put_them(tmp_path, content,
 def test_a_path_may_begin_at_home(saved, monkeypatch):
     monkeypatch.setenv('HOME', str(saved.parent))
     assert read_checkpoint(f'~/{saved.name}').epoch == 31
-    assert pretrained.read(f'~/{saved.name}').content.epoch == 31
+    assert load(f'~/{saved.name}', with_checkpoint=True).source.checkpoint.epoch == 31
 
 
 def test_what_the_reference_saves_besides_weights(saved):
@@ -108,8 +108,8 @@ def test_safetensors_say_what_they_are_and_need_no_torch(capsys, saved, tmp_path
     assert json.loads(read.metadata['preprocessing'])['image_size'] == 224
     code = (
         'import sys; sys.modules["torch"] = None\n'
-        'from epsanet_jax.training import pretrained\n'
-        f'loaded = pretrained.load({str(path)!r})\n'
+        'from epsanet_jax import load\n'
+        f'loaded = load({str(path)!r})\n'
         'print(loaded.model.num_classes, loaded.variables["params"]["conv1"]["kernel"].shape)'
     )
     output = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
@@ -130,7 +130,7 @@ def test_a_converted_checkpoint_is_one_to_evaluate_and_to_start_from(capsys, sav
     status, out, _ = run(capsys, 'convert', saved, tmp_path / 'orbax', '--num-classes', 10)
     assert status == 0
     assert 'the classifier of 7 classes; a new one of 10' in out
-    loaded = loading.load(str(tmp_path / 'orbax'))
+    loaded = load(str(tmp_path / 'orbax'))
     assert loaded.model.num_classes == 10
     kernel = loaded.variables['params']['layer1_0']['conv1']['kernel']
     np.testing.assert_array_equal(kernel, VARIABLES['params']['layer1_0']['conv1']['kernel'])
@@ -191,7 +191,7 @@ def damaged_metadata():
     from epsanet_jax.training.config import DataConfig, ModelConfig
 
     settings = ModelConfig(**small.SETTINGS)
-    good = json.loads(json.dumps(make_metadata(settings, (), DataConfig())))
+    good = json.loads(json.dumps(make_metadata(settings, (), DataConfig().preprocessing)))
     for path, value in (
         (('model',), 3),
         (('model', 'layers'), 'x'),
@@ -281,8 +281,8 @@ def test_networks_that_compute_in_bfloat16(capsys, tmp_path, param_dtype):
     settings = ModelConfig(**small.SETTINGS, dtype='bfloat16', param_dtype=param_dtype)
     leaves = jax.tree.map(lambda leaf: jnp.asarray(leaf, param_dtype), VARIABLES['params'])
     variables = {'params': leaves, 'batch_stats': VARIABLES['batch_stats']}
-    metadata = make_metadata(settings, (), DataConfig())
-    loading.save_weights(str(tmp_path / 'orbax'), jax.tree.map(jnp.asarray, variables), metadata)
+    metadata = make_metadata(settings, (), DataConfig().preprocessing)
+    orbax.save_weights(str(tmp_path / 'orbax'), jax.tree.map(jnp.asarray, variables), metadata)
     for through in ('a.pth', 'b.safetensors'):
         status, out, err = run(capsys, 'convert', tmp_path / 'orbax', tmp_path / through, '--verify')
         assert (status, err) == (0, '')
@@ -309,9 +309,8 @@ def test_a_write_that_fails_leaves_the_old_file(capsys, saved, tmp_path, monkeyp
     target = tmp_path / 'x.pth'
     target.write_text('old')
 
-    def full_disk(content, path):
-        with open(path, 'w') as f:
-            f.write('half')
+    def full_disk(content, file):
+        file.write(b'half')
         raise RuntimeError('No space left on device')
 
     monkeypatch.setattr(torch, 'save', full_disk)
@@ -389,15 +388,15 @@ def test_naming_the_model_that_it_is_changes_nothing(capsys, tmp_path, kind):
 
     settings = ModelConfig(**small.SETTINGS, output_stride=8, dtype='bfloat16')
     names = [f'class {i}' for i in range(settings.num_classes)]
-    metadata = make_metadata(settings, names, DataConfig(image_size=32, resize_size=36))
+    metadata = make_metadata(settings, names, DataConfig(image_size=32, resize_size=36).preprocessing)
     source = tmp_path / kind
     if kind == 'orbax':
-        loading.save_weights(str(source), VARIABLES, metadata)
+        orbax.save_weights(str(source), VARIABLES, metadata)
     else:
         files.write_safetensors(str(source), to_torch(VARIABLES, NET), files.weights_metadata(metadata))
     arguments = ('convert', source, tmp_path / 'y.safetensors', '--model', 'epsanet50_small')
     assert run(capsys, *arguments)[0] == 0
-    kept = pretrained.read(str(tmp_path / 'y.safetensors')).metadata
+    kept = load(str(tmp_path / 'y.safetensors')).source.metadata
     assert {k: kept[k] for k in metadata} == json.loads(json.dumps(metadata))
     # Another network keeps none of this one's structure, which is then told.
     assert_refused(capsys, *arguments[:-1], 'epsanet101_small', part='the state dict does not fit the model')

@@ -6,7 +6,7 @@ import small
 import torch
 
 from epsanet_jax import InputError
-from epsanet_jax.cli import main
+from epsanet_jax.commands.main import main
 from epsanet_jax.convert import read_checkpoint, to_torch, torch_model
 from epsanet_jax.convert.momentum import momentum_from_torch, momentum_to_torch
 from epsanet_jax.training import inputs, loop
@@ -18,7 +18,7 @@ from epsanet_jax.training.config import (
     OptimizerConfig,
     ScheduleConfig,
 )
-from epsanet_jax.training.loading import load
+from epsanet_jax.weights import load
 
 TWO_STAGES = {'layers': (1, 1), 'planes': (8, 16)}
 MODEL = {k: v for k, v in {**small.SETTINGS, **TWO_STAGES}.items() if k != 'num_classes'}

@@ -16,12 +16,12 @@ import torch
 from epsanet_jax import create_model, list_models
 from epsanet_jax.convert import to_torch, torch_model
 from epsanet_jax.convert.state_dict import to_jax_layout
-from epsanet_jax.models import EPSABlock, PSAModule, SEWeightModule
+from epsanet_jax.models import EPSABlock, PSAModule, Settings, SEWeightModule
 from epsanet_jax.training import sharding, steps
 from epsanet_jax.training.config import OptimizerConfig, ScheduleConfig
-from epsanet_jax.training.loss import smoothed_targets
 from epsanet_jax.training.optimizer import make_optimizer, make_schedule
 from epsanet_jax.training.state import TrainState
+from epsanet_jax.training.steps import smoothed_targets
 
 F64 = {'dtype': jnp.float64, 'param_dtype': jnp.float64}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -116,7 +116,8 @@ def test_rung_3_block(rng, inputs, stride, train):
     variables = params_of(module)
     x = rng.standard_normal((3, 7, 6, inputs))
     expected = to_nhwc(module.train(train)(to_nchw(x)))
-    block = EPSABlock(16, 2, stride, downsample, **PYRAMID, **F64)
+    settings = Settings(expansion=2, **PYRAMID, dtype='float64', param_dtype='float64')
+    block = EPSABlock(16, stride, downsample, settings=settings)
     actual, new = block.apply(variables, x, train, mutable=['batch_stats'])
     assert_close(actual, expected)
     assert_close(new['batch_stats'], params_of(module)['batch_stats'])

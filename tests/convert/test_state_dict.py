@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from epsanet_jax import InputError, create_model, list_models
 from epsanet_jax.convert import from_torch, to_torch, torch_model
-from epsanet_jax.convert.infer import infer_settings, model_from_settings
+from epsanet_jax.convert.infer import infer_settings
 from epsanet_jax.convert.state_dict import name_table, torch_order
+from epsanet_jax.models.settings import settings_of
+from epsanet_jax.models.zoo import build_model
 
 NET = small.model()
 VARIABLES = small.random_variables(NET, dtype=np.float32)
@@ -142,7 +144,7 @@ def test_a_network_is_found_from_its_shapes(name, changes):
     net = create_model(name, **changes)
     with torch.device('meta'):
         found = infer_settings(torch_model.EPSANet(net).state_dict())
-    assert model_from_settings(found) == net
+    assert settings_of(build_model(found)) == settings_of(net)
     if not changes:
         assert found['name'] == name
 

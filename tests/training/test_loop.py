@@ -21,7 +21,7 @@ from epsanet_jax.training.config import (
     OptimizerConfig,
     ScheduleConfig,
 )
-from epsanet_jax.training.loading import load
+from epsanet_jax.weights import load
 
 TIMING = ('images_per_s', 'data_wait', 'pipeline_images_per_s')
 
@@ -182,18 +182,18 @@ def test_another_run_in_the_workdir_is_refused_by_field(uninterrupted):
 def test_checkpoints_carry_what_use_needs(uninterrupted):
     workdir, _ = uninterrupted
     loaded = load(str(workdir))
-    assert loaded.step == 6
-    meta = loaded.metadata
-    assert meta['class_names'] == ['class0', 'class1', 'class2', 'class3']
-    assert meta['preprocessing']['image_size'] == 32
+    assert loaded.source.step == 6
+    meta = loaded.source.metadata
+    assert loaded.class_names == ('class0', 'class1', 'class2', 'class3')
+    assert loaded.preprocessing.image_size == 32
     assert meta['model']['num_classes'] == loaded.model.num_classes == 4
     assert meta['config']['optimizer']['lr'] == 0.05
     assert meta['version']
     logits = loaded.model.apply(loaded.variables, np.zeros((1, 32, 32, 3), np.float32))
     assert logits.shape == (1, 4)
-    assert load(str(workdir / 'checkpoints' / '4')).step == 4
-    assert load(str(workdir), 'best').step == _best_step(workdir)
-    assert load(str(workdir), '2').step == 2
+    assert load(str(workdir / 'checkpoints' / '4')).source.step == 4
+    assert load(str(workdir), 'best').source.step == _best_step(workdir)
+    assert load(str(workdir), '2').source.step == 2
     with pytest.raises(InputError, match='no checkpoint of step 5'):
         load(str(workdir), '5')
     with pytest.raises(InputError, match='no such checkpoint'):
@@ -233,7 +233,7 @@ def test_the_best_is_kept_though_its_evaluation_came_late(tmp_path, monkeypatch)
     first = result.best['step']
     assert result.best['top1'] == 0.9
     assert sorted(int(p.name) for p in (tmp_path / 'checkpoints').iterdir()) == [first, 5, 6]
-    assert load(str(tmp_path), 'best').step == first
+    assert load(str(tmp_path), 'best').source.step == first
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_at_that_step(tmp_path):
@@ -327,7 +327,7 @@ def test_a_bad_picture_stops_the_run_and_costs_no_step(bad_folder):
     config, path = bad_folder
     with pytest.raises(InputError, match=r'val/b/3.png: cannot decode.*on_bad=skip; .* continues at step 2'):
         loop.train(config, str(path / 'run'))
-    assert load(str(path / 'run')).step == 2
+    assert load(str(path / 'run')).source.step == 2
     config.data.on_bad = 'skip'
     result = loop.train(config, str(path / 'run'))
     assert (result.last['examples'], result.last['skipped']) == (4, 1)
@@ -338,7 +338,7 @@ def test_too_many_bad_pictures_to_evaluate_cost_no_step(bad_folder):
     config.data.on_bad, config.data.max_bad_images = 'skip', 0
     with pytest.raises(InputError, match=r'1 pictures to evaluate cannot .* continues at step 2'):
         loop.train(config, str(path / 'run'))
-    assert load(str(path / 'run')).step == 2
+    assert load(str(path / 'run')).source.step == 2
 
 
 def test_what_a_bad_picture_asks_for_makes_the_run_continue(bad_folder):

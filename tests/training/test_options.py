@@ -11,21 +11,21 @@ import small
 from test_loop import lines, recipe, saved_state
 
 from epsanet_jax import InputError, from_pretrained
-from epsanet_jax.cli import main
+from epsanet_jax.commands.main import main
 from epsanet_jax.data.augment import row_keys
-from epsanet_jax.training import loop, pretrained, run
+from epsanet_jax.models.zoo import build_model
+from epsanet_jax.training import init_from, loop, run
 from epsanet_jax.training.config import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
     ProfileConfig,
     ScheduleConfig,
-    build_model,
 )
-from epsanet_jax.training.ema import update_average
-from epsanet_jax.training.loading import load, save_weights
-from epsanet_jax.training.metadata import check_metadata, make_metadata
-from epsanet_jax.training.stochastic_depth import draw_keep
+from epsanet_jax.training.steps import draw_keep, update_average
+from epsanet_jax.weights import load
+from epsanet_jax.weights.metadata import make_metadata, read_metadata
+from epsanet_jax.weights.orbax import save_weights
 
 
 @pytest.mark.parametrize(('steps', 'cut_at'), [(8, 3), pytest.param(200, 73, marks=pytest.mark.slow)])
@@ -71,13 +71,13 @@ def test_both_sets_are_evaluated_and_the_averages_are_what_is_used(tmp_path):
     assert {'ema_loss', 'ema_top1', 'ema_top5'} <= set(result.last)
     assert result.last['ema_loss'] != result.last['loss']
     averages, raw = (load(str(tmp_path), ema=ema) for ema in (True, False))
-    assert (averages.averaged, raw.averaged) == (True, False)
+    assert (averages.source.averaged, raw.source.averaged) == (True, False)
     assert not np.allclose(
         averages.variables['params']['conv1']['kernel'], raw.variables['params']['conv1']['kernel']
     )
-    weights = pretrained.read(str(tmp_path))
-    assert weights.content.optimizer is None  # it is of the others
-    assert pretrained.read(str(tmp_path), ema=False).content.optimizer is not None
+    both = [load(str(tmp_path), ema=ema, with_checkpoint=True).source.checkpoint for ema in (True, False)]
+    assert both[0].optimizer is None  # it belongs to the weights that are not averaged
+    assert both[1].optimizer is not None
 
 
 def test_an_average_by_its_formula():
@@ -158,8 +158,8 @@ def test_fine_tuning_a_part_at_another_size(tmp_path):
             if name != 'fc':
                 same = chex_equal(old, after.variables[collection][name])
                 assert same == name.startswith(('conv1', 'bn1', 'layer1')), (collection, name)
-    assert after.metadata['class_names'] == ['class0', 'class1', 'class2']
-    assert after.metadata['preprocessing']['image_size'] == 48
+    assert after.class_names == ('class0', 'class1', 'class2')
+    assert after.preprocessing.image_size == 48
     assert after.variables['params']['fc']['kernel'].shape[-1] == 3
 
 
@@ -170,25 +170,25 @@ def test_fine_tuning_a_part_at_another_size(tmp_path):
         (('a', 'b', 'c', 'd'), 'classifier of other classes (a, b, c and 1 more) replaced by a new one'),
         (('class1', 'class0', 'class2', 'class3'), 'classifier of other classes (class1, class0, class2'),
         (('class0', 'class1', 'class2', 'class3'), ''),
-        ((), 'classifier of 4 classes kept: the weights do not say which'),
+        ((), 'classifier of 4 classes kept: the weights come without class names'),
     ],
 )
 def test_the_classifier_is_kept_for_the_same_classes_alone(tmp_path, names, said):
     net = dataclasses.replace(recipe().model, layers=(1,), planes=(8,), num_classes=len(names) or 4)
     variables = small.random_variables(build_model(net, 0), dtype=np.float32)
-    save_weights(str(tmp_path / 'weights'), variables, make_metadata(net, names, DataConfig()))
+    save_weights(str(tmp_path / 'weights'), variables, make_metadata(net, names, DataConfig().preprocessing))
     config = recipe(init_from=str(tmp_path / 'weights'))
     config.model = dataclasses.replace(net, num_classes=0)
     initial = run.prepare(config, str(tmp_path / 'run')).initial
-    assert [line[: len(said)] for line in initial.said] == ([said] if said else [])
+    assert [line[: len(said)] for line in initial.report] == ([said] if said else [])
     before, after = (v['params']['fc']['kernel'] for v in (variables, initial.variables))
     kept = np.array_equal(before, after)
     assert kept == (not said or 'kept' in said)
-    weights, model = pretrained.read(str(tmp_path / 'weights')), build_model(config.model, 4)
+    network, model = load(str(tmp_path / 'weights')), build_model(config.model, 4)
     classes = [f'class{i}' for i in range(4)]
     if not kept:
-        with pytest.raises(InputError, match='cannot go on with other classes: the weights are of'):
-            pretrained.make_initial(weights, model, classes, jax.random.key(0), 3, True)
+        with pytest.raises(InputError, match='cannot continue with other classes: the weights are for'):
+            init_from.make_initial_state(network, model, classes, jax.random.key(0), 3, True)
 
 
 def test_outputs_that_no_class_has_are_called_by_their_numbers(tmp_path, capsys):
@@ -196,13 +196,16 @@ def test_outputs_that_no_class_has_are_called_by_their_numbers(tmp_path, capsys)
     config.model = dataclasses.replace(config.model, layers=(1,), planes=(8,), num_classes=6)
     loop.train(config, str(tmp_path / 'run'))
     names = [*(f'class{i}' for i in range(4)), '4', '5']
-    assert load(str(tmp_path / 'run')).metadata['class_names'] == names
+    assert list(load(str(tmp_path / 'run')).class_names) == names
     assert main(['export', str(tmp_path / 'run'), str(tmp_path / 'hub')]) == 0
     assert list(from_pretrained(tmp_path / 'hub').class_names) == names
-    old = {**make_metadata(dataclasses.replace(config.model), (), DataConfig()), 'class_names': names[:4]}
-    assert check_metadata(old, 'old')['class_names'] == names
+    old = {
+        **make_metadata(dataclasses.replace(config.model), (), DataConfig().preprocessing),
+        'class_names': names[:4],
+    }
+    assert list(read_metadata(old, 'old')[1]) == names
     with pytest.raises(InputError, match='class_names has 7 names for 6 classes'):
-        check_metadata({**old, 'class_names': [*names, 'x']}, 'old')
+        read_metadata({**old, 'class_names': [*names, 'x']}, 'old')
 
 
 @pytest.mark.parametrize(
@@ -254,8 +257,8 @@ def test_a_run_with_frozen_parameters_continues_as_if_it_had_not_stopped(tmp_pat
         config.steps = steps
         loop.train(config, str(tmp_path / 'cut'))
     chex.assert_trees_all_equal(saved_state(tmp_path / 'cut', 4), saved_state(tmp_path / 'whole', 4))
-    weights = pretrained.read(str(tmp_path / 'cut'))
-    assert (weights.content.optimizer, weights.no_optimizer) == (None, 'it is of lars')
+    source = load(str(tmp_path / 'cut'), with_checkpoint=True).source
+    assert (source.checkpoint.optimizer, source.no_optimizer) == (None, 'it belongs to lars')
 
 
 def test_one_picture_at_a_time_where_batchnorm_is_frozen_or_the_maps_are_large(tmp_path):

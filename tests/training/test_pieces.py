@@ -12,8 +12,8 @@ import torch
 from epsanet_jax import InputError
 from epsanet_jax.training import config as configs
 from epsanet_jax.training.config import Config
-from epsanet_jax.training.loss import smoothed_cross_entropy
 from epsanet_jax.training.metrics import averages, batch_sums
+from epsanet_jax.training.steps import smoothed_cross_entropy
 from epsanet_jax.training.validation import validate
 
 
@@ -156,7 +156,7 @@ def test_the_time_of_a_run_is_that_of_its_own_steps(tmp_path):
 
     from etils import epath
 
-    from epsanet_jax.training.pretrained import Start
+    from epsanet_jax.training.init_from import Start
     from epsanet_jax.training.result import make_result
 
     lines = [{'split': 'train', 'step': step, 'images_per_s': 100.0} for step in (1050, 1100)]

@@ -16,7 +16,7 @@ from fake_devices import xla_flags
 from test_faults import IMPORTS, wait_for, without_timing
 from test_flags import ROOT
 
-from epsanet_jax.training.loading import load
+from epsanet_jax.weights import load
 
 RECIPE = """
 def get_config():
@@ -88,8 +88,9 @@ def alone(recipe, tmp_path_factory):
 
 
 def assert_equal_up_to_rounding(workdir, expected):
-    both = (load(str(w), with_momentum=True) for w in (workdir, expected))
-    for a, b in zip(*(jax.tree.leaves((x.variables, x.momentum)) for x in both), strict=True):
+    both = [load(str(w), with_checkpoint=True) for w in (workdir, expected)]
+    states = ((x.variables, x.source.checkpoint.optimizer['state']) for x in both)
+    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-10 * max(1, np.abs(b).max()))
     for line, other in zip(*(without_timing(w) for w in (workdir, expected)), strict=True):
         assert line.pop('split') == other.pop('split')

@@ -14,11 +14,9 @@ from epsanet_jax import InputError
 from epsanet_jax.data.augment import Mixing, mix, normalize, row_keys
 from epsanet_jax.training import sharding, steps
 from epsanet_jax.training.config import OptimizerConfig, ScheduleConfig
-from epsanet_jax.training.ema import update_average
-from epsanet_jax.training.loss import smoothed_targets
 from epsanet_jax.training.optimizer import make_optimizer, make_schedule
 from epsanet_jax.training.state import TrainState, create_state
-from epsanet_jax.training.stochastic_depth import draw_keep
+from epsanet_jax.training.steps import draw_keep, smoothed_targets, update_average
 
 MEAN, STD, SMOOTHING = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), 0.1
 F64 = {'dtype': jnp.float64, 'param_dtype': jnp.float64}

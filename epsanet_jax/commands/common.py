@@ -1,0 +1,134 @@
+"""What several commands share: arguments, progress and output."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from epsanet_jax.errors import InputError, one_line
+
+_Row = TypeVar('_Row')
+
+
+def positive(text: str) -> int:
+    """Returns a whole number above 0, as a type of argparse."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'expected a whole number above 0, got {text!r}')
+    return value
+
+
+def add_images(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument IMAGE ..."""
+    parser.add_argument('images', metavar='IMAGE', nargs='+', help='an image file, or a folder of images')
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """Adds the argument CHECKPOINT and the choice of weights in it."""
+    parser.add_argument('checkpoint', metavar='CHECKPOINT', help='a workdir, a checkpoint, or a weights file')
+    add_choice_of_weights(parser)
+
+
+def add_choice_of_weights(parser: argparse.ArgumentParser) -> None:
+    """Adds --step and --no-ema."""
+    parser.add_argument(
+        '--step', default='latest', help="checkpoint of a workdir: 'latest' (default), 'best' or a number"
+    )
+    parser.add_argument(
+        '--no-ema', action='store_true', help="the run's weights instead of their moving averages"
+    )
+
+
+def use_persistent_cache() -> None:
+    """Keeps compiled programs in ~/.cache/epsanet_jax/xla, or in JAX_COMPILATION_CACHE_DIR if that is set.
+
+    Compiling takes minutes on a CPU; a second start then takes seconds.
+    """
+    import jax
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update('jax_compilation_cache_dir', os.path.expanduser('~/.cache/epsanet_jax/xla'))
+
+
+def to_stderr(line: str) -> None:
+    """Prints a line on stderr."""
+    print(line, file=sys.stderr)
+
+
+def shown(text: str) -> str:
+    """Returns a name for people: as it is, or quoted if it has characters that cannot be shown."""
+    return text if text.isprintable() else repr(text)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Prints lines; characters that the terminal or the pipe cannot encode are escaped."""
+    reconfigure: Callable[..., None] | None = getattr(sys.stdout, 'reconfigure', None)
+    if reconfigure is not None:
+        reconfigure(errors='backslashreplace')
+    for line in lines:
+        print(line)
+
+
+def progress(rows: Iterable[_Row], images: Sequence[str], without: str | None = None) -> Iterable[_Row]:
+    """Returns the rows with a progress bar, unless nobody sees it or printed rows show the progress."""
+    if not sys.stderr.isatty() or sys.stdout.isatty():
+        return rows
+    from tqdm import tqdm
+
+    from epsanet_jax.data.files import find_pictures
+
+    total = sum(1 for _ in find_pictures(images, without=without))
+    return tqdm(rows, total=total, unit='image', leave=False, disable=total < 2)
+
+
+class Skipped:
+    """Reports images that cannot be decoded on stderr.
+
+    The first report waits until there is another image. If there is none, the command fails with it.
+    """
+
+    def __init__(self):
+        self._bad, self._good, self._first = 0, 0, ''
+
+    def __call__(self, message: str) -> None:
+        """Counts and reports an image that cannot be decoded."""
+        message = shown(one_line(message, limit=None))
+        self._bad += 1
+        if self._bad == 1 and not self._good:
+            self._first = message
+            return
+        self._flush()
+        _report(message)
+
+    def counted(self, rows: Iterable[_Row]) -> Iterator[_Row]:
+        """Yields rows and counts each as an image that was decoded."""
+        for row in rows:
+            self._good += 1
+            self._flush()
+            yield row
+
+    def finish(self) -> None:
+        """Reports how many images were skipped.
+
+        Raises:
+            InputError: all images were skipped.
+        """
+        if not self._good:
+            raise InputError(self._first or f'none of the {self._bad} images can be decoded')
+        if self._bad:
+            to_stderr(f'skipped {self._bad} of {self._good + self._bad} images')
+
+    def _flush(self) -> None:
+        if self._first:
+            _report(self._first)
+        self._first = ''
+
+
+def _report(message: Any) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(f'skipped: {message}', file=sys.stderr)

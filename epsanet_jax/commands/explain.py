@@ -1,0 +1,188 @@
+"""`epsanet explain`: a drawing for each image, a table for each class of a folder."""
+
+import argparse
+import contextlib
+import csv
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from epsanet_jax.commands import common
+from epsanet_jax.commands.common import shown
+from epsanet_jax.errors import InputError, one_line
+from epsanet_jax.paths import write_atomically
+
+if TYPE_CHECKING:
+    from epsanet_jax.data.files import PictureFile
+
+TABLE = 'attention.csv'
+
+
+def add_parser(subcommands: Any) -> None:
+    """Adds the command's parser."""
+    parser = subcommands.add_parser(
+        'explain',
+        help='where a network looks, and which kernels it uses',
+        description="Draws Grad-CAM and the pyramid's attention for each image. For folders it also prints "
+        'the mean attention of each class (subfolder) and writes it to attention.csv.',
+        epilog='example: epsanet explain runs/pets cat.jpg --out explained --stages layer3 layer4',
+    )
+    common.add_checkpoint(parser)
+    common.add_images(parser)
+    parser.add_argument('--out', required=True, metavar='DIR', help='folder for the PNG files')
+    parser.add_argument(
+        '--stages',
+        nargs='+',
+        metavar='STAGE',
+        help='stem, layer1, ...: stages for Grad-CAM (default: the last stage)',
+    )
+    parser.add_argument(
+        '--classes',
+        nargs='+',
+        metavar='CLASS',
+        help="names or numbers of the classes to explain (default: each image's top class)",
+    )
+    parser.add_argument(
+        '--batch-size', type=common.positive, default=8, metavar='N', help='images at once (default: 8)'
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    common.print_lines(_lines(args))
+
+
+def _lines(args: argparse.Namespace) -> Iterator[str]:
+    from epsanet_jax.analysis import drawing, explain
+    from epsanet_jax.data.files import check_paths
+    from epsanet_jax.weights import load
+
+    images, out = args.images, args.out
+    check_paths(images, without=out)
+    common.use_persistent_cache()
+    network = load(args.checkpoint, args.step, not args.no_ema)
+    _make_folder(out)
+    places, tables, skipped = Places(images, out), Tables(images), common.Skipped()
+    kernels = explain.kernel_labels(network.model)
+    rows = explain.explain(
+        network, images, args.stages, args.classes, args.batch_size, on_bad=skipped, without=out
+    )
+    with contextlib.closing(rows):
+        for file, explanation in common.progress(skipped.counted(rows), images, without=out):
+            path = places.of(file)
+            _make_folder(os.path.dirname(path))
+            drawing.save(drawing.draw(explanation), path)
+            tables.add(file, explanation.attention)
+            best = int(explanation.probabilities.argmax())
+            share = 100 * explanation.probabilities[best]
+            yield f'{shown(path)}: {shown(explanation.names[best])} {share:.1f} %'
+    skipped.finish()
+    if tables.means() and kernels:
+        for name, (count, means) in tables.means().items():
+            yield from ('', *table(name, count, means, kernels))
+        path = os.path.join(out, TABLE)
+        write_tables(path, tables.means(), network.model.kernels)
+        yield from ('', f'written: {shown(path)}')
+
+
+def _make_folder(path: str) -> None:
+    """Makes a folder, and those above it; InputError if that is not possible."""
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as e:
+        raise InputError(f'cannot make the folder {path}: {e.strerror or one_line(e)}') from e
+
+
+class Places:
+    """The path of each image's drawing: the image's name with .png, in the folder `out`.
+
+    Images of a folder keep their subfolders; if several paths are given, each folder gets a folder of its own
+    name in `out`. A name that is taken already gets a number.
+    """
+
+    def __init__(self, images: Sequence[str], out: str):
+        self._images, self._out = images, out
+        self._names: list[str] = []
+        taken = {TABLE}
+        for path in images:
+            name = wanted = base_name(path)
+            for number in range(2, len(images) + 3):
+                if name not in taken:
+                    break
+                name = '{0}-{2}{1}'.format(*os.path.splitext(wanted), number)
+            taken.add(name)
+            self._names.append(name)
+
+    def of(self, file: 'PictureFile') -> str:
+        """Returns the path of an image's drawing."""
+        name = self._names[file.argument]
+        if os.path.isdir(self._images[file.argument]):
+            name = file.below if len(self._images) == 1 else os.path.join(name, file.below)
+        return os.path.join(self._out, f'{name}.png')
+
+
+def base_name(path: str) -> str:
+    """Returns a file's or folder's own name, also for '.' and 'x/'."""
+    return os.path.basename(os.path.abspath(path)) or 'images'
+
+
+class Tables:
+    """The attention of each class in the given folders, averaged over its images.
+
+    A class is a direct subfolder of a given folder, with everything below it. Images directly in a given
+    folder form a class with the name of that folder.
+    """
+
+    def __init__(self, images: Sequence[str]):
+        self._classes = {i: base_name(path) for i, path in enumerate(images) if os.path.isdir(path)}
+        self._sums: dict[str, tuple[int, dict[str, np.ndarray]]] = {}
+
+    def add(self, file: 'PictureFile', attention: dict[str, np.ndarray]) -> None:
+        """Counts the attention of an image in a folder, [blocks, S] for each stage."""
+        if file.argument not in self._classes:
+            return
+        first, *below = file.below.split(os.sep)
+        name = first if below else self._classes[file.argument]
+        count, sums = self._sums.get(name, (0, {}))
+        added = {stage: a.astype(np.float64) + sums.get(stage, 0) for stage, a in attention.items()}
+        self._sums[name] = count + 1, added
+
+    def means(self) -> dict[str, tuple[int, dict[str, np.ndarray]]]:
+        """Returns for each class the number of images and, for each stage, [blocks, S]."""
+        return {
+            name: (count, {stage: total / count for stage, total in sums.items()})
+            for name, (count, sums) in self._sums.items()
+        }
+
+
+def table(name: str, count: int, means: dict[str, np.ndarray], kernels: Sequence[str]) -> Iterator[str]:
+    """Yields the lines of a class's table: a row a block, a column a kernel size."""
+    yield f'{shown(name)}, {count} image{"" if count == 1 else "s"}: attention to each kernel size'
+    width = max(8, *map(len, kernels)) + 2
+    yield f'  {"block":<10}' + ''.join(f'{kernel:>{width}}' for kernel in kernels) + '  most'
+    for stage, rows in means.items():
+        for block, row in enumerate(rows):
+            values = ''.join(f'{value:>{width}.4f}' for value in row)
+            yield f'  {f"{stage}.{block}":<10}{values}  {kernels[int(row.argmax())]}'
+
+
+def write_tables(
+    path: str, means: dict[str, tuple[int, dict[str, np.ndarray]]], sizes: Sequence[int]
+) -> None:
+    """Writes all tables as one CSV: class, images, stage, block, branch (from 1), kernel, attention."""
+
+    def write(temporary: str) -> None:
+        with open(temporary, 'w', encoding='utf-8', errors='surrogateescape', newline='') as f:
+            writer = csv.writer(f, lineterminator='\n')
+            writer.writerow(('class', 'images', 'stage', 'block', 'branch', 'kernel', 'attention'))
+            for name, (count, blocks) in means.items():
+                for stage, rows in blocks.items():
+                    for (block, branch), value in np.ndenumerate(rows):
+                        writer.writerow(
+                            (name, count, stage, block, branch + 1, sizes[branch], f'{value:.6g}')
+                        )
+
+    write_atomically(path, write)

@@ -1,0 +1,52 @@
+"""The command `epsanet`. Exit status 0, 2 with one line for bad usage or input, 75 if interrupted."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from epsanet_jax.commands import convert, evaluate, explain, export, plan, plot, predict, prepare, summary
+from epsanet_jax.errors import INTERRUPTED, InputError, Interrupted, one_line
+
+COMMANDS = (summary, evaluate, predict, explain, convert, export, plan, prepare, plot)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status.
+
+    Args:
+        argv: arguments without the program's name; None: those of this process.
+    """
+    parser = _Parser(prog='epsanet', description='EPSANet for JAX.')
+    subcommands = parser.add_subparsers(required=True, metavar='COMMAND')
+    for command in COMMANDS:
+        command.add_parser(subcommands)
+    args, rest = parser.parse_known_args(argv)
+    if 'config_fields' in args:
+        args.config_fields = [argument for argument in rest if argument.startswith('--config.')]
+        rest = [argument for argument in rest if argument not in args.config_fields]
+    if rest:
+        parser.error(f'unrecognized arguments: {" ".join(rest)}')
+    status = 0
+    try:
+        status = args.run(args) or 0
+        sys.stdout.flush()
+    except InputError as e:
+        print(f'error: {one_line(e, limit=None)}', file=sys.stderr)
+        return 2
+    except Interrupted as e:
+        print(one_line(e), file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of the output, `head` for example, has closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:  # in commands that have nothing to save
+        return 130
+    return status
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports wrong usage in one line."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f'error: {message} (see {self.prog} --help)\n')

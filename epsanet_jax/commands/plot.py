@@ -1,0 +1,32 @@
+"""`epsanet plot`: curves of runs."""
+
+import argparse
+import os
+from typing import Any
+
+
+def add_parser(subcommands: Any) -> None:
+    """Adds the command's parser."""
+    parser = subcommands.add_parser(
+        'plot',
+        help='curves of runs',
+        description='Draws loss, accuracy, learning rate and images per second of one or several runs.',
+        epilog='example: epsanet plot runs/a runs/b --out curves.png',
+    )
+    parser.add_argument('workdirs', nargs='+', metavar='WORKDIR')
+    parser.add_argument(
+        '--out', metavar='FILE', help=".png, .svg or .pdf; default: 'curves.png' in the first workdir"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the command."""
+    from epsanet_jax.analysis import plot
+    from epsanet_jax.paths import is_remote
+
+    folder = '' if is_remote(args.workdirs[0]) else args.workdirs[0]
+    out = os.path.expanduser(args.out or os.path.join(folder, 'curves.png'))
+    for line in plot.plot(args.workdirs, out):
+        print(line)
+    print(f'written: {out}')

@@ -1,0 +1,224 @@
+"""Every option of a model, stated once.
+
+`create_model`, the fields of the network, the configuration of a run, the settings found from a state dict
+and the metadata of a checkpoint all derive from `Settings`. A new option needs a field here and the module
+that uses it. Values are plain JSON: numbers, strings and tuples.
+"""
+
+import dataclasses
+import math
+import re
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from epsanet_jax.errors import InputError, suggest
+from epsanet_jax.ops.algorithms import check_name
+
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16, 'float64': jnp.float64}
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Settings:
+    """The options of a model.
+
+    Attributes:
+        num_classes: outputs of the classifier; 0: no classifier, the network returns the pooled features.
+        in_channels: channels of the images.
+        layers: blocks in each stage.
+        planes: bottleneck width of each stage.
+        expansion: a stage has planes * expansion output channels.
+        kernels: kernel size of each branch of the pyramid.
+        groups: number of groups of each branch.
+        reduction: channels per hidden unit in the squeeze-and-excitation modules.
+        psa_bias: whether the pyramid's convolutions have biases (the paper's listing has them, the reference
+            repository has none).
+        output_stride: 32, or 16 or 8 for dense prediction: the last stages then keep their size and dilate
+            their convolutions, with the same parameters.
+        bn_group: examples in a BatchNorm group, consecutive rows of the batch; 0: the whole batch.
+        frozen_bn: regular expression for the BatchNorms that use their running statistics in training too. It
+            is searched in the name of the scale, for example 'layer1_0/bn1/scale'; '.' freezes all.
+        conv: 'auto', or one algorithm for all convolutions (`epsanet_jax.ops.ALGORITHMS`).
+        remat: whether the backward pass recomputes each block's activations, which saves memory.
+        dtype: floating-point type of the computation; logits are of this type, or float32 if that is wider.
+        param_dtype: floating-point type of the parameters.
+    """
+
+    num_classes: int = 1000
+    in_channels: int = 3
+    layers: tuple[int, ...] = (3, 4, 6, 3)
+    planes: tuple[int, ...] = (64, 128, 256, 512)
+    expansion: int = 4
+    kernels: tuple[int, ...] = (3, 5, 7, 9)
+    groups: tuple[int, ...] = (1, 4, 8, 16)
+    reduction: int = 16
+    psa_bias: bool = False
+    output_stride: int = 32
+    bn_group: int = 0
+    frozen_bn: str = ''
+    conv: str = 'auto'
+    remat: bool = False
+    dtype: str = 'float32'
+    param_dtype: str = 'float32'
+
+
+@dataclasses.dataclass
+class ModelConfig(Settings):
+    """A published network by name, with changes. 0 and () stand for the variant's own value.
+
+    In the configuration of a run, `num_classes` 0 means as many classes as the data has.
+
+    Attributes:
+        name: one of `list_models()`.
+    """
+
+    name: str = 'epsanet50_small'
+    num_classes: int = 0
+    layers: tuple[int, ...] = ()
+    planes: tuple[int, ...] = ()
+    expansion: int = 0
+    kernels: tuple[int, ...] = ()
+    groups: tuple[int, ...] = ()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__dataclass_fields__:
+            raise AttributeError(f'a model has no setting {name!r}{suggest(name, NAMES)}')
+        super().__setattr__(name, value)
+
+
+NAMES = tuple(field.name for field in dataclasses.fields(Settings))
+# The settings that define a variant.
+STRUCTURE = ('layers', 'planes', 'expansion', 'kernels', 'groups')
+PYRAMID = ('kernels', 'groups', 'psa_bias')
+
+
+def settings_of(model: Settings) -> Settings:
+    """Returns the settings among the fields of a network, in the form that JSON can hold."""
+    return Settings(**plain({name: getattr(model, name) for name in NAMES}))
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns values of settings as plain JSON types: tuples for lists, names for dtypes.
+
+    None stands for the default and is left out.
+
+    Raises:
+        InputError: there is no such setting, or a dtype is unknown.
+    """
+    result: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in NAMES:
+            raise InputError(f'unknown setting {name!r} of a model{suggest(name, NAMES)}')
+        if value is None:
+            continue
+        if name in ('dtype', 'param_dtype'):
+            try:
+                value = jnp.dtype(value).name
+            except TypeError as e:
+                raise InputError(f'{name} must be one of {", ".join(DTYPES)}, got {value!r}') from e
+        result[name] = tuple(value) if isinstance(value, list | tuple) else value
+    return result
+
+
+def model_config(values: Mapping[str, Any]) -> ModelConfig:
+    """Returns the model's configuration from metadata or other JSON, which has lists for tuples.
+
+    Raises:
+        InputError: there is a setting that this version does not know.
+    """
+    unknown = sorted(set(values) - {'name', *NAMES})
+    if unknown:
+        raise InputError(f'the model has unknown settings: {", ".join(unknown)}')
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    return ModelConfig(**fields)
+
+
+def check_settings(model: Settings) -> None:
+    """Raises InputError if a network cannot be built with these settings."""
+    check_name(model.conv)
+    for field in ('dtype', 'param_dtype'):
+        if jnp.dtype(getattr(model, field)).name not in DTYPES:
+            raise InputError(
+                f'{field} must be a floating-point type ({", ".join(DTYPES)}), got {getattr(model, field)}'
+            )
+    for field, least in {
+        'num_classes': 0,
+        'in_channels': 1,
+        'expansion': 1,
+        'reduction': 1,
+        'bn_group': 0,
+    }.items():
+        if getattr(model, field) < least:
+            raise InputError(f'{field} must be at least {least}, got {getattr(model, field)}')
+    for field in ('layers', 'planes', 'kernels', 'groups'):
+        value = getattr(model, field)
+        if not value or min(value) < 1:
+            raise InputError(f'{field} must hold numbers of at least 1, got {value}')
+    try:
+        re.compile(model.frozen_bn)
+    except re.error as e:
+        raise InputError(f'frozen_bn must be a regular expression, got {model.frozen_bn!r}: {e}') from e
+    if len(model.layers) != len(model.planes):
+        raise InputError(
+            f'layers and planes must each have one number per stage, got {model.layers} and {model.planes}'
+        )
+    if model.output_stride not in (8, 16, 32):
+        raise InputError(f'output_stride must be 8, 16 or 32, got {model.output_stride}')
+
+
+def check_pyramid(model: Settings) -> None:
+    """Raises InputError if pyramids cannot be built with these settings."""
+    kernels, groups = model.kernels, model.groups
+    if len(kernels) != len(groups):
+        raise InputError(
+            f'kernels and groups must each have one number per branch, got {kernels} and {groups}'
+        )
+    if any(k % 2 == 0 for k in kernels):
+        raise InputError(f'kernels must be odd, got {kernels}')
+    for planes in model.planes:
+        width, rest = divmod(planes, len(kernels))
+        if rest:
+            raise InputError(f'planes must divide by the {len(kernels)} branches, got {planes}')
+        for g in groups:
+            if planes % g or width % g:
+                raise InputError(
+                    f'groups must divide planes and a branch of planes / {len(kernels)}: {g} groups do not '
+                    f'divide {planes} and {width}'
+                )
+        if width < model.reduction:
+            raise InputError(
+                f'reduction {model.reduction} leaves a branch of {width} channels no hidden unit in its '
+                f'squeeze-and-excitation module; use at most {width}'
+            )
+
+
+def check_types(section: Any, prefix: str = 'model') -> None:
+    """Raises InputError if the value of a dataclass's field is not of its declared type, or not finite.
+
+    Args:
+        section: instance of a dataclass; fields that are dataclasses are checked too.
+        prefix: put before the names of the fields in messages.
+    """
+    for name, hint in typing.get_type_hints(type(section)).items():
+        value, field = getattr(section, name), f'{prefix}.{name}'
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, typing.cast(type, hint)):
+                raise InputError(f'{field} must be a section of settings, got {value!r}')
+            check_types(value, field)
+        elif typing.get_origin(hint) is tuple:
+            element = typing.get_args(hint)[0]
+            listed = isinstance(value, tuple | list)
+            if not listed or not all(_is(v, element) and math.isfinite(v) for v in value):
+                raise InputError(f'{field} must hold numbers of type {element.__name__}, got {value!r}')
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f'{field} must be finite, got {value}')
+        elif not _is(value, hint):
+            raise InputError(f'{field} must be of type {hint.__name__}, got {value!r}')
+
+
+def _is(value: Any, kind: type) -> bool:
+    if isinstance(value, bool) or kind is bool:
+        return isinstance(value, bool) and kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)

@@ -1,0 +1,139 @@
+"""Runs that start from other weights, or continue another training with its momentum."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from epsanet_jax.convert.momentum import momentum_from_torch, parse_sgd
+from epsanet_jax.convert.state_dict import from_torch
+from epsanet_jax.errors import InputError, some
+from epsanet_jax.models.epsanet import EPSANet
+from epsanet_jax.training.config import OptimizerConfig
+from epsanet_jax.training.state import TrainState
+from epsanet_jax.weights import Network
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Where a run starts that continues another training.
+
+    Attributes:
+        epoch: epochs trained so far, possibly a fraction.
+        last_lr: learning rate of the last update.
+    """
+
+    epoch: float
+    last_lr: float
+
+    def step(self, steps_per_epoch: float) -> int:
+        """Returns the number of steps that the training so far is in the new run."""
+        return round(self.epoch * steps_per_epoch)
+
+
+def read_start(network: Network, config: OptimizerConfig) -> Start:
+    """Returns where a run with `config.init_optimizer` starts.
+
+    Args:
+        network: loaded with its checkpoint.
+        config: of the run's optimizer.
+
+    Raises:
+        InputError: the weights come without an optimizer state or an epoch, or with other settings.
+    """
+    path, content = network.source.path, network.source.checkpoint
+    if network.source.no_optimizer:
+        raise InputError(
+            f'--config.init_optimizer: {path} has no usable optimizer state: {network.source.no_optimizer}'
+        )
+    if content is None or content.optimizer is None or content.epoch is None:
+        missing = 'epoch' if content is not None and content.optimizer is not None else 'optimizer'
+        raise InputError(f'--config.init_optimizer: {path} holds no {missing}')
+    sgd = parse_sgd(content.optimizer)
+    for field in ('momentum', 'weight_decay', 'nesterov'):
+        theirs, ours = getattr(sgd, field), getattr(config, field)
+        if theirs != ours:
+            raise InputError(
+                f'{path} was trained with {field} {theirs}, not {ours}: '
+                f'set --config.optimizer.{field}={theirs}'
+            )
+    if not sgd.lr:
+        raise InputError(f'--config.init_optimizer: {path} has the learning rate 0')
+    return Start(content.epoch, sgd.lr)
+
+
+@dataclasses.dataclass(frozen=True)
+class InitialState:
+    """What a new state gets instead of random parameters.
+
+    Attributes:
+        variables: parameters and statistics.
+        step: updates that the continued training has made; None: a new training starts.
+        momentum: momentum buffers, a tree like the parameters; None: not taken over.
+        report: lines for the user.
+    """
+
+    variables: dict[str, Any]
+    step: int | None
+    momentum: Any
+    report: tuple[str, ...]
+
+    def put_into(self, state: TrainState) -> TrainState:
+        """Returns a new state in which these values replace the initial ones."""
+        state = state.replace(params=self.variables['params'], batch_stats=self.variables['batch_stats'])
+        if state.ema is not None:
+            state = state.replace(ema=jax.tree.map(jnp.array, dict(self.variables)))
+        if self.step is None:
+            return state
+        step = jnp.asarray(self.step, jnp.int32)
+        opt_state = optax.tree_utils.tree_set(state.opt_state, count=step)
+        if self.momentum is not None:
+            momentum = jax.tree.map(jnp.array, self.momentum)
+            opt_state = optax.tree_utils.tree_set(opt_state, trace=momentum)
+        return state.replace(step=step, opt_state=opt_state)
+
+
+def make_initial_state(
+    network: Network,
+    model: EPSANet,
+    class_names: Sequence[str],
+    key: jax.Array,
+    step: int | None,
+    momentum: bool,
+) -> InitialState:
+    """Fits the weights of a network to the model of a run.
+
+    Args:
+        network: to start from.
+        model: the model of the run.
+        class_names: of the run, in the order of the outputs. If the network's classes differ in name or
+            number, a new classifier is drawn; a network without class names is taken to have the same.
+        key: random key for a new classifier.
+        step: step to start at; None: only the weights are taken.
+        momentum: with `step`, whether the optimizer has momentum to take over.
+
+    Raises:
+        InputError: the weights do not fit.
+    """
+    content, report = network.source.checkpoint, []
+    head, theirs = network.model.num_classes, list(network.class_names)
+    replace = head != model.num_classes or (theirs and theirs != list(class_names))
+    shown = f'{head} classes' if head != model.num_classes else f'other classes ({some(theirs, 3)})'
+    if replace and step is not None:
+        raise InputError(
+            f'--config.init_optimizer cannot continue with other classes: the weights are for {shown}'
+        )
+    if replace:
+        report.append(f'classifier of {shown} replaced by a new one of {model.num_classes}')
+    elif not theirs:
+        report.append(f'classifier of {head} classes kept: the weights come without class names')
+    variables = from_torch(network.state_dict, model, new_head=key if replace else None)
+    buffers = None
+    if step is not None:
+        report.append(f'continues at step {step} with its momentum')
+        if momentum and content is not None and content.optimizer is not None:
+            buffers = momentum_from_torch(content.optimizer, content.state_dict, model)
+    return InitialState(variables, step, buffers, tuple(report))

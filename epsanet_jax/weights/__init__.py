@@ -1,0 +1,7 @@
+"""Weights from any file to one type, `Network`, and back."""
+
+from epsanet_jax.weights.files import from_pretrained, load
+from epsanet_jax.weights.hub import save_pretrained
+from epsanet_jax.weights.network import Network, Source
+
+__all__ = ['Network', 'Source', 'from_pretrained', 'load', 'save_pretrained']

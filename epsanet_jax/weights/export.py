@@ -1,0 +1,221 @@
+"""Networks as files for other programs: StableHLO, ONNX, safetensors, PyTorch, or a folder for the Hub."""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export as jax_export
+
+from epsanet_jax import paths
+from epsanet_jax.convert import files, onnx_model
+from epsanet_jax.convert.stablehlo import to_stablehlo
+from epsanet_jax.data.augment import normalize
+from epsanet_jax.data.preprocessing import MAX_SIZE
+from epsanet_jax.errors import InputError
+from epsanet_jax.models.dtypes import at_least_float32
+from epsanet_jax.models.epsanet import MIN_SIZE
+from epsanet_jax.weights import hub
+from epsanet_jax.weights.files import load
+from epsanet_jax.weights.metadata import metadata_of, without_run
+from epsanet_jax.weights.network import Network
+from epsanet_jax.weights.save import convert, describe_model, verify_weights
+
+FORMATS = ('stablehlo', 'onnx', 'safetensors', 'torch', 'hub')
+VERIFIED_TO = 1e-4  # of the largest logit; for narrow types, four roundings
+_SUFFIXES = {
+    '.stablehlo': 'stablehlo',
+    '.onnx': 'onnx',
+    files.SAFETENSORS_SUFFIX: 'safetensors',
+    **dict.fromkeys(files.TORCH_SUFFIXES, 'torch'),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Options of `export`.
+
+    Attributes:
+        format: one of `FORMATS`; None: the name of DST decides.
+        input: 'float' (normalised images) or 'uint8' (images that the exported function normalises).
+        image_size: pixels; None: the checkpoint's.
+        dtype: type of the computation; None: the checkpoint's.
+        step: which checkpoint of a workdir.
+        no_ema: whether to take a run's weights instead of their moving averages.
+        verify: whether to compare logits before anything is written.
+    """
+
+    format: str | None = None
+    input: str = 'float'
+    image_size: int | None = None
+    dtype: str | None = None
+    step: str = 'latest'
+    no_ema: bool = False
+    verify: bool = False
+
+
+def export(source: Network | str, dst: str, options: Options | None = None) -> Iterator[str]:
+    """Writes a network for other programs and yields the lines of a report.
+
+    Args:
+        source: a network, or the path of its weights, see `load`.
+        dst: a new file or folder.
+        options: format, input and type of the file; None: the defaults.
+
+    Raises:
+        InputError: the weights cannot be read, the options do not fit, or DST cannot be written.
+    """
+    options = options or Options()
+    kind = options.format or _format_of(dst)
+    dst = dst.rstrip('/') or dst
+    _check(dst, kind, options)
+    if kind in ('safetensors', 'torch'):
+        yield from convert(source, dst, step=options.step, verify=options.verify, ema=not options.no_ema)
+        return
+    given = isinstance(source, Network)
+    network = source if given else load(source, options.step, ema=not options.no_ema)
+    network = _changed(network, options)
+    yield f'{network.source.path if given else source}: {describe_model(network)}'
+    if kind == 'hub':
+        if options.verify:
+            yield verify_weights(network, network.state_dict)
+        hub.write_folder(dst, network)
+        yield f'written: {dst}/, ready for `hf upload` when its README.md is completed'
+        return
+    write = _write_stablehlo if kind == 'stablehlo' else _write_onnx
+    yield from write(network, dst, options)
+    yield f'written: {dst}, {os.path.getsize(dst) / 1e6:.1f} MB'
+
+
+def _format_of(dst: str) -> str:
+    for suffix, kind in _SUFFIXES.items():
+        if dst.lower().endswith(suffix):
+            return kind
+    suffix = os.path.splitext(dst)[1]
+    if re.fullmatch(r'\.[a-z][a-z0-9]*', suffix.lower()):  # a folder may well be called pets-1.2
+        raise InputError(
+            f'{dst}: unknown format {suffix}; use one of {", ".join(_SUFFIXES)}, a folder '
+            f'(without such an ending) or --format={{{",".join(FORMATS)}}}'
+        )
+    return 'hub'
+
+
+def _check(dst: str, kind: str, options: Options) -> None:
+    """Raises InputError, before any work, if DST cannot be written or an option does not apply."""
+    if kind in ('safetensors', 'torch') and (known := _format_of(dst)) != kind:
+        raise InputError(f'--format={kind}: {dst} is named as {known}; use the suffix of the format')
+    for path in (dst, *([f'{dst}.json'] if kind == 'stablehlo' else [])):
+        if os.path.lexists(path):
+            raise InputError(f'{path} exists; choose another DST')
+    if not os.path.isdir(os.path.dirname(os.path.abspath(dst))):
+        raise InputError(f'cannot write {dst}: its folder does not exist')
+    if kind not in ('stablehlo', 'onnx'):
+        for option in ('image_size', 'dtype', 'input'):
+            if getattr(options, option) != getattr(Options(), option):
+                flag = option.replace('_', '-')
+                raise InputError(f'--{flag} is for stablehlo and onnx, not for weights alone ({kind})')
+    if kind == 'onnx' and options.dtype not in (None, 'float32'):
+        raise InputError(f'--dtype={options.dtype}: ONNX files compute in float32')
+    if options.image_size is not None and not MIN_SIZE <= options.image_size <= MAX_SIZE:
+        raise InputError(f'--image-size must be from {MIN_SIZE} to {MAX_SIZE}, got {options.image_size}')
+
+
+def _changed(network: Network, options: Options) -> Network:
+    """Returns a network with another image size or type of computation, and without its run."""
+    model, preprocessing = network.model, network.preprocessing
+    if options.image_size is not None:
+        preprocessing = preprocessing.scaled_to(options.image_size)
+    if options.dtype is not None:
+        model = model.clone(dtype=options.dtype)
+    source = dataclasses.replace(network.source, metadata=without_run(network.source.metadata))
+    return dataclasses.replace(network, model=model, preprocessing=preprocessing, source=source)
+
+
+def _write_stablehlo(network: Network, dst: str, options: Options) -> Iterator[str]:
+    settings = network.preprocessing
+    pixels = settings if options.input == 'uint8' else None
+    exported = to_stablehlo(network.model, network.variables, settings.image_size, pixels=pixels)
+    content = bytes(exported.serialize())
+    images, logits = exported.in_avals[0], exported.out_avals[0]
+    signature = {
+        'input': {
+            'shape': [str(d) for d in images.shape],
+            'dtype': images.dtype.name,
+            'is': _meaning(options),
+        },
+        'output': {'shape': [str(d) for d in logits.shape], 'dtype': logits.dtype.name, 'is': 'logits'},
+        'platforms': list(exported.platforms),
+        'jax_version': jax.__version__,
+    }
+    yield f'input: {images.dtype.name} {list(images.shape)}, {_meaning(options)}'.replace("'", '')
+    if options.verify:
+        yield _verify(network, options, jax.jit(jax_export.deserialize(bytearray(content)).call))
+    text = json.dumps({**_public(network), **signature}, indent=2) + '\n'
+    _write_new(dst, content)
+    try:
+        _write_new(f'{dst}.json', text.encode())
+    except InputError:
+        os.unlink(dst)  # both or neither
+        raise
+
+
+def _write_onnx(network: Network, dst: str, options: Options) -> Iterator[str]:
+    settings = network.preprocessing
+    pixels = settings if options.input == 'uint8' else None
+    shown = files.weights_metadata(without_run(_public(network)))
+    shown = {'input': _meaning(options), **shown}
+    props = {k: v if isinstance(v, str) else json.dumps(v) for k, v in shown.items()}
+    if options.verify:
+        onnx_model.require('onnxruntime')  # before the work
+    content = onnx_model.to_onnx(network.model, network.variables, settings.image_size, pixels, props)
+    kind, channels = 'float32' if pixels is None else 'uint8', network.model.in_channels
+    size = settings.image_size
+    yield f'input: {kind} [batch, {channels}, {size}, {size}], {_meaning(options)}'
+    if options.verify:
+        wide = dataclasses.replace(network, model=network.model.clone(dtype='float32'))
+
+        def call(images: np.ndarray) -> np.ndarray:
+            return onnx_model.run_onnx(content, np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+
+        yield _verify(wide, options, call)
+    _write_new(dst, content)
+
+
+def _meaning(options: Options) -> str:
+    if options.input == 'uint8':
+        return 'RGB images, 0 to 255, resized and cropped'
+    return 'RGB images, resized and cropped, (x / 255 - mean) / std'
+
+
+def _public(network: Network) -> dict[str, Any]:
+    """Returns the metadata for a file: not those of the run, which may name private folders."""
+    metadata = metadata_of(network)
+    return {k: metadata[k] for k in ('package', 'version', 'model', 'class_names', 'preprocessing')}
+
+
+def _verify(network: Network, options: Options, call: Callable[[np.ndarray], Any]) -> str:
+    """Compares the exported logits of two random images with ours, and reports the difference."""
+    settings, model = network.preprocessing, network.model
+    shape = (2, settings.image_size, settings.image_size, model.in_channels)
+    pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    images = normalize(jnp.asarray(pixels), settings.mean, settings.std, at_least_float32(model.dtype))
+    expected = np.asarray(jax.jit(model.apply)(dict(network.variables), images))
+    got = np.asarray(call(pixels if options.input == 'uint8' else np.asarray(images)))
+    difference = np.abs(got - expected).max() / np.abs(expected).max()
+    # An export may use other convolutions than two images do here: equal up to rounding.
+    if not difference <= max(VERIFIED_TO, 4 * float(jnp.finfo(model.dtype).eps)):
+        raise InputError(f'--verify: logits differ by {difference:.1e} of the largest; nothing was written')
+    return f'verified: the exported logits and ours differ by {difference:.1e} of the largest'
+
+
+def _write_new(path: str, content: bytes) -> None:
+    def write(temporary: str) -> None:
+        with open(temporary, 'wb') as f:
+            f.write(content)
+
+    paths.write_atomically(path, write)

@@ -1,0 +1,98 @@
+"""What is stored with weights: everything that their use needs, as JSON."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from epsanet_jax.data.preprocessing import Preprocessing, preprocessing_from_json
+from epsanet_jax.errors import InputError, one_line
+from epsanet_jax.models.settings import ModelConfig, check_types, model_config, settings_of
+from epsanet_jax.models.zoo import build_model, config_of
+from epsanet_jax.version import __version__
+from epsanet_jax.weights.network import Network
+
+PACKAGE = 'epsanet_jax'
+
+
+def make_metadata(
+    model: ModelConfig,
+    class_names: Sequence[str],
+    preprocessing: Preprocessing,
+    config: dict[str, Any] | None = None,
+    identity: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Returns the metadata of weights, as JSON can hold them.
+
+    Args:
+        model: with the number of classes.
+        class_names: in the order of the outputs; empty if they are not known. Outputs without a class are
+            named by their numbers.
+        preprocessing: what images go through before the network.
+        config: configuration of the run that made the weights, as nested dicts.
+        identity: what identifies that run.
+    """
+    return {
+        'package': PACKAGE,
+        'version': __version__,
+        'model': {name: getattr(model, name) for name in model.__dataclass_fields__},
+        'class_names': name_outputs(class_names, model.num_classes),
+        'preprocessing': preprocessing.to_json(),
+        'config': config,
+        'identity': identity,
+    }
+
+
+def metadata_of(network: Network) -> dict[str, Any]:
+    """Returns the metadata to store with a network: those that it was read with, brought up to date."""
+    stored = network.source.metadata
+    made = make_metadata(_config_of(network), network.class_names, network.preprocessing)
+    return {**made, **{k: v for k, v in stored.items() if k not in ('model', 'class_names', 'preprocessing')}}
+
+
+def without_run(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns metadata without the run's configuration, which may name private folders."""
+    return {**metadata, 'config': None, 'identity': None}
+
+
+def _config_of(network: Network) -> ModelConfig:
+    """Returns the model's configuration: the stored one if it still describes the network."""
+    if 'model' in network.source.metadata:
+        config = model_config(network.source.metadata['model'])
+        same = build_model(config)
+        kind = (network.model.middle, network.model.use_se)
+        if settings_of(same) == settings_of(network.model) and (same.middle, same.use_se) == kind:
+            return config
+    return config_of(network.model)
+
+
+def name_outputs(class_names: Sequence[str], num_classes: int) -> list[str]:
+    """Returns a name for each output, numbers for those beyond the classes; nothing if there are no names."""
+    return [*class_names, *(str(i) for i in range(len(class_names), num_classes) if class_names)]
+
+
+def read_metadata(metadata: Any, place: str) -> tuple[ModelConfig, tuple[str, ...], Preprocessing]:
+    """Returns model, class names and preprocessing from the metadata of a file, which may hold anything.
+
+    Args:
+        metadata: content of the file.
+        place: name of the file for messages.
+
+    Raises:
+        InputError: they are not what `make_metadata` returns.
+    """
+    if not isinstance(metadata, dict) or metadata.get('package') != PACKAGE:
+        raise InputError(f'{place} is not a checkpoint of epsanet_jax')
+    try:
+        model = model_config(metadata['model'])
+        check_types(model)
+        names, config = metadata['class_names'], metadata['config']
+        preprocessing = preprocessing_from_json(metadata['preprocessing'])
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise InputError('class_names must be a list of names')
+        if len(names) > model.num_classes:
+            raise InputError(f'class_names has {len(names)} names for {model.num_classes} classes')
+        if config is not None and not all(isinstance(config[k], dict) for k in ('data', 'optimizer')):
+            raise InputError('the configuration has no data or optimizer section')
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        reason = str(e) if isinstance(e, InputError) else f'{type(e).__name__} {e}'
+        raise InputError(f'the metadata of {place} are damaged: {one_line(reason)}') from e
+    return model, tuple(name_outputs(names, model.num_classes)), preprocessing

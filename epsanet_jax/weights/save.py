@@ -1,0 +1,241 @@
+"""Weights from one kind of file to another, and the comparison of logits with PyTorch's."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from epsanet_jax.convert import files
+from epsanet_jax.convert.momentum import momentum_from_torch, momentum_to_torch, parse_sgd
+from epsanet_jax.convert.state_dict import as_numpy, name_table, to_torch
+from epsanet_jax.errors import InputError
+from epsanet_jax.models import ModelConfig, get_variant
+from epsanet_jax.models.epsanet import EPSANet
+from epsanet_jax.weights.files import load
+from epsanet_jax.weights.metadata import metadata_of
+from epsanet_jax.weights.network import Network, with_new_classifier
+
+VERIFIED_TO = 1e-5  # of the largest logit; float32 rounding gives about 2e-6 at 224 px
+_OTHER_SUFFIXES = ('.ckpt', '.bin', '.safetensor', '.tar', '.pkl', '.h5', '.npz', '.onnx', '.tmp', '.zip')
+
+
+def convert(
+    src: str | Network,
+    dst: str,
+    name: str | None = None,
+    num_classes: int | None = None,
+    step: str = 'latest',
+    verify: bool = False,
+    ema: bool = True,
+) -> Iterator[str]:
+    """Converts weights and yields the lines of a report.
+
+    Args:
+        src: a network, a PyTorch or safetensors file, a workdir or a checkpoint.
+        dst: .pth.tar, .pth, .pt, .safetensors, or a new folder for an Orbax checkpoint.
+        name: of the model; None: found from the metadata or the shapes.
+        num_classes: of the classifier; one of another size is replaced by a new one.
+        step: which checkpoint of a workdir.
+        verify: whether to compare logits with PyTorch's before anything is written.
+        ema: whether to take the moving averages if a run kept them.
+
+    Raises:
+        InputError: SRC cannot be read or does not fit the model, or DST cannot be written.
+    """
+    dst = dst.rstrip('/') or dst
+    src_name = src.source.path if isinstance(src, Network) else src
+    _check_destination(src_name, dst)
+    if name is not None:
+        get_variant(name)
+    if isinstance(src, Network):
+        network = src
+    else:
+        named = None if name is None else ModelConfig(name=name, num_classes=num_classes or 1000)
+        network = load(src, step, ema, model=named, with_checkpoint=True)
+    content, old = _content(network), network.model.num_classes
+    if not (num_classes or old):
+        raise InputError(f'{src_name} holds no classifier; --num-classes=N draws a new one')
+    replaced = num_classes is not None and num_classes != old
+    if replaced:
+        network = with_new_classifier(network, num_classes or 0, jax.random.key(0))
+    averaged = ', moving averages' if network.source.averaged else ''
+    yield f'{src_name}: {_kind(content)}, {len(content.state_dict)} tensors{averaged}'
+    yield f'model: {describe_model(network)}'
+    yield from _report(network, content, dst, replaced)
+    if verify:
+        yield verify_weights(network, content.state_dict)
+    written, lost = _optimizer_for(dst, _content(network), network.model)
+    write(dst, network, written)
+    if lost or (replaced and content.optimizer is not None):
+        yield f'dropped: the optimizer state{lost}'
+    yield f'written: {dst}'
+
+
+def _content(network: Network) -> files.Checkpoint:
+    """Returns the weights under PyTorch's names, with what a file keeps beside them."""
+    return network.source.checkpoint or files.Checkpoint(network.state_dict)
+
+
+def _report(network: Network, content: files.Checkpoint, dst: str, replaced: bool) -> Iterator[str]:
+    """Yields what was converted, and what DST cannot hold."""
+    model, variables = network.model, network.variables
+    parameters, statistics = (
+        sum(leaf.size for leaf in jax.tree.leaves(variables[part])) for part in ('params', 'batch_stats')
+    )
+    yield f'{parameters:,} parameters and {statistics:,} BatchNorm statistics converted'
+    yield from _losses(content.state_dict, replaced, model)
+    if network.source.no_optimizer:
+        yield f'dropped: the optimizer state: {network.source.no_optimizer}'
+    epoch = content.epoch or 0
+    if epoch != round(epoch) and dst.lower().endswith('.pth.tar'):
+        yield f'lost: epoch {epoch:.4g}: .pth.tar files hold whole epochs, here {round(epoch)}'
+    if model.output_stride != 32 and dst.lower().endswith(files.TORCH_SUFFIXES):
+        yield f'lost: output_stride {model.output_stride}, which PyTorch files do not keep'
+
+
+def _check_destination(src: str, dst: str) -> None:
+    if os.path.isdir(dst) or (not files.is_weights_file(dst) and os.path.exists(dst)):
+        raise InputError(f'{dst} exists; choose another DST')
+    if os.path.exists(src) and os.path.exists(dst) and os.path.samefile(src, dst):
+        raise InputError(f'SRC and DST are the same file: {src}')
+    if not os.path.isdir(os.path.dirname(os.path.abspath(dst))):
+        raise InputError(f'cannot write {dst}: there is no such folder')
+    suffix = os.path.splitext(dst)[1]
+    if suffix.lower() in _OTHER_SUFFIXES and not files.is_weights_file(dst):
+        known = ', '.join((*files.TORCH_SUFFIXES, files.SAFETENSORS_SUFFIX))
+        raise InputError(
+            f'{dst}: cannot write {suffix} files, only {known} or a folder (without such an ending)'
+        )
+
+
+def _optimizer_for(dst: str, content: files.Checkpoint, model: EPSANet) -> tuple[files.Checkpoint, str]:
+    """Returns the content with the optimizer renumbered for DST, or without it and why."""
+    if content.optimizer is None:
+        return content, ''
+    if not dst.lower().endswith('.pth.tar'):
+        return (
+            content,
+            ', which only .pth.tar holds; train on from SRC itself with --config.init_optimizer=True',
+        )
+    try:
+        sgd = parse_sgd(content.optimizer)
+        momentum = momentum_from_torch(content.optimizer, content.state_dict, model)
+    except InputError as e:
+        return dataclasses.replace(content, optimizer=None), f': {e}'
+    group = {k: getattr(sgd, k) for k in ('lr', 'momentum', 'weight_decay', 'nesterov')}
+    return dataclasses.replace(content, optimizer=momentum_to_torch(momentum, model, group)), ''
+
+
+def _kind(content: files.Checkpoint) -> str:
+    parts = [f'arch {content.arch}' if content.arch else 'state dict']
+    if content.epoch is not None:
+        parts.append(f'epoch {content.epoch}')
+    if content.optimizer is not None:
+        parts.append('with optimizer state')
+    return ', '.join(parts)
+
+
+def describe_model(network: Network) -> str:
+    """Returns the name of a network, its number of classes and its changes from the variant of that name."""
+    settings = metadata_of(network)['model']
+    default = dataclasses.asdict(ModelConfig(name=settings['name'], num_classes=settings['num_classes']))
+    changed = ''.join(f', {k} {v}' for k, v in settings.items() if v != default[k])
+    return f'{settings["name"]}, {settings["num_classes"]} classes{changed}'
+
+
+def _losses(state_dict: Mapping[str, Any], replaced: bool, model: EPSANet) -> Iterator[str]:
+    counters = sum(name.endswith('num_batches_tracked') for name in state_dict)
+    if counters:
+        yield f'dropped: {counters} batch counters (num_batches_tracked)'
+    if replaced:
+        old = (*getattr(state_dict.get('fc.weight'), 'shape', ()), 'no')[0]
+        yield f'dropped: the classifier of {old} classes; a new one of {model.num_classes} is drawn'
+    types: dict[str, set[str]] = {}
+    for name, (_, leaf) in name_table(model).items():
+        if name in state_dict:
+            theirs = str(state_dict[name].dtype).removeprefix('torch.')
+            types.setdefault(str(leaf.dtype), set()).add(theirs)
+    for ours, theirs in types.items():
+        if theirs - {ours}:
+            yield f'converted to {ours}: tensors of type {", ".join(sorted(theirs - {ours}))}'
+
+
+def verify_weights(network: Network, state_dict: Mapping[str, Any]) -> str:
+    """Compares PyTorch's logits, computed with the tensors of a file, with JAX's.
+
+    Args:
+        network: the network.
+        state_dict: the tensors, under PyTorch's names.
+
+    Returns:
+        The largest difference, as a line of a report.
+
+    Raises:
+        InputError: PyTorch is not installed, or the logits differ.
+    """
+    try:
+        import torch
+
+        from epsanet_jax.convert.torch_model import EPSANet as TorchEPSANet
+    except ImportError as e:
+        raise InputError('--verify needs PyTorch: pip install torch') from e
+    size = network.preprocessing.image_size
+    model = network.model.clone(dtype='float32', param_dtype='float32')
+    variables = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), dict(network.variables))
+    images = np.random.default_rng(0).standard_normal((2, size, size, model.in_channels)).astype(np.float32)
+    twin = TorchEPSANet(model).eval()
+    ours = to_torch(variables, model)
+    source = {k: as_numpy(state_dict[k]) if k in state_dict else v for k, v in ours.items()}
+    source |= {k: ours[k] for k in ours if source[k].shape != ours[k].shape}  # a new classifier
+    twin.load_state_dict({k: torch.from_numpy(np.array(v, ours[k].dtype)) for k, v in source.items()})
+    with torch.no_grad():
+        expected = twin(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
+    with jax.default_matmul_precision('highest'):
+        logits = np.asarray(jax.jit(model.apply)(variables, images))
+    largest = np.abs(expected).max()
+    difference = np.abs(logits - expected).max() / largest
+    if not difference <= VERIFIED_TO:
+        raise InputError(
+            f'--verify: logits differ by {difference:.1e} of the largest, {largest:.3g}; nothing was written'
+        )
+    return f'verified: logits of PyTorch and JAX differ by {difference:.1e} of the largest, {largest:.3g}'
+
+
+def write(dst: str, network: Network, content: files.Checkpoint | None = None) -> None:
+    """Writes a network as the kind of file that its name says, or as an Orbax checkpoint.
+
+    Args:
+        dst: .pth.tar, .pth, .pt, .safetensors, or a new folder.
+        network: to write.
+        content: epoch, arch, best top-1 and optimizer state for .pth.tar files.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    lower, state_dict, metadata = (
+        dst.lower(),
+        to_torch(network.variables, network.model),
+        metadata_of(network),
+    )
+    if lower.endswith('.pth.tar'):
+        content = content or files.Checkpoint({})
+        rest: dict[str, Any] = {
+            'epoch': round(content.epoch or 0),
+            'arch': content.arch or metadata['model']['name'],
+            'best_prec1': content.best_prec1 or 0.0,
+        }
+        if content.optimizer is not None:
+            rest['optimizer'] = content.optimizer
+        files.write_torch(dst, state_dict, rest)
+    elif lower.endswith(files.TORCH_SUFFIXES):
+        files.write_torch(dst, state_dict)
+    elif lower.endswith(files.SAFETENSORS_SUFFIX):
+        files.write_safetensors(dst, state_dict, files.weights_metadata(metadata))
+    else:
+        from epsanet_jax.weights import orbax  # slow to import
+
+        orbax.save_weights(dst, network.variables, metadata)
