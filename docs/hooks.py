@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 
@@ -16,6 +17,7 @@ def on_files(files: Files, config: Any, **_: Any) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **_: Any) -> str:
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     """Replaces links to files outside docs/, which are not part of the site, by the paths of the files."""
-    return re.sub(r'\[[^\]]+\]\(\.\./([^)]+)\)', r'`\1`', markdown)
+    outside = re.escape('../' * (page.file.src_uri.count('/') + 1))
+    return re.sub(rf'\[[^\]]+\]\({outside}([^)]+)\)', r'`\1`', markdown)
