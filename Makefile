@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 WORKDIR ?= runs/digits
 BIN := .venv/bin
 
-.PHONY: help train test test-slow test-faults check format clean
+.PHONY: help train test test-slow test-faults check format docs clean
 
 help:
 	@echo 'make train      install, train an EPSANet on handwritten digits, evaluate it'
@@ -13,7 +13,8 @@ help:
 	@echo 'make test-slow  the tests that take long'
 	@echo 'make test-faults  a run killed at 20 random moments'
 	@echo 'make check      ruff and pyright'
-	@echo 'make format     let ruff format and mend what it can'
+	@echo 'make format     let ruff format and fix what it can'
+	@echo 'make docs       build the documentation site into build/site'
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -51,6 +52,9 @@ check: .venv/installed-dev
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: .venv/installed-dev
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""Writes docs/variants.md: the networks' sizes beside the published figures, and what a stage of each costs.
+"""Writes docs/variants.md: size and cost of every model, next to the published figures.
 
 python benchmarks/variants.py docs/variants.md
 """
@@ -10,22 +10,27 @@ from pathlib import Path
 from epsanet_jax.analysis.summary import summarize
 from epsanet_jax.models import create_model, get_variant, list_models
 
-HEADER = """# The networks, ours beside the published figures
+HEADER = """# Models
 
-Written by `python benchmarks/variants.py docs/variants.md`. For 1000 classes and one picture of 224x224
-px. Multiply-adds are those of convolutions and linear layers; the paper adds 2 for each value that BatchNorm
-gives. Activations are what convolutions, BatchNorms and the classifier give, in float32. Published figures
-are of the paper (arXiv 2105.14447), top-1 on ImageNet in percent; it has not been reproduced here.
+Size and cost of every model, next to the published figures. `epsanet summary NAME` prints the same figures
+for each stage.
+
+All figures are for 1000 classes and one image of 224x224 px. Multiply-adds are those of convolutions and
+linear layers; the paper's count adds 2 for each output value of BatchNorm. Activations are the float32
+outputs of convolutions, BatchNorms and the classifier. Published figures come from the paper (arXiv
+2105.14447), with top-1 on ImageNet in percent; the accuracies have not been reproduced here.
+
+Written by `python benchmarks/variants.py docs/variants.md`.
 """
 COLUMNS = (
-    'network',
+    'model',
     'parameters, M',
-    'published',
-    "by the paper's count, G",
-    'published',
+    'published parameters, M',
+    "paper's count, G",
+    'published count, G',
     'multiply-adds, G',
     'activations, MiB',
-    'published top-1',
+    'published top-1, %',
 )
 
 
