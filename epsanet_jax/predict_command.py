@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
-from epsanet_jax.data.files import check_paths, find_pictures
+from epsanet_jax.data.image_files import check_paths, find_images, skipped_lines
 from epsanet_jax.errors import InputError, one_line
 from epsanet_jax.predict import Prediction, class_names, predict
 from epsanet_jax.training import pretrained
@@ -45,6 +45,7 @@ def command(
     check_paths(images)  # at once, not after the weights have been read
     use_persistent_cache()
     weights = pretrained.load(checkpoint, step, ema)
+    print_skipped(images)
     skipped = Skipped()
     predictions = predict(weights, images, top=top, batch_size=batch_size, on_bad=skipped)
     with contextlib.closing(predictions):
@@ -122,8 +123,14 @@ def progress(rows: Iterable[_Row], images: Sequence[str], without: str | None = 
     """Returns the rows, with a progress bar if somebody can see it and no rows that are printed instead."""
     if not sys.stderr.isatty() or sys.stdout.isatty():
         return rows
-    total = sum(1 for _ in find_pictures(images, without=without))
+    total = sum(1 for _ in find_images(images, without=without))
     return tqdm(rows, total=total, unit='picture', leave=False, disable=total < 2)
+
+
+def print_skipped(images: Sequence[str], without: str | None = None) -> None:
+    """Prints on stderr what is skipped in the folders given, one line for each."""
+    for line in skipped_lines(images, without):
+        print(shown(line), file=sys.stderr)
 
 
 class Skipped:

@@ -17,12 +17,12 @@ from epsanet_jax.analysis.explain import (
     has_pyramids,
     kernel_labels,
 )
-from epsanet_jax.data.files import PictureFile, check_paths
+from epsanet_jax.data.image_files import ImageFile, check_paths
 from epsanet_jax.errors import InputError, one_line, suggest
 from epsanet_jax.models.epsanet import EPSANet, check_stage, stages
 from epsanet_jax.paths import write_atomically
 from epsanet_jax.predict import class_names, run
-from epsanet_jax.predict_command import Skipped, progress, shown
+from epsanet_jax.predict_command import Skipped, print_skipped, progress, shown
 from epsanet_jax.training import pretrained
 from epsanet_jax.training.compilation import use_persistent_cache
 
@@ -67,6 +67,7 @@ def command(
     kernels = kernel_labels(model) if has_pyramids(model) else []
     tables = Tables(images)
 
+    print_skipped(images, without=out)
     skipped = Skipped()
     rows = run(make_step(model, chosen_stages, numbers), weights, images, batch_size, skipped, without=out)
     with contextlib.closing(rows):
@@ -176,7 +177,7 @@ class Places:
             taken.add(name)
             self._names.append(name)
 
-    def of(self, file: PictureFile) -> str:
+    def of(self, file: ImageFile) -> str:
         """Returns the path of a picture's drawing."""
         name = self._names[file.argument]
         if os.path.isdir(self._images[file.argument]):
@@ -200,7 +201,7 @@ class Tables:
         self._classes = {i: base_name(path) for i, path in enumerate(images) if os.path.isdir(path)}
         self._sums: dict[str, tuple[int, dict[str, np.ndarray]]] = {}
 
-    def add(self, file: PictureFile, attention: dict[str, np.ndarray]) -> None:
+    def add(self, file: ImageFile, attention: dict[str, np.ndarray]) -> None:
         """Counts a picture's attention, [blocks, S] for each stage, if it is of a folder."""
         if file.argument not in self._classes:
             return

@@ -9,10 +9,10 @@ import numpy as np
 
 from epsanet_jax.data import tfrecord
 from epsanet_jax.data.decode import BadImageError
+from epsanet_jax.data.walk import IMAGE_EXTENSIONS, is_there, read_file, walk
 from epsanet_jax.errors import InputError, one_line
 
 _INFO_FILE = 'dataset_info.json'
-IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 
 
 class Record(TypedDict):
@@ -43,56 +43,54 @@ class Source(Protocol):
 
 
 class ImageFolder:
-    """A folder with a folder of pictures for each class, in torchvision's layout and order.
+    """A folder with one folder of images per class, in the layout and order of torchvision.
 
-    Classes are numbered in the order of their sorted names; the pictures of a class are all files below its
-    folder that end as pictures do, sorted. The fingerprint is of the relative paths, not of the contents.
+    Classes are numbered in the order of their sorted names. The images of a class are all image files below
+    its folder, in the order of `walk.walk`. The fingerprint depends on the relative paths alone.
 
     Args:
-        root: the folder, on a local disk.
+        root: path of the folder, on a local disk.
+
+    Attributes:
+        skipped: 'PATH: reason' for each entry that is no image to read, see `walk.walk`.
 
     Raises:
-        InputError: there is no such folder, no class in it, or a class without pictures.
+        InputError: the folder does not exist, holds no class folder or an empty one, or holds a folder that
+            cannot be read.
     """
 
     def __init__(self, root: str | os.PathLike[str]):
         self._root = os.fspath(root)
-        if not os.path.isdir(self._root):
+        if not is_there(self._root) or not os.path.isdir(self._root):
             raise InputError(f'no such data directory: {self._root}')
-        with os.scandir(self._root) as entries:
-            self.class_names = tuple(sorted(e.name for e in entries if e.is_dir()))
+        skipped: list[str] = []
+        folders = walk(self._root, on_skipped=skipped.append)
+        self.class_names = next(folders).folders
         if not self.class_names:
-            raise InputError(f'no class folders in {self._root}: expected one folder of pictures a class')
+            raise InputError(f'no class folders in {self._root}: expected one folder of images per class')
+        labels = {name: label for label, name in enumerate(self.class_names)}
         self._files: list[str] = []
         self._labels: list[int] = []
-        for label, name in enumerate(self.class_names):
-            files = list(_pictures(self._root, name))
-            if not files:
-                raise InputError(
-                    f'empty class folder: {os.path.join(self._root, name)} holds no picture '
-                    f'({" ".join(IMAGE_EXTENSIONS)})'
-                )
-            self._files += files
-            self._labels += [label] * len(files)
+        for folder in folders:
+            self._files += [os.path.join(folder.path, entry.name) for entry in folder.images]
+            self._labels += [labels[folder.path.split(os.sep)[0]]] * len(folder.images)
+        for label in sorted({*labels.values()} - {*self._labels}):
+            raise InputError(
+                f'empty class folder: {os.path.join(self._root, self.class_names[label])} holds no image '
+                f'({" ".join(IMAGE_EXTENSIONS)})'
+            )
+        self.skipped = tuple(skipped)
         self.fingerprint = _fingerprint(self._files)
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Record:
-        with open(self.name_of(index), 'rb') as f:
-            return {'image': f.read(), 'label': self._labels[index]}
+        return {'image': read_file(self.name_of(index)), 'label': self._labels[index]}
 
     def name_of(self, index: int) -> str:
-        """Returns the picture's path."""
+        """Returns the path of the image."""
         return os.path.join(self._root, self._files[index])
-
-
-def _pictures(root: str, class_name: str) -> Iterable[str]:
-    for folder, _, names in sorted(os.walk(os.path.join(root, class_name), followlinks=True)):
-        for name in sorted(names):
-            if name.lower().endswith(IMAGE_EXTENSIONS):
-                yield os.path.relpath(os.path.join(folder, name), root)
 
 
 class Tfds:

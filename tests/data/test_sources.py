@@ -47,7 +47,7 @@ def test_a_folder_that_will_not_do_is_named(folder, tmp_path):
     with pytest.raises(InputError, match=r'no such data directory: .*missing'):
         ImageFolder(tmp_path / 'missing')
     (tmp_path / 'a' / 'x.jpeg').unlink()
-    with pytest.raises(InputError, match=r'empty class folder: .*/a holds no picture'):
+    with pytest.raises(InputError, match=r'empty class folder: .*/a holds no image'):
         ImageFolder(folder)
     with pytest.raises(InputError, match='no class folders'):
         ImageFolder(folder / 'a')

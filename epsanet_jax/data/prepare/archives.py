@@ -2,12 +2,11 @@
 
 import os
 import posixpath
-import stat
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import BinaryIO, NamedTuple
 
-from epsanet_jax.data.sources import IMAGE_EXTENSIONS
+from epsanet_jax.data.walk import IMAGE_EXTENSIONS, is_image_name, walk
 from epsanet_jax.errors import InputError, one_line
 
 _BLOCK = 512
@@ -58,58 +57,35 @@ def order(item: Item) -> tuple[str, str, str]:
     return item.class_name, *os.path.split(item.name)
 
 
-def is_picture(name: str) -> bool:
-    """Returns whether a file's name ends as those of pictures do."""
-    return name.lower().endswith(IMAGE_EXTENSIONS)
+def list_folder(root: str, on_skipped: Callable[[str], object]) -> list[Item]:
+    """Lists the images of an image folder, which may have no class folders.
 
-
-def is_folder(entry: os.DirEntry) -> bool:
-    """Returns whether it is a folder or a link to one."""
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def list_folder(root: str, class_names: Iterable[str]) -> list[Item]:
-    """Lists the pictures of an image folder's classes, links followed.
+    Args:
+        root: path of the folder of the class folders.
+        on_skipped: see `walk.walk`.
 
     Raises:
-        InputError: a class holds no picture, a link leads back to a folder that it lies in, something is
-            named like a picture and is no file, or a folder cannot be read.
+        InputError: a class holds no image, or a folder cannot be read.
     """
-    items: list[Item] = []
-    for class_name in class_names:
-        found = list(_walk(root, class_name, class_name, ()))
-        _require_pictures(found, os.path.join(root, class_name))
-        items += found
-    return in_order(items)
+    folders = walk(root, on_skipped=on_skipped)
+    empty, items = set(next(folders).folders), []
+    for folder in folders:
+        class_name = folder.path.split(os.sep)[0]
+        items += [_file_item(root, folder.path, class_name, entry) for entry in folder.images]
+        if folder.images:
+            empty.discard(class_name)
+    for class_name in sorted(empty):
+        _require_images([], os.path.join(root, class_name))
+    return items
 
 
-def _walk(root: str, folder: str, class_name: str, above: tuple[tuple[int, int], ...]) -> Iterator[Item]:
-    path = os.path.join(root, folder)
+def _file_item(root: str, folder: str, class_name: str, entry: os.DirEntry) -> Item:
     try:
-        status = os.stat(path)
-        with os.scandir(path) as entries:
-            entries = list(entries)
-    except OSError as e:
-        raise InputError(f'cannot read {path}: {e.strerror}') from e
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        raise InputError(f'{path} is a link to a folder that it lies in: remove the link')
-    for entry in entries:
-        name = f'{folder}/{entry.name}'
-        if is_folder(entry):
-            yield from _walk(root, name, class_name, (*above, here))
-        elif is_picture(entry.name):
-            try:
-                status = entry.stat()
-            except OSError:  # a link to nothing, say: reading it will tell
-                yield Item(root, name, class_name, 0, 0)
-                continue
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f'{entry.path} is named like a picture, but is no file: remove it')
-            yield Item(root, name, class_name, status.st_size, status.st_mtime_ns)
+        status = entry.stat()
+        size, mtime = status.st_size, status.st_mtime_ns
+    except OSError:  # reading the file names the reason
+        size, mtime = 0, 0
+    return Item(root, os.path.join(folder, entry.name), class_name, size, mtime)
 
 
 def list_tar_of_classes(path: str, split: str) -> list[Item]:
@@ -130,10 +106,10 @@ def list_tar_of_classes(path: str, split: str) -> list[Item]:
     items = [
         Item(path, m.name, m.name.split('/')[0], m.size, m.mtime, m.offset)
         for m in members
-        if '/' in m.name and is_picture(m.name)
+        if '/' in m.name and is_image_name(m.name)
     ]
     for empty in sorted(classes - {item.class_name for item in items}):
-        _require_pictures([], f'{path}: {empty}')
+        _require_images([], f'{path}: {empty}')
     return in_order(items)
 
 
@@ -144,17 +120,17 @@ def list_tar_of_class(path: str) -> list[Item]:
         InputError: the tar cannot be used, or holds no picture.
     """
     class_name = os.path.basename(path).removesuffix('.tar')
-    members = [m for m in index_tar(path)[0] if is_picture(m.name)]
-    _require_pictures(members, path)
+    members = [m for m in index_tar(path)[0] if is_image_name(m.name)]
+    _require_images(members, path)
     prefix = f'{class_name}/'
     if all(m.name.startswith(prefix) for m in members):
         prefix = ''
     return in_order(Item(path, prefix + m.name, class_name, m.size, m.mtime, m.offset) for m in members)
 
 
-def _require_pictures(found: list, where: str) -> None:
+def _require_images(found: list, where: str) -> None:
     if not found:
-        raise InputError(f'empty class: {where} holds no picture ({" ".join(IMAGE_EXTENSIONS)})')
+        raise InputError(f'empty class: {where} holds no image ({" ".join(IMAGE_EXTENSIONS)})')
 
 
 def index_tar(path: str, within: Member | None = None) -> tuple[list[Member], list[str]]:

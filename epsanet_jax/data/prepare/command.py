@@ -21,6 +21,7 @@ from tqdm import tqdm
 from epsanet_jax.data.prepare import layouts, plan, shards, workers
 from epsanet_jax.data.prepare.layouts import Listing
 from epsanet_jax.data.prepare.shards import Shard, Written
+from epsanet_jax.data.walk import skipped_line
 from epsanet_jax.errors import InputError, Interrupted, one_line
 
 _DESCRIPTION = ('dataset_info.json', 'features.json', 'label.labels.txt')
@@ -92,6 +93,8 @@ def prepare(
             if listing.left_alone:
                 more = ' ...' if listing.left_alone[5:] else ''
                 _say(f'left alone: {", ".join(listing.left_alone[:5])}{more}')
+            if listing.skipped:
+                _say(skipped_line(source, listing.skipped))
             report = plan.read_report(folder, listing)
             if report is not None:
                 splits = {split: Counts(**counts) for split, counts in report['splits'].items()}

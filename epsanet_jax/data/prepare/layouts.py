@@ -3,9 +3,11 @@
 import dataclasses
 import os
 import re
+from collections.abc import Callable
 
 from epsanet_jax.data.prepare import archives, devkit
 from epsanet_jax.data.prepare.archives import Item
+from epsanet_jax.data.walk import is_image_name, is_there, walk
 from epsanet_jax.errors import InputError
 
 SPLITS = ('train', 'val', 'validation', 'test')
@@ -23,7 +25,8 @@ class Listing:
         name: what to call the data set.
         class_names: in the order of the labels, sorted.
         splits: name -> pictures in order.
-        left_alone: what lies beside them.
+        left_alone: names of the entries of the root that are not used.
+        skipped: 'PATH: reason' for each entry skipped by `walk.walk`; PATH is relative to the root.
     """
 
     root: str
@@ -31,6 +34,7 @@ class Listing:
     class_names: tuple[str, ...]
     splits: dict[str, list[Item]]
     left_alone: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     def name_of(self, item: Item) -> str:
         """Returns what to call a picture in a message: its path below the root, or 'TAR: MEMBER'."""
@@ -55,13 +59,13 @@ def list_source(root: str, labels: str | None = None) -> Listing:
     Raises:
         InputError: nothing of the kind is there, or it is damaged.
     """
-    if not os.path.isdir(root):
+    if not is_there(root) or not os.path.isdir(root):
         hint = ': expected the folder that the tar lies in' if os.path.isfile(root) else ''
         raise InputError(f'no such folder: {root}{hint}')
     try:
         names = sorted(os.listdir(root))
     except OSError as e:
-        raise InputError(f'cannot read {root}: {e.strerror}') from e
+        raise InputError(f'{root}: cannot read the folder: {e.strerror}') from e
     if not names:
         raise InputError(f'{root} is empty: expected class folders, train/ and val/, or tars')
     splits = [split for split in SPLITS if {split, f'{split}.tar'} & set(names)]
@@ -73,44 +77,43 @@ def list_source(root: str, labels: str | None = None) -> Listing:
     if labels is not None:
         raise InputError(f'--labels is for {VALIDATION_TAR}, and there is none in {root}')
     _refuse_compressed(root, [n for n in names if n.split('.')[0] in (*SPLITS, *_IMAGENET)])
+    skipped: list[str] = []
     if splits:
-        listed = {split: _list_split(root, split) for split in splits}
+        listed = {split: _list_split(root, split, skipped) for split in splits}
         used = {name for split in splits for name in (split, f'{split}.tar')}
     else:
-        listed = {'train': _list_classes(root)}
+        listed = {'train': _list_classes(root, skipped.append)}
         used = {name for name in names if os.path.isdir(os.path.join(root, name)) or name.endswith('.tar')}
-    return Listing(
-        root, 'image_folder', _class_names(listed), listed, tuple(name for name in names if name not in used)
-    )
+    left_alone = tuple(name for name in names if name not in used)
+    return Listing(root, 'image_folder', _class_names(listed), listed, left_alone, tuple(skipped))
 
 
-def _list_split(root: str, split: str) -> list[Item]:
+def _list_split(root: str, split: str, skipped: list[str]) -> list[Item]:
     folder, tar = os.path.join(root, split), os.path.join(root, f'{split}.tar')
     if os.path.exists(folder) and os.path.exists(tar):
         raise InputError(f'{root} holds both {split} and {split}.tar: move one of them elsewhere')
     if os.path.exists(tar):
         return archives.list_tar_of_classes(tar, split)
     if not os.path.isdir(folder):
-        raise InputError(f'{folder} is no folder: expected one folder of pictures a class in it')
-    return _list_classes(folder)
+        raise InputError(f'{folder} is no folder: expected one folder of images per class in it')
+    return _list_classes(folder, lambda message: skipped.append(os.path.join(split, message)))
 
 
-def _list_classes(folder: str) -> list[Item]:
-    try:
-        with os.scandir(folder) as entries:
-            kinds = {entry.name: archives.is_folder(entry) for entry in entries}
-    except OSError as e:
-        raise InputError(f'cannot read {folder}: {e.strerror}') from e
-    class_names = sorted(name for name, is_dir in kinds.items() if is_dir)
-    tars = sorted(name for name, is_dir in kinds.items() if not is_dir and name.endswith('.tar'))
+def _list_classes(folder: str, on_skipped: Callable[[str], object]) -> list[Item]:
+    class_names = next(walk(folder)).folders
+    tars = sorted(
+        name
+        for name in os.listdir(folder)
+        if name.endswith('.tar') and not os.path.isdir(os.path.join(folder, name))
+    )
     if class_names and tars:
         raise InputError(
             f'{folder} holds folders ({class_names[0]} ...) and tars ({tars[0]} ...): move one kind elsewhere'
         )
     if class_names:
-        return archives.list_folder(folder, class_names)
+        return archives.list_folder(folder, on_skipped)
     if not tars:
-        _refuse_compressed(folder, sorted(kinds))
+        _refuse_compressed(folder, sorted(os.listdir(folder)))
         raise InputError(
             f'no class folders in {folder}: expected one folder of pictures a class, or one tar a class'
         )
@@ -163,7 +166,7 @@ def _list_synsets(path: str) -> list[Item]:
         synset = tar.name.removesuffix('.tar')
         if not devkit.SYNSET.fullmatch(synset) or synset == tar.name:
             raise InputError(f'{path} holds {tar.name!r}: expected one tar a synset, n01440764.tar and so on')
-        found = [m for m in archives.index_tar(path, tar)[0] if archives.is_picture(m.name)]
+        found = [m for m in archives.index_tar(path, tar)[0] if is_image_name(m.name)]
         if not found:
             raise InputError(f'empty class: {path}: {tar.name} holds no picture')
         items += [Item(path, m.name, synset, m.size, m.mtime, m.offset) for m in found]
@@ -174,7 +177,7 @@ def _list_synsets(path: str) -> list[Item]:
 
 def _list_validation(root: str, labels: str | None, known: set[str]) -> list[Item]:
     path = os.path.join(root, VALIDATION_TAR)
-    members = sorted(m for m in archives.index_tar(path)[0] if archives.is_picture(m.name))
+    members = sorted(m for m in archives.index_tar(path)[0] if is_image_name(m.name))
     if labels is None:
         labels = devkit.find_labels(root)
     synsets = devkit.read_labels(labels)

@@ -15,6 +15,7 @@ from PIL import ExifTags, Image
 from epsanet_jax.data import decode
 from epsanet_jax.data.decode import BadImageError
 from epsanet_jax.data.prepare.archives import Item
+from epsanet_jax.data.walk import read_file
 from epsanet_jax.errors import InputError, one_line
 
 PROGRESS = '.progress'  # folder within the data set, as long as it is not finished
@@ -217,8 +218,7 @@ class _Reader:
         """
         try:
             if item.offset < 0:
-                with open(os.path.join(item.container, item.name), 'rb') as f:
-                    return f.read()
+                return read_file(os.path.join(item.container, item.name))
             tar = self._open(item.container)
             tar.seek(item.offset)
             image = tar.read(item.size)
