@@ -1,10 +1,6 @@
 import errno
 import itertools
-import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -19,7 +15,6 @@ from epsanet_jax.data.pipeline import Reading, Rows, bad_image_message, eval_bat
 from epsanet_jax.data.sources import ImageFolder, Records, Synthetic, Tfds
 from epsanet_jax.data.stack import Stack
 from epsanet_jax.data.transforms import CentreCrop, RandomCrop, TrainTransform
-from epsanet_jax.errors import TrainingError
 from epsanet_jax.training import sharding
 
 SOURCE = Synthetic(20, 4, 32)
@@ -255,59 +250,6 @@ def test_memory_is_used_again_but_never_while_somebody_needs_it(rng):
     assert len({stack(batch)['image'].ctypes.data for batch in rows}) == 1
 
 
-def test_a_worker_that_is_killed_is_an_error(monkeypatch):
-    batches = train_batches(Slow(20, 4, 32), CROP, SIX_ROWS, seed=5, reading=Reading(workers=1))
-    next(batches)
-    for child in multiprocessing.active_children():
-        child.kill()
-    with pytest.raises(TrainingError, match='a worker that reads pictures was killed'):
-        list(itertools.islice(batches, 200))
-
-
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_of_a_run_s_processes_leaves_its_workers_at_work(number):
-    batches = train_batches(SOURCE, CROP, SIX_ROWS, seed=5, reading=Reading(workers=1))
-    next(batches)
-    for child in multiprocessing.active_children():
-        os.kill(child.pid, number)
-    found = list(itertools.islice(batches, 60))
-    batches.close()
-    expected = take(61)[1:]
-    for batch in found:
-        batch.pop('seconds')
-    assert_same(found, expected)
-
-
-ORPHANS = """
-import os, multiprocessing
-from test_pipeline import *
-if __name__ == '__main__':
-    batches = train_batches(SOURCE, CROP, SIX_ROWS, seed=5, reading=Reading(workers=1))
-    next(batches)
-    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
-    os._exit(1)
-"""
-
-
-def test_workers_whose_run_is_gone_end_too(tmp_path):
-    (tmp_path / 'orphans.py').write_text(ORPHANS)
-    environment = {**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path)}
-    process = subprocess.Popen(
-        [sys.executable, tmp_path / 'orphans.py'],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        env=environment,
-    )
-    workers = [int(pid) for pid in process.stdout.readline().split()]
-    process.stdout.close()
-    process.wait(timeout=60)
-    assert workers
-    until = time.monotonic() + 30
-    while any(os.path.exists(f'/proc/{pid}') for pid in workers) and time.monotonic() < until:
-        time.sleep(0.2)
-    assert not [pid for pid in workers if os.path.exists(f'/proc/{pid}')]
-
-
 def test_a_damaged_record_is_a_bad_picture(pictures):
     _, records, _ = pictures
     (path,) = Path(records._records.dataset_info.data_dir).glob('*-train.array_record-*')
@@ -333,9 +275,3 @@ def test_what_a_file_system_fails_to_give_once_is_asked_for_again(monkeypatch):
 
     monkeypatch.setattr(time, 'sleep', lambda seconds: None)
     assert_same(take(2, source=Flaky(20, 4, 32)), take(2))
-
-
-class Slow(Synthetic):
-    def __getitem__(self, index):
-        time.sleep(0.05)
-        return super().__getitem__(index)

@@ -301,6 +301,7 @@ def test_after_an_interruption_the_same_command_continues(pictures, tmp_path, ca
         calls.append(args)
         if len(calls) == 3:
             (dst / '.progress/image_folder-train.array_record-00002-of-00004.partial').write_bytes(b'half')
+            (dst / '.tmp-1-00000000').write_bytes(b'half of a report')
             raise KeyboardInterrupt
         return write_shard(*args, **kwargs)
 

@@ -15,6 +15,7 @@ from epsanet_jax.data.prepare.archives import Item
 from epsanet_jax.data.prepare.layouts import Listing
 from epsanet_jax.data.prepare.shards import PROGRESS, Shard, Written
 from epsanet_jax.errors import InputError
+from epsanet_jax.paths import is_remote
 
 SHARD_BYTES = 256 * 2**20
 REPORT = 'prepare.json'  # in a finished data set: what it was made from
@@ -34,7 +35,7 @@ def check_arguments(source: str, folder: str, name: str | None) -> None:
             f'--name must be of lower-case letters, digits and _, as in my_pictures, got {name!r}'
         )
     for path in (source, folder):
-        if '://' in path:
+        if is_remote(path):
             raise InputError(f'{path} is not on a disk: prepare on one, then copy the folder')
     inner, outer = (os.path.realpath(os.path.expanduser(path)) for path in (folder, source))
     if os.path.commonpath([inner, outer]) == outer:
@@ -93,18 +94,18 @@ def locked(folder: str) -> Iterator[None]:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise InputError(f'another process is preparing {folder}: wait for it, or stop it') from e
-        _remove_partial(progress)  # of a call that was killed
+        _remove_partial(folder)  # from a call that was killed
         try:
             yield
         finally:
-            if os.path.isdir(progress):
-                _remove_partial(progress)  # of workers that were ended
+            _remove_partial(folder)  # from workers that were ended
 
 
-def _remove_partial(progress: str) -> None:
-    for name in os.listdir(progress):
-        if name.endswith('.partial'):
-            os.unlink(os.path.join(progress, name))
+def _remove_partial(folder: str) -> None:
+    for place in filter(os.path.isdir, (folder, os.path.join(folder, PROGRESS))):
+        for name in os.listdir(place):
+            if name.endswith('.partial') or name.startswith('.tmp-'):
+                os.unlink(os.path.join(place, name))
 
 
 def make_shards(folder: str, listing: Listing, shard_bytes: int | None) -> list[Shard]:

@@ -17,6 +17,7 @@ from epsanet_jax.data.decode import BadImageError
 from epsanet_jax.data.prepare.archives import Item
 from epsanet_jax.data.walk import read_file
 from epsanet_jax.errors import InputError, one_line
+from epsanet_jax.paths import replacing
 
 PROGRESS = '.progress'  # folder within the data set, as long as it is not finished
 QUALITY = 95
@@ -152,10 +153,9 @@ def record_path(folder: str, shard: Shard) -> str:
 
 
 def write_json(path: str, content: Any) -> None:
-    """Writes a file that is there in full or not at all."""
-    with open(f'{path}.partial', 'w') as f:
-        json.dump(content, f, indent=2)
-    os.replace(f'{path}.partial', path)
+    """Writes a JSON file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2))
 
 
 def _write_records(shard: Shard, path: str, on_bad: str, num_classes: int, tick: Callable[[], None]) -> Any:

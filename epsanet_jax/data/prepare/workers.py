@@ -6,7 +6,6 @@ Not a ProcessPoolExecutor: workers share locks there, and one that is killed may
 import functools
 import multiprocessing
 import multiprocessing.connection
-import os
 import signal
 import threading
 import traceback
@@ -17,6 +16,7 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from epsanet_jax.data.prepare.shards import Shard, Written, write_shard
+from epsanet_jax.data.worker import end_with_parent
 from epsanet_jax.errors import InputError
 
 _SECONDS = 0.3  # between looks at how far they are
@@ -127,9 +127,7 @@ def _interrupts_ignored() -> Iterator[None]:
 
 def _work(connection: Connection, shared: Any, write: Callable[..., Written]) -> None:
     """Writes the shards that come through the pipe, until it is closed; answers with what became of each."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    end_with_parent()
     while True:
         try:
             slot, shard = connection.recv()
@@ -147,9 +145,3 @@ def _work(connection: Connection, shared: Any, write: Callable[..., Written]) ->
             answer = e
         with suppress(ConnectionError):  # this one is to be ended
             connection.send(answer)
-
-
-def _end_with(sentinel: int) -> None:
-    """Ends this process when that of the sentinel ends, also if it was killed."""
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
