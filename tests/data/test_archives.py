@@ -7,14 +7,11 @@ import tarfile
 
 import numpy as np
 import pytest
-import scipy.io
 import tensorflow_datasets as tfds
 from command import run
 from PIL import Image
 
 from epsanet_jax.data.sources import ImageFolder
-
-SYNSETS = ('n01440764', 'n02102040', 'n03888257')
 
 
 def jpeg(seed):
@@ -135,106 +132,6 @@ def test_of_members_with_one_name_the_last_counts(tmp_path, capsys):
     assert records(tmp_path / 'out', 'train') == [('cat/a.jpg', 'cat', jpeg(1))]
 
 
-@pytest.fixture
-def imagenet(tmp_path):
-    """ImageNet's two tars, with two pictures a synset, and four to validate."""
-    root = tmp_path / 'imagenet'
-    inner = {
-        f'{s}.tar': packed({f'{s}_{j}.JPEG': jpeg(2 * i + j) for j in (1, 0)}) for i, s in enumerate(SYNSETS)
-    }
-    write(root / 'ILSVRC2012_img_train.tar', packed(dict(reversed(inner.items()))))
-    names = [f'ILSVRC2012_val_0000000{i}.JPEG' for i in (4, 1, 3, 2)]
-    write(root / 'ILSVRC2012_img_val.tar', packed({name: jpeg(int(name[-6])) for name in names}))
-    return root
-
-
-TRUTH = {1: SYNSETS[2], 2: SYNSETS[0], 3: SYNSETS[0], 4: SYNSETS[1]}  # by number of the file
-
-
-def kit(numbers=(3, 1, 1, 2)):
-    """The development kit, which numbers the synsets in another order than the sorted one."""
-    own = {1: SYNSETS[0], 2: SYNSETS[1], 3: SYNSETS[2]}
-    own = {3: own[3], 1: own[1], 2: own[2], 1001: 'n00001740'}
-    rows = np.array(list(own.items()), dtype=[('ILSVRC2012_ID', object), ('WNID', object)])
-    table = io.BytesIO()
-    scipy.io.savemat(table, {'synsets': rows})
-    truth = ''.join(f'{n}\n' for n in numbers).encode()
-    return {'ILSVRC2012_validation_ground_truth.txt': truth, 'meta.mat': table.getvalue()}
-
-
-def check_imagenet(out):
-    train, validation = records(out, 'train'), records(out, 'validation')
-    assert [(name, label) for name, label, _ in train] == [
-        (f'{s}_{j}.JPEG', s) for s in SYNSETS for j in (0, 1)
-    ]
-    assert [image for _, _, image in train] == [jpeg(i) for i in range(6)]
-    assert {(name, label, image) for name, label, image in validation} == {
-        (f'ILSVRC2012_val_0000000{i}.JPEG', s, jpeg(i)) for i, s in TRUTH.items()
-    }
-    assert [label for _, label, _ in validation] == sorted(TRUTH.values())  # class by class, as in folders
-
-
-def test_imagenet_with_a_list_of_synsets(imagenet, tmp_path, capsys):
-    labels = ''.join(f'{TRUTH[i]}\n' for i in (1, 2, 3, 4))
-    write(imagenet / 'imagenet_2012_validation_synset_labels.txt', labels.encode())
-    out = prepared(capsys, imagenet, tmp_path / 'out')
-    assert '--config=configs/imagenet.py --config.data.source=records' in out
-    check_imagenet(tmp_path / 'out')
-    assert tfds.builder_from_directory(tmp_path / 'out').name == 'imagenet2012'
-
-
-@pytest.mark.parametrize('form', ['folder', 'tar', 'numbers'])
-def test_imagenet_with_the_development_kit(imagenet, tmp_path, capsys, form):
-    files = {f'ILSVRC2012_devkit_t12/data/{name}': content for name, content in kit().items()}
-    arguments = ()
-    if form == 'tar':
-        write(imagenet / 'ILSVRC2012_devkit_t12.tar.gz', gzip.compress(packed(files)))
-    else:
-        for name, content in files.items():
-            write((imagenet if form == 'folder' else tmp_path) / name, content)
-    if form == 'numbers':
-        arguments = ('--labels', tmp_path / next(iter(files)))
-    prepared(capsys, imagenet, tmp_path / 'out', *arguments)
-    check_imagenet(tmp_path / 'out')
-
-
-@pytest.mark.parametrize(
-    ('labels', 'message'),
-    [
-        ('3\n1\n1\n2\n', 'holds class numbers, and no meta.mat lies beside it'),
-        ('n01440764\n' * 3, 'has 3 labels, .*ILSVRC2012_img_val.tar has 4 pictures'),
-        ('', 'has 0 labels'),
-        (
-            'n01440764\n' * 3 + 'n09999999\n',
-            'names 1 synsets that ILSVRC2012_img_train.tar has not: n09999999',
-        ),
-        ('n01440764\nn01440764\ntench\nn01440764\n', "line 3: expected a synset .*got 'tench'"),
-        ('ILSVRC2012_val_00000001.JPEG 3\n', 'line 1: expected a synset'),
-        (b'\xff\xfe\x00', 'is no text'),
-        (None, 'cannot read the labels in'),
-    ],
-)
-def test_labels_that_cannot_be_right_are_refused(imagenet, tmp_path, capsys, labels, message):
-    path = tmp_path / 'labels.txt'
-    if labels is not None:
-        write(path, labels if isinstance(labels, bytes) else labels.encode())
-    line = refusal(capsys, imagenet, tmp_path / 'out', '--labels', path)
-    assert re.search(f'error: .*{message}', line)
-
-
-def test_a_kit_that_is_not_right_is_refused(imagenet, tmp_path, capsys):
-    assert 'no labels of the validation pictures' in refusal(capsys, imagenet, tmp_path / 'out')
-    for name, content in kit(numbers=(3, 1, 1, 7)).items():
-        write(tmp_path / 'kit/data' / name, content)
-    line = refusal(capsys, imagenet, tmp_path / 'out', '--labels', tmp_path / 'kit')
-    assert "line 4: no such class in meta.mat: '7'" in line
-    write(tmp_path / 'kit/data/meta.mat', b'MATLAB 5.0 no more')
-    assert 'cannot read meta.mat' in refusal(capsys, imagenet, tmp_path / 'out', '--labels', tmp_path / 'kit')
-    write(tmp_path / 'kit.tar.gz', gzip.compress(packed({'data/readme.txt': b''})))
-    line = refusal(capsys, imagenet, tmp_path / 'out', '--labels', tmp_path / 'kit.tar.gz')
-    assert 'is not the development kit' in line
-
-
 def member(name, kind=tarfile.REGTYPE, **attributes):
     header = tarfile.TarInfo(name)
     header.type = kind
@@ -286,12 +183,6 @@ AFTER_TWO = 512 * sum(1 + -(-len(content) // 512) for content in list(TRAIN.valu
         ('train.tar', packed({'n1.tar': b''}), 'the tars in it must be unpacked'),
         ('train.tar', packed(TRAIN, ['bare']), 'empty class: .*train.tar: bare holds no image'),
         ('train/cat.tar', packed({'notes.txt': b''}), 'empty class: .*cat.tar holds no image'),
-        ('ILSVRC2012_img_train.tar', packed({'1.jpg': jpeg(0)}), "holds '1.jpg': expected one tar a synset"),
-        (
-            'ILSVRC2012_img_train.tar',
-            packed({'n01440764.tar': packed({'1.JPEG': jpeg(0)})[:600]}),
-            'n01440764.tar is truncated',
-        ),
     ],
 )
 def test_a_tar_that_will_not_do_is_named(tmp_path, capsys, name, content, message):

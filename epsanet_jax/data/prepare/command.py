@@ -75,7 +75,7 @@ def prepare(
         on_bad: at pictures that cannot be decoded: 'stop', or 'skip', which leaves them out and lists them.
         num_workers: processes; None: as many as there are processors.
         name: of the data set; None: 'imagenet2012' or 'image_folder'.
-        labels: of ImageNet's validation pictures, see `devkit.read_labels`.
+        labels: of ImageNet's validation pictures, see `imagenet.read_labels`.
         shard_bytes: of pictures in a file; None: 256 MiB, less for small data sets.
 
     Raises:

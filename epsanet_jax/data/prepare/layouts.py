@@ -5,13 +5,13 @@ import os
 import re
 from collections.abc import Callable
 
-from epsanet_jax.data.prepare import archives, devkit
+from epsanet_jax.data.prepare import archives, imagenet
 from epsanet_jax.data.prepare.archives import Item
-from epsanet_jax.data.walk import is_image_name, is_there, walk
+from epsanet_jax.data.prepare.imagenet import TRAIN_TAR, VALIDATION_TAR
+from epsanet_jax.data.walk import is_there, walk
 from epsanet_jax.errors import InputError
 
 SPLITS = ('train', 'val', 'validation', 'test')
-TRAIN_TAR, VALIDATION_TAR = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
 _IMAGENET = tuple(name.removesuffix('.tar') for name in (TRAIN_TAR, VALIDATION_TAR))
 _COMPRESSED_TAR = re.compile(r'.*\.(tar\.\w+|tgz|tbz2?|txz)', re.IGNORECASE)
 
@@ -54,7 +54,7 @@ def list_source(root: str, labels: str | None = None) -> Listing:
 
     Args:
         root: the folder.
-        labels: of ImageNet's validation pictures, see `devkit.read_labels`; None: found in the folder.
+        labels: of ImageNet's validation pictures, see `imagenet.read_labels`; None: those of TFDS.
 
     Raises:
         InputError: nothing of the kind is there, or it is damaged.
@@ -73,7 +73,8 @@ def list_source(root: str, labels: str | None = None) -> Listing:
     if tars and splits:
         raise InputError(f'{root} holds {" and ".join([*sorted(tars), *splits])}: move one kind elsewhere')
     if tars:
-        return _list_imagenet(root, tars, labels)
+        listed = imagenet.list_tars(root, labels)
+        return Listing(root, 'imagenet2012', _class_names(listed), listed)
     if labels is not None:
         raise InputError(f'--labels is for {VALIDATION_TAR}, and there is none in {root}')
     _refuse_compressed(root, [n for n in names if n.split('.')[0] in (*SPLITS, *_IMAGENET)])
@@ -149,43 +150,3 @@ def _class_names(splits: dict[str, list[Item]]) -> tuple[str, ...]:
         ):
             raise InputError(f'the class name {name!r} cannot be kept as a line of text: rename it')
     return tuple(names)
-
-
-def _list_imagenet(root: str, tars: set[str], labels: str | None) -> Listing:
-    splits: dict[str, list[Item]] = {}
-    if TRAIN_TAR in tars:
-        splits['train'] = _list_synsets(os.path.join(root, TRAIN_TAR))
-    if VALIDATION_TAR in tars:
-        splits['validation'] = _list_validation(root, labels, {i.class_name for i in splits.get('train', [])})
-    return Listing(root, 'imagenet2012', _class_names(splits), splits)
-
-
-def _list_synsets(path: str) -> list[Item]:
-    items = []
-    for tar in archives.index_tar(path)[0]:
-        synset = tar.name.removesuffix('.tar')
-        if not devkit.SYNSET.fullmatch(synset) or synset == tar.name:
-            raise InputError(f'{path} holds {tar.name!r}: expected one tar a synset, n01440764.tar and so on')
-        found = [m for m in archives.index_tar(path, tar)[0] if is_image_name(m.name)]
-        if not found:
-            raise InputError(f'empty class: {path}: {tar.name} holds no picture')
-        items += [Item(path, m.name, synset, m.size, m.mtime, m.offset) for m in found]
-    if not items:
-        raise InputError(f'{path} holds no tar of pictures')
-    return archives.in_order(items)
-
-
-def _list_validation(root: str, labels: str | None, known: set[str]) -> list[Item]:
-    path = os.path.join(root, VALIDATION_TAR)
-    members = sorted(m for m in archives.index_tar(path)[0] if is_image_name(m.name))
-    if labels is None:
-        labels = devkit.find_labels(root)
-    synsets = devkit.read_labels(labels)
-    if len(synsets) != len(members):
-        raise InputError(f'{labels} has {len(synsets)} labels, {path} has {len(members)} pictures')
-    if known and (unknown := sorted(set(synsets) - known)):
-        raise InputError(f'{labels} names {len(unknown)} synsets that {TRAIN_TAR} has not: {unknown[0]} ...')
-    return archives.in_order(
-        Item(path, m.name, synset, m.size, m.mtime, m.offset)
-        for m, synset in zip(members, synsets, strict=True)
-    )
