@@ -178,8 +178,8 @@ def plot(args: argparse.Namespace) -> None:
 
 def prepare(args: argparse.Namespace) -> None:
     """Runs `epsanet prepare`."""
-    from epsanet_jax.data.prepare import command
+    from epsanet_jax.data.prepare import dataset
 
-    prepared = command.prepare(args.src, args.dst, args.on_bad, args.workers, args.name, args.labels)
-    for line in command.describe(prepared):
+    prepared = dataset.prepare(args.src, args.dst, args.on_bad, args.workers, args.name, args.labels)
+    for line in dataset.describe(prepared):
         print(line)

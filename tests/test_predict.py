@@ -216,7 +216,7 @@ def test_bad_files_are_named_and_skipped(capsys, weights, pictures, bad):
         ('missing.jpg', 'no such image or folder: '),
         ('hollow', 'no image in '),
         ('hollow/x.jpg', 'no image in '),
-        ('text.jpg', 'text.jpg: cannot decode the image: no kind of image known'),
+        ('text.jpg', 'text.jpg: cannot decode the image: not a known image format'),
     ],
 )
 def test_nothing_to_predict_is_one_line_and_status_2(capsys, weights, tmp_path, image, part):

@@ -1,4 +1,4 @@
-"""What a folder or an uncompressed tar holds, in the order of `sources.ImageFolder`; nothing is unpacked."""
+"""Lists the images of folders and uncompressed tars, in the order of `sources.ImageFolder`."""
 
 import os
 import posixpath
@@ -19,15 +19,15 @@ _COMPRESSED = {
 
 
 class Item(NamedTuple):
-    """A picture that is not read yet: a file, or a member of a tar.
+    """An image that is not read yet: a file, or a member of a tar.
 
     Attributes:
-        container: the tar, or the folder that `name` is relative to.
-        name: as records keep it; of a file and in most tars CLASS/FILE.
-        class_name: its class.
-        size: bytes.
-        mtime: of the file, or as the tar's header says; nanoseconds.
-        offset: where the member's bytes start in the tar; -1 for a file.
+        container: path of the tar, or of the folder that `name` is relative to.
+        name: name that the record keeps; CLASS/FILE, except in tars of one class.
+        class_name: name of the class.
+        size: size in bytes.
+        mtime: time of the last change in nanoseconds, from the file system or the tar.
+        offset: position of the member's first byte in the tar; -1 for a file.
     """
 
     container: str
@@ -39,7 +39,7 @@ class Item(NamedTuple):
 
 
 class Member(NamedTuple):
-    """A regular file in a tar; `name` is relative, without '.' and '..'."""
+    """A regular file in a tar; `name` is relative and holds no '.' or '..'."""
 
     name: str
     size: int
@@ -48,12 +48,12 @@ class Member(NamedTuple):
 
 
 def in_order(items: Iterable[Item]) -> list[Item]:
-    """Returns items in the order of `sources.ImageFolder`: class by class, folder by folder, by name."""
+    """Returns items in the order of `sources.ImageFolder`."""
     return sorted(items, key=order)
 
 
 def order(item: Item) -> tuple[str, str, str]:
-    """Returns what `in_order` sorts by."""
+    """Returns the sort key of `in_order`: class, folder, file name."""
     return item.class_name, *os.path.split(item.name)
 
 
@@ -89,10 +89,10 @@ def _file_item(root: str, folder: str, class_name: str, entry: os.DirEntry) -> I
 
 
 def list_tar_of_classes(path: str, split: str) -> list[Item]:
-    """Lists the pictures of a tar of class folders, which may lie in one folder named as the split.
+    """Lists the images of a tar of class folders, which may be inside one folder with the name of the split.
 
     Raises:
-        InputError: the tar cannot be used, holds no class folder, or one without pictures.
+        InputError: the tar cannot be used, holds no class folder, or one without images.
     """
     members, folders = index_tar(path)
     prefix = f'{split}/'
@@ -101,8 +101,8 @@ def list_tar_of_classes(path: str, split: str) -> list[Item]:
         folders = [name.removeprefix(prefix) for name in folders if name != split]
     classes = {name.split('/')[0] for name in (*folders, *(m.name for m in members if '/' in m.name))}
     if not classes:
-        inner = ': the tars in it must be unpacked' if any(m.name.endswith('.tar') for m in members) else ''
-        raise InputError(f'no class folders in {path}: expected one folder of pictures a class{inner}')
+        inner = '; unpack the tars in it' if any(m.name.endswith('.tar') for m in members) else ''
+        raise InputError(f'no class folders in {path}: expected one folder of images per class{inner}')
     items = [
         Item(path, m.name, m.name.split('/')[0], m.size, m.mtime, m.offset)
         for m in members
@@ -114,10 +114,10 @@ def list_tar_of_classes(path: str, split: str) -> list[Item]:
 
 
 def list_tar_of_class(path: str) -> list[Item]:
-    """Lists the pictures of a tar that is named as the class whose pictures it holds.
+    """Lists the images of a tar that holds one class and has its name.
 
     Raises:
-        InputError: the tar cannot be used, or holds no picture.
+        InputError: the tar cannot be used, or holds no image.
     """
     class_name = os.path.basename(path).removesuffix('.tar')
     members = [m for m in index_tar(path)[0] if is_image_name(m.name)]
@@ -137,15 +137,15 @@ def index_tar(path: str, within: Member | None = None) -> tuple[list[Member], li
     """Reads the headers of an uncompressed tar, or of a tar that is a member of it.
 
     Args:
-        path: of the tar.
-        within: the inner tar; offsets are those in the outer one all the same.
+        path: path of the tar.
+        within: the inner tar; offsets still count from the start of the outer tar.
 
     Returns:
-        its files, of several with the same name the last, and its folders.
+        The files and the names of the folders. Of several files with the same name, the last one counts.
 
     Raises:
-        InputError: it is no tar, compressed or truncated, or holds a link, a device, or a name that leads
-            out of the folder into which it would be unpacked.
+        InputError: the file is not a tar, is compressed or truncated, or holds a link, a device, or a name
+            outside of the folder into which it would be unpacked.
     """
     called = f'{path}: {within.name}' if within else path
     files: dict[str, Member] = {}
@@ -159,22 +159,24 @@ def index_tar(path: str, within: Member | None = None) -> tuple[list[Member], li
                 while (header := tar.next()) is not None:
                     tar.members.clear()  # a million of them would take gigabytes
                     if header.offset_data + header.size > end:
-                        raise InputError(f'{called} is truncated: get it again')
+                        raise InputError(f'{called} is truncated: download or copy it again')
                     name = _safe_name(header, called)
                     if header.isdir():
                         folders.append(name)
                     else:
                         member = Member(name, header.size, int(header.mtime * 10**9), header.offset_data)
                         files[name] = member
-                # tarfile takes damage for the end; the true one is a block of zeros.
+                # tarfile stops silently at damage; a tar ends with a block of zeros.
                 f.seek(tar.offset)
                 mark = f.read(_BLOCK)
             if len(mark) < _BLOCK or any(mark) or tar.offset >= end:
-                raise InputError(f'{called} is truncated or damaged at byte {tar.offset}: get it again')
+                raise InputError(
+                    f'{called} is truncated or damaged at byte {tar.offset}: download or copy it again'
+                )
     except (tarfile.TarError, ValueError) as e:
         if isinstance(e, InputError):
             raise
-        raise InputError(f'{called} is no tar, or damaged: {one_line(e)}') from e
+        raise InputError(f'{called} is not a tar, or damaged: {one_line(e)}') from e
     except OSError as e:
         raise InputError(f'cannot read {called}: {e.strerror or one_line(e)}') from e
     return list(files.values()), [name for name in folders if name != '.']
@@ -183,10 +185,12 @@ def index_tar(path: str, within: Member | None = None) -> tuple[list[Member], li
 def _safe_name(header: tarfile.TarInfo, called: str) -> str:
     name = header.name
     if name.startswith('/') or '..' in name.split('/'):
-        raise InputError(f'{called} holds {name!r}, which leads out of the folder: pack it again without it')
+        raise InputError(
+            f'{called} holds {name!r}, which is outside of the folder: make the tar again without it'
+        )
     if not (header.isdir() or header.isreg()) or header.issparse():
-        kind = 'a link' if header.issym() or header.islnk() else 'neither file nor folder'
-        raise InputError(f'{called} holds {name!r}, which is {kind}: pack it again without it')
+        kind = 'a link' if header.issym() or header.islnk() else 'neither a file nor a folder'
+        raise InputError(f'{called} holds {name!r}, which is {kind}: make the tar again without it')
     return posixpath.normpath(name)
 
 
@@ -196,4 +200,6 @@ def _refuse_compressed(f: BinaryIO, called: str) -> None:
     f.seek(start)
     for prefix, command in _COMPRESSED.items():
         if magic.startswith(prefix):
-            raise InputError(f'{called} is compressed and has no random access: `{command}` it first')
+            raise InputError(
+                f'{called} is compressed, which prevents random access: run `{command}` on it first'
+            )

@@ -1,4 +1,4 @@
-"""Which splits, classes and pictures lie where: image folders, tars, and ImageNet's own tars."""
+"""Finds splits, classes and images in a source: image folders, tars, or ImageNet's own tars."""
 
 import dataclasses
 import os
@@ -9,7 +9,7 @@ from epsanet_jax.data.prepare import archives, imagenet
 from epsanet_jax.data.prepare.archives import Item
 from epsanet_jax.data.prepare.imagenet import TRAIN_TAR, VALIDATION_TAR
 from epsanet_jax.data.walk import is_there, walk
-from epsanet_jax.errors import InputError
+from epsanet_jax.errors import InputError, some
 
 SPLITS = ('train', 'val', 'validation', 'test')
 _IMAGENET = tuple(name.removesuffix('.tar') for name in (TRAIN_TAR, VALIDATION_TAR))
@@ -18,13 +18,13 @@ _COMPRESSED_TAR = re.compile(r'.*\.(tar\.\w+|tgz|tbz2?|txz)', re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """A source of pictures.
+    """The images of a source.
 
     Attributes:
-        root: where it lies.
-        name: what to call the data set.
-        class_names: in the order of the labels, sorted.
-        splits: name -> pictures in order.
+        root: path of the source.
+        name: default name of the dataset.
+        class_names: sorted names of the classes; the label is the index.
+        splits: images of each split, in order.
         left_alone: names of the entries of the root that are not used.
         skipped: 'PATH: reason' for each entry skipped by `walk.walk`; PATH is relative to the root.
     """
@@ -37,7 +37,7 @@ class Listing:
     skipped: tuple[str, ...] = ()
 
     def name_of(self, item: Item) -> str:
-        """Returns what to call a picture in a message: its path below the root, or 'TAR: MEMBER'."""
+        """Returns the name of an image for messages: its path relative to the root, or 'TAR: MEMBER'."""
         where = os.path.relpath(item.container, self.root)
         if item.offset >= 0:
             return f'{where}: {item.name}'
@@ -45,22 +45,22 @@ class Listing:
 
 
 def list_source(root: str, labels: str | None = None) -> Listing:
-    """Lists the pictures of a folder that is laid out in one of the known ways.
+    """Lists the images of a folder in one of these layouts.
 
-    - split folders (train, val, validation, test), each of class folders or of one tar a class;
-    - a tar a split, train.tar and so on, of class folders;
-    - class folders, or one tar a class: the split 'train';
-    - ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as ImageNet is given out.
+    - split folders (train, val, validation, test) that hold class folders or one tar per class;
+    - one tar per split (train.tar and so on) that holds class folders;
+    - class folders, or one tar per class: the split 'train';
+    - ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as ImageNet is distributed.
 
     Args:
-        root: the folder.
-        labels: of ImageNet's validation pictures, see `imagenet.read_labels`; None: those of TFDS.
+        root: path of the folder.
+        labels: list of the labels of ImageNet's validation images, see `imagenet.list_tars`.
 
     Raises:
-        InputError: nothing of the kind is there, or it is damaged.
+        InputError: the folder has another layout, or is damaged.
     """
     if not is_there(root) or not os.path.isdir(root):
-        hint = ': expected the folder that the tar lies in' if os.path.isfile(root) else ''
+        hint = ': expected the folder that holds the tar' if os.path.isfile(root) else ''
         raise InputError(f'no such folder: {root}{hint}')
     try:
         names = sorted(os.listdir(root))
@@ -76,7 +76,7 @@ def list_source(root: str, labels: str | None = None) -> Listing:
         listed = imagenet.list_tars(root, labels)
         return Listing(root, 'imagenet2012', _class_names(listed), listed)
     if labels is not None:
-        raise InputError(f'--labels is for {VALIDATION_TAR}, and there is none in {root}')
+        raise InputError(f'--labels is for {VALIDATION_TAR}, which is not in {root}')
     _refuse_compressed(root, [n for n in names if n.split('.')[0] in (*SPLITS, *_IMAGENET)])
     skipped: list[str] = []
     if splits:
@@ -96,7 +96,9 @@ def _list_split(root: str, split: str, skipped: list[str]) -> list[Item]:
     if os.path.exists(tar):
         return archives.list_tar_of_classes(tar, split)
     if not os.path.isdir(folder):
-        raise InputError(f'{folder} is no folder: expected one folder of images per class in it')
+        raise InputError(
+            f'{folder} is not a folder: expected a folder that holds one folder of images per class'
+        )
     return _list_classes(folder, lambda message: skipped.append(os.path.join(split, message)))
 
 
@@ -116,7 +118,7 @@ def _list_classes(folder: str, on_skipped: Callable[[str], object]) -> list[Item
     if not tars:
         _refuse_compressed(folder, sorted(os.listdir(folder)))
         raise InputError(
-            f'no class folders in {folder}: expected one folder of pictures a class, or one tar a class'
+            f'no class folders in {folder}: expected one folder of images per class, or one tar per class'
         )
     return archives.in_order(
         item for tar in tars for item in archives.list_tar_of_class(os.path.join(folder, tar))
@@ -127,26 +129,24 @@ def _refuse_compressed(folder: str, names: list[str]) -> None:
     for name in names:
         if _COMPRESSED_TAR.fullmatch(name):
             raise InputError(
-                f'{os.path.join(folder, name)} is compressed and has no random access: decompress it first'
+                f'{os.path.join(folder, name)} is compressed, which prevents random access: '
+                'decompress it first'
             )
 
 
 def _class_names(splits: dict[str, list[Item]]) -> tuple[str, ...]:
-    """Returns the classes of the training split, or of all splits where there is none."""
+    """Returns the classes of the training split, or of all splits if there is no training split."""
     of = {split: {item.class_name for item in items} for split, items in splits.items()}
     names = sorted(of.get('train') or set().union(*of.values()))
     for split, own in of.items():
         if unknown := sorted(own - set(names)):
-            raise InputError(
-                f'{split!r} has classes that train has not: {", ".join(unknown[:5])}'
-                f'{f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""}'
-            )
+            raise InputError(f'{split!r} has classes that train lacks: {some(unknown)}')
     for name in names:
-        # A line of label.labels.txt holds it; a name that is no UTF-8 has surrogates.
+        # A line of label.labels.txt holds the name; a name that is not UTF-8 has surrogates.
         if (
             name != name.strip()
             or {'\n', '\r'} & set(name)
             or name.encode(errors='ignore') != os.fsencode(name)
         ):
-            raise InputError(f'the class name {name!r} cannot be kept as a line of text: rename it')
+            raise InputError(f'the class name {name!r} cannot be stored as a line of text: rename the class')
     return tuple(names)

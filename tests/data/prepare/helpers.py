@@ -43,6 +43,16 @@ def packed(files, folders=()):
     return out.getvalue()
 
 
+# Two splits, in random order.
+TRAIN = {
+    name: jpeg(i)
+    for i, name in enumerate(
+        ['dog/9.jpg', 'cat/z.jpg', 'dog/10.jpg', 'cat/more/b.jpeg', 'cat/a.JPG', 'Ox/ü.jpg']
+    )
+}
+VAL = {'dog/1.jpg': jpeg(10), 'cat/1.jpg': jpeg(11)}
+
+
 def write(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
