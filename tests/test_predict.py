@@ -214,8 +214,8 @@ def test_bad_files_are_named_and_skipped(capsys, weights, pictures, bad):
     ('image', 'part'),
     [
         ('missing.jpg', 'no such image or folder: '),
-        ('hollow', 'no image in '),
-        ('hollow/x.jpg', 'no image in '),
+        ('hollow', ' holds no image '),
+        ('hollow/x.jpg', ' holds no image '),
         ('text.jpg', 'text.jpg: cannot decode the image: not a known image format'),
     ],
 )

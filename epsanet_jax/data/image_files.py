@@ -10,7 +10,7 @@ import numpy as np
 
 from epsanet_jax.data.decode import BadImageError, decode
 from epsanet_jax.data.transforms import CentreCrop
-from epsanet_jax.data.walk import IMAGE_EXTENSIONS, is_there, read_file, skipped_line, walk
+from epsanet_jax.data.walk import is_there, no_image, read_file, skipped_line, walk
 from epsanet_jax.errors import InputError
 
 OnBad = Callable[[str], object]
@@ -46,7 +46,7 @@ def check_paths(paths: Sequence[str], without: str | None = None) -> None:
         if not is_there(path):
             raise InputError(f'no such image or folder: {path}')
         if os.path.isdir(path) and next(find_images([path], without=without), None) is None:
-            raise InputError(f'no image in {path} ({" ".join(IMAGE_EXTENSIONS)})')
+            raise InputError(no_image(path, path, _skipped(path, without)))
 
 
 def find_images(
@@ -72,14 +72,15 @@ def find_images(
 
 def skipped_lines(paths: Sequence[str], without: str | None = None) -> list[str]:
     """Returns one line for each given folder below which `find_images` skips anything."""
-    lines = []
-    for path in paths:
-        skipped: list[str] = []
-        if os.path.isdir(path):
-            collections.deque(walk(path, lambda message: None, skipped.append, without), maxlen=0)
-        if skipped:
-            lines.append(skipped_line(path, skipped))
-    return lines
+    found = ((path, _skipped(path, without)) for path in paths if os.path.isdir(path))
+    return [skipped_line(path, skipped) for path, skipped in found if skipped]
+
+
+def _skipped(folder: str, without: str | None) -> list[str]:
+    skipped: list[str] = []
+    for _ in walk(folder, lambda message: None, skipped.append, without):
+        pass
+    return skipped
 
 
 def read_batches(

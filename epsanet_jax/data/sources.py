@@ -9,7 +9,7 @@ import numpy as np
 
 from epsanet_jax.data import tfrecord
 from epsanet_jax.data.decode import BadImageError
-from epsanet_jax.data.walk import IMAGE_EXTENSIONS, is_there, read_file, walk
+from epsanet_jax.data.walk import is_there, no_image, read_file, walk
 from epsanet_jax.errors import InputError, one_line
 
 _INFO_FILE = 'dataset_info.json'
@@ -75,10 +75,8 @@ class ImageFolder:
             self._files += [os.path.join(folder.path, entry.name) for entry in folder.images]
             self._labels += [labels[folder.path.split(os.sep)[0]]] * len(folder.images)
         for label in sorted({*labels.values()} - {*self._labels}):
-            raise InputError(
-                f'empty class folder: {os.path.join(self._root, self.class_names[label])} holds no image '
-                f'({" ".join(IMAGE_EXTENSIONS)})'
-            )
+            folder = os.path.join(self._root, self.class_names[label])
+            raise InputError(f'empty class folder: {no_image(folder, self._root, skipped)}')
         self.skipped = tuple(skipped)
         self.fingerprint = _fingerprint(self._files)
 

@@ -118,7 +118,7 @@ def _identity(folder: str) -> Identity:
 
 
 def _containing(root: str) -> frozenset[Identity]:
-    """Returns the folders above the root, as far as the system tells."""
+    """Returns the folders above the root, except those that cannot be examined."""
     folder, found = os.path.realpath(root), set()
     while folder != os.path.dirname(folder):
         folder = os.path.dirname(folder)
@@ -130,6 +130,12 @@ def _containing(root: str) -> frozenset[Identity]:
 def _unreadable(path: str, error: OSError) -> str:
     kind = 'follow the link' if os.path.islink(path) else 'read the folder'
     return f'{path}: cannot {kind}: {error.strerror or one_line(error)}'
+
+
+def no_image(where: str, root: str, skipped: Sequence[str]) -> str:
+    """Returns the message that a place below a folder holds no image, and what was skipped in the folder."""
+    reason = f'; {skipped_line(root, skipped)}' if skipped else ''
+    return f'{where} holds no image ({" ".join(IMAGE_EXTENSIONS)}){reason}'
 
 
 def skipped_line(root: str, skipped: Sequence[str]) -> str:
@@ -147,7 +153,7 @@ def is_there(path: str) -> bool:
     """Whether something is at a path.
 
     Raises:
-        InputError: the system does not tell.
+        InputError: the system refuses the answer.
     """
     try:
         os.stat(path)

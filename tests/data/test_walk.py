@@ -1,4 +1,4 @@
-"""Every command sees the same images of a folder, in the same order, whatever else is in it."""
+"""Every command sees the same images of a folder, in the same order, with the same entries skipped."""
 
 import errno
 import os
@@ -172,11 +172,24 @@ def test_skipped_entries_are_reported_in_one_line():
     assert skipped_line('data', ['x: y']) == 'skipped 1 entry in data: x: y'
 
 
+def test_class_of_broken_links_is_an_error_that_names_them(folder):
+    (folder / 'a/x.jpeg').unlink()
+    (folder / 'a/.hidden/h.tif').unlink()
+    (folder / 'a/1.jpg').symlink_to('objects/1.jpg')
+    message = rf'/a holds no image \(.*\); skipped 1 entry in .*: a/1.jpg: {GONE}'
+    for read in (ImageFolder, layouts.list_source):
+        with pytest.raises(InputError, match=message):
+            read(str(folder))
+    message = rf'/a holds no image \(.*\); skipped 1 entry in .*: 1.jpg: {GONE}'
+    with pytest.raises(InputError, match=message):
+        check_paths([str(folder / 'a')])
+
+
 def test_folder_to_leave_out_is_left_out_without_a_report(folder):
     found = [f.below for f in find_images([str(folder)], without=str(folder / 'b'))]
     assert found == [name for name in NAMES if not name.startswith('b/')]
     assert not skipped_lines([str(folder)], without=str(folder / 'b'))
-    with pytest.raises(InputError, match='no image in'):
+    with pytest.raises(InputError, match='holds no image'):
         check_paths([str(folder)], without=str(folder))
 
 
@@ -250,7 +263,7 @@ def test_link_that_cannot_be_followed_is_an_error_that_names_it(folder, monkeypa
     assert (found, len(bad)) == (NAMES, 1)
 
 
-def test_is_there_names_the_reason_when_the_system_does_not_tell(tmp_path, monkeypatch):
+def test_is_there_names_the_reason_of_a_failure(tmp_path, monkeypatch):
     (tmp_path / 'loop').symlink_to('loop')
     assert [is_there(str(tmp_path / name)) for name in ('', 'loop', 'missing')] == [True, False, False]
 

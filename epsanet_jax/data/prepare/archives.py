@@ -6,7 +6,7 @@ import tarfile
 from collections.abc import Callable, Iterable
 from typing import BinaryIO, NamedTuple
 
-from epsanet_jax.data.walk import IMAGE_EXTENSIONS, is_image_name, walk
+from epsanet_jax.data.walk import is_image_name, no_image, walk
 from epsanet_jax.errors import InputError, one_line
 
 _BLOCK = 512
@@ -67,7 +67,8 @@ def list_folder(root: str, on_skipped: Callable[[str], object]) -> list[Item]:
     Raises:
         InputError: a class holds no image, or a folder cannot be read.
     """
-    folders = walk(root, on_skipped=on_skipped)
+    skipped: list[str] = []
+    folders = walk(root, on_skipped=skipped.append)
     empty, items = set(next(folders).folders), []
     for folder in folders:
         class_name = folder.path.split(os.sep)[0]
@@ -75,7 +76,9 @@ def list_folder(root: str, on_skipped: Callable[[str], object]) -> list[Item]:
         if folder.images:
             empty.discard(class_name)
     for class_name in sorted(empty):
-        _require_images([], os.path.join(root, class_name))
+        raise InputError(f'empty class: {no_image(os.path.join(root, class_name), root, skipped)}')
+    for message in skipped:
+        on_skipped(message)
     return items
 
 
@@ -130,7 +133,7 @@ def list_tar_of_class(path: str) -> list[Item]:
 
 def _require_images(found: list, where: str) -> None:
     if not found:
-        raise InputError(f'empty class: {where} holds no image ({" ".join(IMAGE_EXTENSIONS)})')
+        raise InputError(f'empty class: {no_image(where, where, ())}')
 
 
 def index_tar(path: str, within: Member | None = None) -> tuple[list[Member], list[str]]:

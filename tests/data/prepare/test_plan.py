@@ -1,4 +1,4 @@
-"""What an earlier call left behind: continued, kept or refused."""
+"""Unfinished datasets are continued, finished ones kept, and other folders refused."""
 
 import json
 import re
