@@ -139,7 +139,7 @@ def test_bad_usage_and_input_give_one_line_and_status_2(capsys, arguments, part)
         (('--data', '/no/such/data'), 'no such data directory: /no/such/data'),
         (
             ('--data', 'no_such_set'),
-            "no TFDS data set 'no_such_set' is known or found in TFDS's default folder, "
+            "no TFDS dataset 'no_such_set' is known or found in TFDS's default folder, "
             "and there is no folder 'no_such_set'",
         ),
         (('--step', '11'), 'no checkpoint of step 11'),
@@ -156,7 +156,7 @@ def test_evaluate_says_what_it_cannot_find(capsys, digits_run, arguments, part):
 @pytest.mark.parametrize(
     ('arguments', 'part'),
     [
-        (('--data', '{tmp}'), 'cannot open the data set in {tmp}'),
+        (('--data', '{tmp}'), 'cannot open the dataset in {tmp}'),
         (('--data', 'gs://bucket/set'), '--data=gs://bucket/set is not on a disk'),
         (('--data', '~nobody_of_this_name/set'), 'no such data directory: ~nobody_of_this_name/set'),
     ],

@@ -20,7 +20,7 @@ from epsanet_jax.weights.files import as_network
 from epsanet_jax.weights.network import Network
 
 if TYPE_CHECKING:
-    from epsanet_jax.data.files import OnBad, PictureFile
+    from epsanet_jax.data.image_files import OnBad, ImageFile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +150,7 @@ def explain(
     *,
     on_bad: 'OnBad | None' = None,
     without: str | None = None,
-) -> Generator[tuple['PictureFile', Explanation], None, None]:
+) -> Generator[tuple['ImageFile', Explanation], None, None]:
     """Yields what a network makes of each image: probabilities, Grad-CAM and attention.
 
     Args:
@@ -166,7 +166,7 @@ def explain(
         InputError: a path, stage or class does not exist, or the network has no classifier.
     """
     from epsanet_jax.analysis.predict import run  # imports what reads images
-    from epsanet_jax.data.files import stop_at_bad
+    from epsanet_jax.data.image_files import stop_at_bad
 
     network = as_network(network)
     model, names = network.model, network.labels

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from epsanet_jax.data import files
+from epsanet_jax.data import image_files
 from epsanet_jax.data.augment import normalize
-from epsanet_jax.data.files import OnBad, PictureFile
+from epsanet_jax.data.image_files import OnBad, ImageFile
 from epsanet_jax.data.pipeline import Reading
 from epsanet_jax.data.transforms import CentreCrop
 from epsanet_jax.errors import InputError
@@ -45,7 +45,7 @@ def predict(
     *,
     top: int = 5,
     batch_size: int = BATCH_SIZE,
-    on_bad: OnBad = files.stop_at_bad,
+    on_bad: OnBad = image_files.stop_at_bad,
 ) -> Generator[Prediction, None, None]:
     """Yields a prediction for every picture, in order, while later ones are being read.
 
@@ -91,7 +91,7 @@ def run(
     batch_size: int,
     on_bad: OnBad,
     without: str | None = None,
-) -> Generator[tuple[PictureFile, np.ndarray, np.ndarray, Any], None, None]:
+) -> Generator[tuple[ImageFile, np.ndarray, np.ndarray, Any], None, None]:
     """Yields each picture with what a function of batches computes for it.
 
     Args:
@@ -101,7 +101,7 @@ def run(
         paths: of images and folders, see `predict`.
         batch_size: images computed at once.
         on_bad: called with a line for each image that cannot be decoded.
-        without: see `files.find_pictures`.
+        without: see `image_files.find_images`.
 
     Yields:
         The file, its picture as the network sees it, uint8 [H, W, 3], its logits and its rows of the tree.
@@ -111,19 +111,19 @@ def run(
     """
     if isinstance(paths, str):
         raise InputError(f'paths must be a list of paths, got {paths!r}')
-    files.check_paths(paths, without)
+    image_files.check_paths(paths, without)
     model, preprocessing = network.model, network.preprocessing
     crop = CentreCrop(preprocessing.image_size, preprocessing.resize_size)
-    rows = _rows(itertools.islice(files.find_pictures(paths, without=without), batch_size), batch_size)
+    rows = _rows(itertools.islice(image_files.find_images(paths, without=without), batch_size), batch_size)
 
     @jax.jit
     def compiled(variables: Any, images: jax.Array) -> Any:
         return step(variables, normalize(images, preprocessing.mean, preprocessing.std, model.dtype))
 
     variables = jax.device_put(network.variables)
-    found = files.find_pictures(paths, on_bad, without)
+    found = image_files.find_images(paths, on_bad, without)
     exif_orientation = preprocessing.exif_orientation
-    batches = files.read_batches(found, crop, rows, Reading().threads_each(), exif_orientation, on_bad)
+    batches = image_files.read_batches(found, crop, rows, Reading().threads_each(), exif_orientation, on_bad)
     waiting = None  # the batch before, which the device computes while the next one is read
     with contextlib.closing(batches):
         for batch, images in batches:
@@ -142,8 +142,8 @@ def _rows(found: Iterable[Any], batch_size: int) -> int:
 
 
 def _each(
-    batch: list[PictureFile], images: np.ndarray, computed: Any
-) -> Iterator[tuple[PictureFile, np.ndarray, np.ndarray, Any]]:
+    batch: list[ImageFile], images: np.ndarray, computed: Any
+) -> Iterator[tuple[ImageFile, np.ndarray, np.ndarray, Any]]:
     computed = jax.device_get(computed)
     for row, file in enumerate(batch):
         logits, rest = jax.tree.map(lambda a, row=row: a[row], computed)

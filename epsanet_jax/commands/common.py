@@ -73,15 +73,23 @@ def print_lines(lines: Iterable[str]) -> None:
         print(line)
 
 
+def print_skipped(images: Sequence[str], without: str | None = None) -> None:
+    """Prints on stderr what is skipped in the given folders, one line per folder."""
+    from epsanet_jax.data.image_files import skipped_lines
+
+    for line in skipped_lines(images, without):
+        to_stderr(shown(line))
+
+
 def progress(rows: Iterable[_Row], images: Sequence[str], without: str | None = None) -> Iterable[_Row]:
     """Returns the rows with a progress bar, unless nobody sees it or printed rows show the progress."""
     if not sys.stderr.isatty() or sys.stdout.isatty():
         return rows
     from tqdm import tqdm
 
-    from epsanet_jax.data.files import find_pictures
+    from epsanet_jax.data.image_files import find_images
 
-    total = sum(1 for _ in find_pictures(images, without=without))
+    total = sum(1 for _ in find_images(images, without=without))
     return tqdm(rows, total=total, unit='image', leave=False, disable=total < 2)
 
 

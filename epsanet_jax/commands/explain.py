@@ -15,7 +15,7 @@ from epsanet_jax.errors import InputError, one_line
 from epsanet_jax.paths import write_atomically
 
 if TYPE_CHECKING:
-    from epsanet_jax.data.files import PictureFile
+    from epsanet_jax.data.image_files import ImageFile
 
 TABLE = 'attention.csv'
 
@@ -57,11 +57,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _lines(args: argparse.Namespace) -> Iterator[str]:
     from epsanet_jax.analysis import drawing, explain
-    from epsanet_jax.data.files import check_paths
+    from epsanet_jax.data.image_files import check_paths
     from epsanet_jax.weights import load
 
     images, out = args.images, args.out
     check_paths(images, without=out)
+    common.print_skipped(images, without=out)
     common.use_persistent_cache()
     network = load(args.checkpoint, args.step, not args.no_ema)
     _make_folder(out)
@@ -116,7 +117,7 @@ class Places:
             taken.add(name)
             self._names.append(name)
 
-    def of(self, file: 'PictureFile') -> str:
+    def of(self, file: 'ImageFile') -> str:
         """Returns the path of an image's drawing."""
         name = self._names[file.argument]
         if os.path.isdir(self._images[file.argument]):
@@ -140,7 +141,7 @@ class Tables:
         self._classes = {i: base_name(path) for i, path in enumerate(images) if os.path.isdir(path)}
         self._sums: dict[str, tuple[int, dict[str, np.ndarray]]] = {}
 
-    def add(self, file: 'PictureFile', attention: dict[str, np.ndarray]) -> None:
+    def add(self, file: 'ImageFile', attention: dict[str, np.ndarray]) -> None:
         """Counts the attention of an image in a folder, [blocks, S] for each stage."""
         if file.argument not in self._classes:
             return

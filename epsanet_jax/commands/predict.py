@@ -47,10 +47,11 @@ def run(args: argparse.Namespace) -> None:
 
 def _lines(args: argparse.Namespace) -> Iterator[str]:
     from epsanet_jax.analysis.predict import predict
-    from epsanet_jax.data.files import check_paths
+    from epsanet_jax.data.image_files import check_paths
     from epsanet_jax.weights import load
 
     check_paths(args.images)  # before the weights are read, which takes longer
+    common.print_skipped(args.images)
     common.use_persistent_cache()
     network = load(args.checkpoint, args.step, not args.no_ema)
     skipped = common.Skipped()

@@ -31,16 +31,15 @@ def add_parser(subcommands: Any) -> None:
     parser.add_argument(
         '--labels',
         metavar='FILE',
-        help="labels of ImageNet's validation images: one synset per line, or the development kit; default: "
-        'found in SRC',
+        help="labels of ImageNet's validation images, one synset per line; default: the list that TFDS has",
     )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
-    from epsanet_jax.data.prepare import command
+    from epsanet_jax.data.prepare import dataset
 
-    prepared = command.prepare(args.src, args.dst, args.on_bad, args.workers, args.name, args.labels)
-    for line in command.describe(prepared):
+    prepared = dataset.prepare(args.src, args.dst, args.on_bad, args.workers, args.name, args.labels)
+    for line in dataset.describe(prepared):
         print(line)

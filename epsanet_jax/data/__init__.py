@@ -1,1 +1,1 @@
-"""From pictures on disk to batches of uint8 arrays."""
+"""Reads images from disk and yields batches of uint8 arrays."""

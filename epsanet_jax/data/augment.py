@@ -1,4 +1,4 @@
-"""What happens to a batch of pictures on the device, inside the step."""
+"""Normalisation, mixup and cutmix of a batch on the device, inside the training step."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,7 +10,7 @@ from epsanet_jax.models.dtypes import Dtype, at_least_float32
 
 
 class Mixing(NamedTuple):
-    """mixup and cutmix, see `mix`."""
+    """The strengths of mixup and cutmix, see `mix`."""
 
     mixup_alpha: float
     cutmix_alpha: float
@@ -19,13 +19,13 @@ class Mixing(NamedTuple):
 def normalize(
     images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: Dtype = jnp.float32
 ) -> jax.Array:
-    """Turns uint8 pictures [N, H, W, 3] into (x / 255 - mean) / std, of type `dtype`.
+    """Converts uint8 images [N, H, W, 3] to (x / 255 - mean) / std.
 
     Args:
-        images: 0..255.
-        mean: of each channel, for values in 0..1.
-        std: likewise.
-        dtype: of the result; computed in at least float32.
+        images: values 0..255.
+        mean: mean of each channel, for values in 0..1.
+        std: standard deviation of each channel, for values in 0..1.
+        dtype: type of the result; the computation is in at least float32.
     """
     wide = at_least_float32(dtype)
     scale = jnp.asarray([1.0 / (255.0 * s) for s in std], wide)
@@ -34,14 +34,14 @@ def normalize(
 
 
 def row_keys(seed: int | jax.Array, step: int | jax.Array, rows: jax.Array) -> jax.Array:
-    """Returns the keys [N] of rows of the global batch of a step; they depend on nothing else.
+    """Returns keys [N] that depend only on the seed, the step and the rows.
 
     Args:
-        seed: of the run.
-        step: whose batch it is.
-        rows: integers [N], places in the global batch.
+        seed: seed of the run.
+        step: step of the batch.
+        rows: integers [N], indices in the global batch.
     """
-    # Whatever jax is set to: with other implementations, draws depend on which rows are drawn together.
+    # Independent of JAX's configuration: with other generators, a draw depends on the rows drawn with it.
     key = jax.random.fold_in(jax.random.key(seed, impl='threefry2x32'), step)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
 
@@ -49,26 +49,26 @@ def row_keys(seed: int | jax.Array, step: int | jax.Array, rows: jax.Array) -> j
 def mix(
     images: jax.Array, targets: jax.Array, keys: jax.Array, mixup_alpha: float, cutmix_alpha: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Mixes every picture and its target with its neighbour's: rows 2j and 2j + 1 are each other's partners.
+    """Mixes every image and its target with those of its partner: rows 2j and 2j + 1 are partners.
 
-    mixup (Zhang et al., 2017, arXiv:1710.09412) adds up x of a picture and 1 - x of its partner, cutmix (Yun
-    et al., 2019, arXiv:1905.04899) replaces a box by the partner's; x is drawn from Beta(alpha, alpha). With
-    both alphas above 0 each row takes one of them, evenly.
+    mixup (Zhang et al., 2017, arXiv:1710.09412) returns x times an image plus 1 - x times its partner. cutmix
+    (Yun et al., 2019, arXiv:1905.04899) replaces a box by the same box of the partner. x is drawn from
+    Beta(alpha, alpha). With both alphas above 0, each row uses one of the two with probability 0.5.
 
-    Whatever is drawn is drawn for each row, from its key. With neighbours as partners, which are as random as
-    any in a shuffled batch, nothing has to come from other devices, and rows turn out the same for any number
-    of devices and microbatches, if each holds an even number of rows and begins at an even one. torchvision
-    draws once for the whole batch and mixes it with itself rolled by one row.
+    Every row is drawn separately, from its key. Partners are neighbours, which are random in a shuffled
+    batch. So no data comes from other devices, and the rows are the same for any number of devices and
+    microbatches, if each holds an even number of rows and starts at an even row. torchvision draws once for
+    the whole batch and mixes it with itself rolled by one row.
 
     Args:
         images: floating-point [N, H, W, 3].
-        targets: floating-point [N, K], each row's shares of the classes.
-        keys: [N], from `row_keys`.
-        mixup_alpha: 0: no mixup.
-        cutmix_alpha: 0: no cutmix.
+        targets: floating-point [N, K], probability of each class.
+        keys: keys [N] from `row_keys`.
+        mixup_alpha: alpha of mixup; 0: no mixup.
+        cutmix_alpha: alpha of cutmix; 0: no cutmix.
 
     Returns:
-        images and targets, of the same shapes and types; computed in at least float32.
+        Mixed images and targets, of the same shapes and types; the computation is in at least float32.
 
     Raises:
         ValueError: N is odd.
@@ -89,7 +89,7 @@ def mix(
 def _draw_shares(
     key: jax.Array, height: int, width: int, mixup_alpha: float, cutmix_alpha: float
 ) -> tuple[jax.Array, jax.Array]:
-    """Draws what one picture keeps of itself: the share of each pixel [H, W], and of its target []."""
+    """Draws the weight of one image's own pixels [H, W], and of its own target []."""
     which_key, share_key, box_key = jax.random.split(key, 3)
     probability = 0.5 if mixup_alpha and cutmix_alpha else float(bool(cutmix_alpha))
     cutmix = jax.random.uniform(which_key, (), jnp.float32) < probability
@@ -97,15 +97,15 @@ def _draw_shares(
     share = jax.random.beta(share_key, alpha, alpha, (), jnp.float32)
     outside = ~_draw_box(box_key, share, height, width)
     of_pixels = jnp.where(cutmix, outside.astype(jnp.float32), share)
-    # The box may be cut off at the rim, so its share of the target is what there is of it. XLA multiplies by
-    # the reciprocal, which may yield more than 1.
+    # The box may be cut off at the border, so the weight of the target is the area that was kept. XLA
+    # multiplies by the reciprocal, which may yield more than 1.
     kept = outside.sum(dtype=jnp.int32).astype(jnp.float32) / jnp.float32(height * width)
     return of_pixels, jnp.where(cutmix, jnp.minimum(kept, jnp.float32(1)), share)
 
 
 def _draw_box(key: jax.Array, share: jax.Array, height: int, width: int) -> jax.Array:
-    """Draws cutmix's box, as torchvision and the paper: a mask [H, W] with about 1 - share of the pixels."""
-    half = 0.5 * jnp.sqrt(1 - share)  # of the box's sides, as a part of the picture's
+    """Draws the box of cutmix as torchvision and the paper: a mask [H, W], true for about 1 - share of it."""
+    half = 0.5 * jnp.sqrt(1 - share)  # half of the box's sides, as a fraction of the image's
 
     def inside(key: jax.Array, size: int) -> jax.Array:
         centre = jax.random.randint(key, (), 0, size, jnp.int32)
@@ -118,7 +118,7 @@ def _draw_box(key: jax.Array, share: jax.Array, height: int, width: int) -> jax.
 
 
 def _blend(values: jax.Array, share: jax.Array) -> jax.Array:
-    """Returns `share` of each row and the rest of its partner."""
+    """Returns `share` times each row plus 1 - `share` times its partner."""
     wide: Any = at_least_float32(values.dtype)
     own, share = values.astype(wide), share.astype(wide)
     partner = own.reshape(-1, 2, *own.shape[1:])[:, ::-1].reshape(own.shape)

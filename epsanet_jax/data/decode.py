@@ -1,4 +1,4 @@
-"""From the bytes of a file to a picture, whatever the file is."""
+"""Decodes image files of any format to RGB, and refuses damaged ones with a reason."""
 
 import io
 import warnings
@@ -10,10 +10,10 @@ from epsanet_jax.errors import InputError, one_line
 
 try:
     import simplejpeg
-except ImportError:  # an option: pip install 'epsanet_jax[fast]'
+except ImportError:  # optional: pip install 'epsanet_jax[fast]'
     simplejpeg = None
 
-# Pillow warns of declared sizes beyond its limit, and decodes.
+# By default Pillow only warns about declared sizes above its limit, and decodes.
 warnings.simplefilter('error', Image.DecompressionBombWarning)
 
 _ORIENTATIONS = {
@@ -25,118 +25,119 @@ _ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_EXIF_WITHIN = 2**16  # bytes from the beginning; EXIF is in one of the first segments
+_EXIF_WITHIN = 2**16  # bytes from the start; EXIF is in one of the first segments
 _EOI, _SOS = b'\xff\xd9', 0xDA  # JPEG markers: end of image, start of scan
 
 
 class BadImageError(InputError):
-    """A picture cannot be decoded."""
+    """An image cannot be decoded."""
 
 
 class Reduced:
-    """A JPEG picture that is decoded when a part of it is asked for, no larger than that part needs.
+    """A JPEG image that is decoded when a crop is taken, at the lowest resolution that the crop needs.
 
-    Not the same pixels as the picture's, but sharp ones: JPEG can be decoded to a half, quarter or eighth.
+    JPEG can be decoded at a half, a quarter or an eighth of its size. The pixels are sharp, but differ from
+    those of the whole image resized.
 
     Args:
-        image: the bytes of a file; of other kinds than JPEG everything is decoded, at once.
-        least: sides that a part is to have at least, pixels, if it has them in the picture.
-        exif_orientation: as `decode`.
+        image: the bytes of a file; other formats than JPEG are decoded whole, immediately.
+        least: smallest height and width of a decoded crop in pixels, if the crop has as many in the image.
+        exif_orientation: see `decode`.
 
     Raises:
-        BadImageError: see `open_picture`; of other kinds than JPEG also what `decode` finds.
+        BadImageError: see `open_image`; for other formats than JPEG also `decode`.
 
     Attributes:
-        width: of the whole picture, pixels.
-        height: likewise.
+        width: width of the whole image in pixels.
+        height: height of the whole image in pixels.
     """
 
     def __init__(self, image: bytes, least: int, exif_orientation: bool = True):
         self._least = least
-        self._picture = open_picture(image)
-        if self._picture.format not in ('JPEG', 'MPO'):
-            with _told_in_one_line():
-                self._picture.load()
-        self._orientation = orientation_of(self._picture) if exif_orientation else 1
-        sizes = self._picture.size if self._orientation < 5 else self._picture.size[::-1]
+        self._image = open_image(image)
+        if self._image.format not in ('JPEG', 'MPO'):
+            with _bad_image_errors():
+                self._image.load()
+        self._orientation = orientation_of(self._image) if exif_orientation else 1
+        sizes = self._image.size if self._orientation < 5 else self._image.size[::-1]
         self.width, self.height = sizes
 
     def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
-        """Returns what lies in left, top, right, bottom, smaller or as it is.
+        """Returns the crop (left, top, right, bottom), possibly at a lower resolution.
 
         Raises:
-            BadImageError: it cannot be decoded.
+            BadImageError: the image cannot be decoded.
         """
         times = min(box[2] - box[0], box[3] - box[1]) // self._least
-        with _told_in_one_line():
-            if times > 1:  # else, and for other kinds than JPEG, everything is decoded
-                self._picture.draft(None, (self._picture.width // times, self._picture.height // times))
-            self._picture.load()
-            rgb = _turned(to_rgb(self._picture), self._orientation)
+        with _bad_image_errors():
+            if times > 1:  # otherwise, and for other formats, the whole image is decoded
+                self._image.draft(None, (self._image.width // times, self._image.height // times))
+            self._image.load()
+            rgb = _rotated(to_rgb(self._image), self._orientation)
         x, y = rgb.width / self.width, rgb.height / self.height
         left, top = int(box[0] * x), int(box[1] * y)
         return rgb.crop((left, top, max(left + 1, round(box[2] * x)), max(top + 1, round(box[3] * y))))
 
 
 def decode(image: bytes | np.ndarray, exif_orientation: bool = True) -> Image.Image:
-    """Decodes a picture of any kind Pillow reads to RGB.
+    """Decodes an image of any format that Pillow reads to RGB.
 
-    Of several frames the first is taken; alpha is dropped, gray is repeated, 16 bits become the upper 8.
+    The first of several frames is used. Alpha is dropped, gray is repeated, the upper 8 of 16 bits are kept.
 
     Args:
-        image: the bytes of a file, or an uint8 array [H, W, 3].
-        exif_orientation: whether to turn the picture as its EXIF tag says; torchvision's ImageFolder doesn't.
+        image: the bytes of a file, or a uint8 array [H, W, 3].
+        exif_orientation: whether to rotate the image by its EXIF tag; torchvision's ImageFolder does not.
 
     Raises:
-        BadImageError: the file is empty, truncated, damaged or no picture, declares more pixels than Pillow
-            thinks safe (89 million), or its values have no known range.
+        BadImageError: the file is empty, truncated, damaged or not an image, declares more pixels than
+            Pillow's limit (89 million), or its values have no known range.
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
     rgb = _plain_jpeg(image)
     if rgb is not None:
         return rgb
-    with _told_in_one_line():
-        picture = open_picture(image)
-        picture.load()
-        return _turned(to_rgb(picture), orientation_of(picture) if exif_orientation else 1)
+    with _bad_image_errors():
+        opened = open_image(image)
+        opened.load()
+        return _rotated(to_rgb(opened), orientation_of(opened) if exif_orientation else 1)
 
 
-def open_picture(image: bytes) -> Image.Image:
-    """Reads a file's header; nothing is decoded yet.
+def open_image(image: bytes) -> Image.Image:
+    """Reads the header of a file without decoding the image.
 
     Raises:
-        BadImageError: it is empty, no picture, a JPEG file without its end, or declares too many pixels.
+        BadImageError: the file is empty, not an image, a JPEG without an end, or declares too many pixels.
     """
     if not image:
         raise BadImageError('cannot decode the image: the file is empty')
-    with _told_in_one_line():
-        picture = Image.open(io.BytesIO(image))
-        if picture.format == 'JPEG' and not _is_complete(image):  # Pillow fills up zeros with gray
+    with _bad_image_errors():
+        opened = Image.open(io.BytesIO(image))
+        if opened.format == 'JPEG' and not _is_complete(image):  # Pillow fills missing data with gray
             raise BadImageError('cannot decode the image: the JPEG data has no end')
-        return picture
+        return opened
 
 
-def to_rgb(picture: Image.Image) -> Image.Image:
-    """Converts a loaded picture of any mode to RGB.
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Converts a loaded image of any mode to RGB.
 
     Raises:
-        BadImageError: its values have no known range.
+        BadImageError: the values have no known range.
     """
-    if picture.mode.startswith('I'):  # Pillow's own conversion of 16 bits saturates to white
-        values = np.asarray(picture).astype(np.int64)
+    if image.mode.startswith('I'):  # Pillow's conversion of 16 bits saturates to white
+        values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() >= 2**16:
             raise BadImageError(f'cannot decode the image: values of {values.min()} to {values.max()}')
         return Image.fromarray((values >> 8).astype(np.uint8)).convert('RGB')
-    if picture.mode == 'F':
+    if image.mode == 'F':
         raise BadImageError('cannot decode the image: floating-point values have no known range')
-    if 'transparency' in picture.info and picture.mode == 'P':
-        picture = picture.convert('RGBA')
-    return picture.convert('RGB')
+    if 'transparency' in image.info and image.mode == 'P':
+        image = image.convert('RGBA')
+    return image.convert('RGB')
 
 
 def _plain_jpeg(image: bytes) -> Image.Image | None:
-    """Decodes what most pictures are, a whole gray or colour JPEG without EXIF, by simplejpeg alone."""
+    """Decodes a complete gray or colour JPEG without EXIF with simplejpeg; returns None for other files."""
     if simplejpeg is None or not image.startswith(b'\xff\xd8\xff') or b'Exif\0' in image[:_EXIF_WITHIN]:
         return None
     if not image.endswith(_EOI):
@@ -146,42 +147,44 @@ def _plain_jpeg(image: bytes) -> Image.Image | None:
         if colours not in ('YCbCr', 'Gray') or int(height) * int(width) > (Image.MAX_IMAGE_PIXELS or 0):
             return None
         pixels = simplejpeg.decode_jpeg(image, 'RGB', fastdct=False, fastupsample=False)
-    except ValueError:  # it is stricter than Pillow, which then decides
+    except ValueError:  # simplejpeg is stricter than Pillow, which decides
         return None
     return Image.frombuffer('RGB', pixels.shape[1::-1], pixels, 'raw', 'RGB', 0, 1)
 
 
-def orientation_of(picture: Image.Image) -> int:
-    """Returns the EXIF tag, 1 to 8; whatever else stands there counts as upright.
+def orientation_of(image: Image.Image) -> int:
+    """Returns the EXIF orientation, 1 to 8; any other value counts as 1, upright.
 
-    Of a PNG file this loads the pixels: whoever wants to hear of their damage loads them before.
+    For a PNG file this loads the pixels and hides errors in them: call `load` first to detect damage.
     """
-    if picture.format == 'TIFF':  # Pillow turns these itself when it loads them
+    if image.format == 'TIFF':  # Pillow rotates TIFF images when it loads them
         return 1
     try:
-        orientation = picture.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # Pillow raises SyntaxError, struct.error, ... at metadata that are none
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # Pillow raises SyntaxError, struct.error, ... for invalid metadata
         return 1
     return orientation if orientation in _ORIENTATIONS else 1
 
 
-def _turned(picture: Image.Image, orientation: int) -> Image.Image:
-    return picture if orientation == 1 else picture.transpose(_ORIENTATIONS[orientation])
+def _rotated(image: Image.Image, orientation: int) -> Image.Image:
+    return image if orientation == 1 else image.transpose(_ORIENTATIONS[orientation])
 
 
-class _told_in_one_line:  # noqa: N801 (a context manager)
+class _bad_image_errors:  # noqa: N801 (a context manager)
+    """Raises the errors of Pillow as BadImageError with a message of one line."""
+
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
         if not isinstance(error, Exception) or isinstance(error, BadImageError):
             return
         # Pillow raises OSError, ValueError, SyntaxError, struct.error, ...
-        reason = 'no kind of image known' if isinstance(error, UnidentifiedImageError) else one_line(error)
+        reason = 'not a known image format' if isinstance(error, UnidentifiedImageError) else one_line(error)
         raise BadImageError(f'cannot decode the image: {reason}') from error
 
 
 def _is_complete(jpeg: bytes) -> bool:
-    """Returns whether the end marker comes after the start of the scan; a thumbnail has one of its own."""
+    """Whether an end marker follows the start of the scan; a thumbnail before it has its own end marker."""
     end = jpeg.rfind(_EOI)
     if end >= len(jpeg) - 64:
         return True

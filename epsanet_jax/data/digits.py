@@ -1,7 +1,7 @@
-"""Handwritten digits as a TFDS data set: real pictures that need no network.
+"""Handwritten digits as a TFDS dataset: real images without a download.
 
-The 1,797 pictures are scikit-learn's copy of the test set of the UCI "Optical Recognition of Handwritten
-Digits" data set (E. Alpaydin, C. Kaynak, 1998): 8x8 pixels, 17 shades, enlarged here to 32x32.
+The 1,797 images are scikit-learn's copy of the test set of the UCI dataset "Optical Recognition of
+Handwritten Digits" (E. Alpaydin, C. Kaynak, 1998): 8x8 pixels with 17 gray levels, enlarged here to 32x32.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ from PIL import Image
 from epsanet_jax.errors import InputError
 
 SIZE = 32
-HELD_OUT = 5  # every fifth picture, 360 of 1,797, is in the split 'test'
+TEST_EVERY = 5  # every fifth image, 360 of 1,797, is in the split 'test'
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
-    """Builder of the data set 'digits', splits 'train' (1,437 pictures) and 'test' (360).
+    """Builder of the dataset 'digits' with the splits 'train' (1,437 images) and 'test' (360 images).
 
-    Pictures are yielded as encoded PNG files, which lets TFDS write ArrayRecord without TensorFlow.
+    The examples are encoded PNG files, because TFDS can write those to ArrayRecord without TensorFlow.
     """
 
     VERSION = tfds.core.Version('1.0.0')
@@ -43,12 +43,12 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         return {'train': self._generate_examples(False), 'test': self._generate_examples(True)}
 
-    def _generate_examples(self, held_out: bool) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _generate_examples(self, test: bool) -> Iterator[tuple[int, dict[str, Any]]]:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
         for i, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-            if (i % HELD_OUT == 0) == held_out:
+            if (i % TEST_EVERY == 0) == test:
                 small = Image.fromarray((pixels * (255 / 16)).astype('uint8'))
                 png = io.BytesIO()
                 small.resize((SIZE, SIZE), Image.Resampling.BICUBIC).convert('RGB').save(png, 'PNG')
@@ -57,11 +57,11 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: str | None = None) -> None:
-    """Writes the data set below `data_dir` (None: TFDS's own default) unless it is there; takes seconds."""
+    """Writes the dataset to the folder `data_dir` (None: the default of TFDS), unless it exists there."""
     tfds.disable_progress_bar()
     try:
         builder = Digits(data_dir=data_dir, file_format='array_record')
-        # TFDS prints a paragraph on a download of "Unknown size".
+        # TFDS prints several lines about a download of "Unknown size".
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
     except OSError as e:

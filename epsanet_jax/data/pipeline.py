@@ -1,6 +1,6 @@
-"""Batches, addressed by step: what row i of batch s holds depends on the seed, s and i alone.
+"""Yields batches whose rows depend only on the seed, the step and the row.
 
-Every process reads its contiguous rows of each global batch, so that row i is the same example with the same
+Every process reads its contiguous rows of each global batch. So row i is the same example with the same
 augmentation for any number of processes, worker processes and threads, and after a restart at any step.
 """
 
@@ -24,7 +24,7 @@ from epsanet_jax.data.transforms import CentreCrop, TrainTransform
 from epsanet_jax.data.worker import InWorkers, until_killed
 from epsanet_jax.errors import InputError
 
-_Picture = TypeVar('_Picture')
+_Image = TypeVar('_Image')
 Batch = dict[str, np.ndarray]
 NOT_BAD = -1
 _MOST_REPLACEMENTS = 100
@@ -33,13 +33,13 @@ _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EMFILE
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Which rows of each global batch this process holds.
+    """The rows of each global batch that this process holds.
 
     Attributes:
-        batch_size: of the global batch.
+        batch_size: number of rows of the global batch.
         process: index of this process.
         processes: number of processes.
-        microbatches: into which the batch is cut; the process holds contiguous rows of each.
+        microbatches: number of microbatches of a batch; the process holds contiguous rows of each.
     """
 
     batch_size: int
@@ -49,23 +49,23 @@ class Rows:
 
     @property
     def local(self) -> int:
-        """Number of this process's rows."""
+        """Number of rows of this process."""
         if self.batch_size % (self.processes * self.microbatches):
             raise InputError(
-                f'a global batch of {self.batch_size} does not divide among {self.processes} processes and '
+                f'a global batch of {self.batch_size} is not divisible by {self.processes} processes and '
                 f'{self.microbatches} microbatches'
             )
         return self.batch_size // self.processes
 
     def in_batch(self, row: int) -> int:
-        """Returns the place in the global batch of this process's row `row`."""
+        """Returns the index in the global batch of row `row` of this process."""
         rows = self.local // self.microbatches
         microbatch, row = divmod(row, rows)
         return (microbatch * self.processes + self.process) * rows + row
 
 
 def _cores() -> int:
-    """Returns the processors that this process may use."""
+    """Returns the number of processors that this process may use."""
     if hasattr(os, 'sched_getaffinity'):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -73,15 +73,16 @@ def _cores() -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How pictures are read.
+    """How images are read.
 
     Attributes:
-        workers: processes that decode; 0: threads of this process; -1: one for every 8 processors, above 8.
-        threads: that decode, in this process or each worker; 0: as many as there are processors for it.
-        on_bad: 'stop': a picture that cannot be decoded raises BadImageError, which names it;
-            'skip': in training the next good picture takes its place, in evaluation it is not counted.
-        exif_orientation: whether to turn pictures as their EXIF tag says.
-        reduced: whether to decode large JPEGs for training no larger than their crops need.
+        workers: number of processes that decode. 0: decode in threads of this process; -1: one process per 8
+            processors, or 0 for up to 8 processors.
+        threads: number of threads that decode, in this process or in each worker; 0: one per processor.
+        on_bad: 'stop': an image that cannot be decoded raises BadImageError, which names it;
+            'skip': in training the next good image replaces it, in evaluation it is not counted.
+        exif_orientation: whether to rotate images by their EXIF tag.
+        reduced: whether to decode large JPEGs for training at the lowest resolution that their crops need.
     """
 
     workers: int = 0
@@ -91,7 +92,7 @@ class Reading:
     reduced: bool = False
 
     def processes(self) -> int:
-        """Returns the number of worker processes; Python's lock lets one use about 8 processors."""
+        """Returns the number of worker processes; Python's lock limits one process to about 8 processors."""
         cores = _cores()
         return self.workers if self.workers >= 0 else (cores // 8 if cores > 8 else 0)
 
@@ -100,7 +101,7 @@ class Reading:
         return self.threads or min(16, max(1, _cores() // max(1, self.processes())))
 
     def at_once(self) -> int:
-        """Returns how many pictures are read at once."""
+        """Returns the number of images that are read at the same time."""
         return min(_cores(), max(1, self.processes()) * self.threads_each())
 
 
@@ -114,12 +115,11 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Yields this process's rows of batches start_step, start_step + 1, ... without end.
 
-    Those of the first microbatch come first.
-    Batches run through epoch after epoch of the shuffled examples; an epoch may end within a batch.
+    The rows of the first microbatch come first. Every epoch is shuffled again, and may end within a batch.
 
     Yields:
-        'image' uint8 [rows, size, size, 3], 'label' int32 [rows], 'bad_index' int64 [rows]: the index of
-        the picture that could not be decoded and was replaced, or -1; and 'seconds' float32 [rows]: which
+        'image' uint8 [rows, size, size, 3]; 'label' int32 [rows]; 'bad_index' int64 [rows], the index of the
+        image that could not be decoded and was replaced, or -1; 'seconds' float32 [rows], the time that
         reading took.
     """
     data = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
@@ -130,11 +130,11 @@ def train_batches(
 def eval_batches(
     source: Source, crop: CentreCrop, rows: Rows, reading: Reading = Reading()
 ) -> Iterator[Batch]:
-    """Yields this process's rows of as many batches as it takes to see every example once, in order.
+    """Yields this process's rows of the batches that hold every example once, in order.
 
     Yields:
-        'image', 'label', 'bad_index' and 'seconds' as `train_batches`, and 'mask' bool [rows]: false for the
-        rows that fill up the last batch and for pictures that could not be decoded.
+        'image', 'label', 'bad_index' and 'seconds' as `train_batches`, and 'mask' bool [rows], which is false
+        for the padding of the last batch and for images that could not be decoded.
     """
     padded = num_eval_batches(len(source), rows.batch_size) * rows.batch_size
     data = grain.MapDataset.range(padded).map(_LoadForEvaluation(source, crop, reading))
@@ -142,12 +142,12 @@ def eval_batches(
 
 
 def num_eval_batches(examples: int, batch_size: int) -> int:
-    """Returns the number of batches that hold `examples`, the last one padded."""
+    """Returns the number of batches for `examples` examples; the last batch is padded."""
     return -(-examples // batch_size)
 
 
 def bad_image_message(source: Source, index: int) -> str:
-    """Returns the name of a picture that cannot be decoded, and why."""
+    """Returns the name of an image that cannot be decoded, and the reason."""
     try:
         _load(source, index, decode)
     except BadImageError as e:
@@ -160,7 +160,7 @@ def _iterate(data: grain.MapDataset, rows: Rows, reading: Reading) -> Iterator[B
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=max(2, threads))
     batches = data.batch(rows.local, batch_fn=Stack()).to_iter_dataset(options)
     if reading.processes():
-        if not flags.FLAGS.is_parsed():  # grain reads flags of its own, also outside of absl's app.run
+        if not flags.FLAGS.is_parsed():  # grain reads its flags also outside of absl's app.run
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=reading.processes()))
     iterator = iter(batches)
@@ -172,7 +172,7 @@ def _iterate(data: grain.MapDataset, rows: Rows, reading: Reading) -> Iterator[B
 
 
 class _LocalRows(grain.MapDataset):
-    """The rows of one process, batch after batch, of a data set in global order."""
+    """The rows of one process, batch after batch, of a dataset in global order."""
 
     def __init__(self, parent: grain.MapDataset, rows: Rows, start_step: int):
         super().__init__(parent)
@@ -180,7 +180,7 @@ class _LocalRows(grain.MapDataset):
 
     def __len__(self) -> int:
         rows = (len(self._parent) // self._rows.batch_size - self._start_step) * self._local
-        return min(rows, 2**48)  # batches without end must be countable all the same
+        return min(rows, 2**48)  # also endless batches need a length
 
     def __getitem__(self, index):
         step, row = divmod(index, self._local)
@@ -222,7 +222,7 @@ class _LoadForTraining(InWorkers, grain.transforms.RandomMap):
                 'seconds': np.float32(time.perf_counter() - began),
             }
         raise BadImageError(
-            f'{_MOST_REPLACEMENTS} pictures in a row cannot be decoded, the first: '
+            f'{_MOST_REPLACEMENTS} images in a row cannot be decoded, the first is '
             f'{self._source.name_of(element)}'
         )
 
@@ -237,8 +237,8 @@ class _LoadForEvaluation(InWorkers, grain.transforms.Map):
         read = functools.partial(decode, exif_orientation=self._reading.exif_orientation)
         if element < len(self._source):
             try:
-                picture, label = _load(self._source, element, read)
-                image, mask = self._crop(picture), True
+                decoded, label = _load(self._source, element, read)
+                image, mask = self._crop(decoded), True
             except BadImageError:
                 if self._reading.on_bad == 'stop':
                     raise
@@ -252,8 +252,8 @@ class _LoadForEvaluation(InWorkers, grain.transforms.Map):
         }
 
 
-def _patiently(source: Source, index: int, tries: int = 4) -> Record:
-    """Returns a record; what a network file system fails to give once is asked for again."""
+def _read_record(source: Source, index: int, tries: int = 4) -> Record:
+    """Returns a record; retries errors of network file systems that may pass."""
     for left in reversed(range(tries)):
         try:
             return source[index]
@@ -264,16 +264,16 @@ def _patiently(source: Source, index: int, tries: int = 4) -> Record:
     raise AssertionError('unreachable')
 
 
-def _load(source: Source, index: int, read: Callable[[bytes | np.ndarray], _Picture]) -> tuple[_Picture, int]:
-    """Returns the picture, as `read` makes it of the record's, and its label; errors name the record."""
+def _load(source: Source, index: int, read: Callable[[bytes | np.ndarray], _Image]) -> tuple[_Image, int]:
+    """Returns `read` of the record's image, and its label; errors name the record."""
     try:
-        record = _patiently(source, index)
-        picture, label = read(record['image']), record['label']
+        record = _read_record(source, index)
+        image, label = read(record['image']), record['label']
     except (BadImageError, OSError) as e:
         reason = str(e) if isinstance(e, BadImageError) else f'cannot read the image: {e.strerror or e}'
         raise BadImageError(f'{source.name_of(index)}: {reason}') from e
     if not 0 <= label < len(source.class_names):
         raise InputError(
-            f'{source.name_of(index)} has the label {label}, there are {len(source.class_names)} classes'
+            f'{source.name_of(index)} has the label {label}, but there are {len(source.class_names)} classes'
         )
-    return picture, label
+    return image, label

@@ -1,4 +1,4 @@
-"""Where pictures come from: each source is a sequence of records with a name and a fingerprint."""
+"""Sources of images: sequences of records with a fingerprint."""
 
 import hashlib
 import os
@@ -9,25 +9,25 @@ import numpy as np
 
 from epsanet_jax.data import tfrecord
 from epsanet_jax.data.decode import BadImageError
+from epsanet_jax.data.walk import is_there, no_image, read_file, walk
 from epsanet_jax.errors import InputError, one_line
 
 _INFO_FILE = 'dataset_info.json'
-IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
 
 
 class Record(TypedDict):
-    """A picture, as an encoded file or an uint8 array [H, W, 3], and its class."""
+    """An image, as an encoded file or a uint8 array [H, W, 3], and its class."""
 
     image: bytes | np.ndarray
     label: int
 
 
 class Source(Protocol):
-    """A data set with random access.
+    """A dataset with random access.
 
     Attributes:
-        class_names: in the order of the labels.
-        fingerprint: the same for the same pictures in the same order, wherever they lie.
+        class_names: names of the classes, in the order of the labels.
+        fingerprint: digest of the images and their order; does not depend on the folder of the dataset.
     """
 
     class_names: tuple[str, ...]
@@ -38,76 +38,72 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
     def name_of(self, index: int) -> str:
-        """Returns what to call record `index` in a message: a path where there is one."""
+        """Returns the name of record `index` for messages: its path if it is a file."""
         ...
 
 
 class ImageFolder:
-    """A folder with a folder of pictures for each class, in torchvision's layout and order.
+    """A folder with one folder of images per class, in the layout and order of torchvision.
 
-    Classes are numbered in the order of their sorted names; the pictures of a class are all files below its
-    folder that end as pictures do, sorted. The fingerprint is of the relative paths, not of the contents.
+    Classes are numbered in the order of their sorted names. The images of a class are all image files below
+    its folder, in the order of `walk.walk`. The fingerprint depends on the relative paths alone.
 
     Args:
-        root: the folder, on a local disk.
+        root: path of the folder, on a local disk.
+
+    Attributes:
+        skipped: 'PATH: reason' for each entry that is no image to read, see `walk.walk`.
 
     Raises:
-        InputError: there is no such folder, no class in it, or a class without pictures.
+        InputError: the folder does not exist, holds no class folder or an empty one, or holds a folder that
+            cannot be read.
     """
 
     def __init__(self, root: str | os.PathLike[str]):
         self._root = os.fspath(root)
-        if not os.path.isdir(self._root):
+        if not is_there(self._root) or not os.path.isdir(self._root):
             raise InputError(f'no such data directory: {self._root}')
-        with os.scandir(self._root) as entries:
-            self.class_names = tuple(sorted(e.name for e in entries if e.is_dir()))
+        skipped: list[str] = []
+        folders = walk(self._root, on_skipped=skipped.append)
+        self.class_names = next(folders).folders
         if not self.class_names:
-            raise InputError(f'no class folders in {self._root}: expected one folder of pictures a class')
+            raise InputError(f'no class folders in {self._root}: expected one folder of images per class')
+        labels = {name: label for label, name in enumerate(self.class_names)}
         self._files: list[str] = []
         self._labels: list[int] = []
-        for label, name in enumerate(self.class_names):
-            files = list(_pictures(self._root, name))
-            if not files:
-                raise InputError(
-                    f'empty class folder: {os.path.join(self._root, name)} holds no picture '
-                    f'({" ".join(IMAGE_EXTENSIONS)})'
-                )
-            self._files += files
-            self._labels += [label] * len(files)
+        for folder in folders:
+            self._files += [os.path.join(folder.path, entry.name) for entry in folder.images]
+            self._labels += [labels[folder.path.split(os.sep)[0]]] * len(folder.images)
+        for label in sorted({*labels.values()} - {*self._labels}):
+            folder = os.path.join(self._root, self.class_names[label])
+            raise InputError(f'empty class folder: {no_image(folder, self._root, skipped)}')
+        self.skipped = tuple(skipped)
         self.fingerprint = _fingerprint(self._files)
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Record:
-        with open(self.name_of(index), 'rb') as f:
-            return {'image': f.read(), 'label': self._labels[index]}
+        return {'image': read_file(self.name_of(index)), 'label': self._labels[index]}
 
     def name_of(self, index: int) -> str:
-        """Returns the picture's path."""
+        """Returns the path of the image."""
         return os.path.join(self._root, self._files[index])
 
 
-def _pictures(root: str, class_name: str) -> Iterable[str]:
-    for folder, _, names in sorted(os.walk(os.path.join(root, class_name), followlinks=True)):
-        for name in sorted(names):
-            if name.lower().endswith(IMAGE_EXTENSIONS):
-                yield os.path.relpath(os.path.join(folder, name), root)
-
-
 class Tfds:
-    """A split of a TFDS data set that lies prepared, as ArrayRecord or as TFRecord, on a file system.
+    """A split of a prepared TFDS dataset, in ArrayRecord or TFRecord files.
 
-    The data set must have one image and one class label; where TFDS names no supervised pair they must be
-    called 'image' and 'label'.
+    The dataset must have one image and one class label. Without supervised keys in TFDS, their names must be
+    'image' and 'label'.
 
     Args:
-        name: as TFDS knows it, 'digits' or 'imagenet2012:5.1.0'.
+        name: name in TFDS, for example 'digits' or 'imagenet2012:5.1.0'.
         split: 'train', 'test', 'train[:90%]' ...
-        data_dir: where data sets lie; None: TFDS's own default.
+        data_dir: folder of the datasets; None: the default of TFDS.
 
     Raises:
-        InputError: there is no such data set or split, or it is not prepared in a form that can be read.
+        InputError: the dataset or the split does not exist, or is not prepared in a format that can be read.
     """
 
     def __init__(self, name: str, split: str, data_dir: str | None = None):
@@ -123,7 +119,7 @@ class Tfds:
         if len(pair) != 2 or not all(
             key in features and type(features[key]) is kind for key, kind in zip(pair, kinds, strict=True)
         ):
-            raise InputError(f'TFDS data set {name!r} has no pair of image and class label: {list(features)}')
+            raise InputError(f'TFDS dataset {name!r} has no pair of image and class label: {list(features)}')
         self._image, self._label = pair
         try:
             decoders = {self._image: tfds.decode.SkipDecoding()}
@@ -132,10 +128,10 @@ class Tfds:
             else:
                 self._records = builder.as_data_source(split=split, decoders=decoders)
             examples = len(self._records)
-        except Exception as e:  # TFDS raises many things, for splits and for file formats
-            raise InputError(f'TFDS data set {self._name}: {_line(e)}') from e
+        except Exception as e:  # TFDS raises many types, for splits and for file formats
+            raise InputError(f'TFDS dataset {self._name}: {_line(e)}') from e
         if not examples:
-            raise InputError(f'TFDS data set {self._name} is empty')
+            raise InputError(f'TFDS dataset {self._name} is empty')
         self.class_names = tuple(features[self._label].names)
         self.fingerprint = _fingerprint([builder.info.full_name, split, str(examples)])
 
@@ -151,11 +147,11 @@ class Tfds:
             return self._records[index]
         except (IndexError, OSError):
             raise
-        except Exception as e:  # what damage makes of it: a checksum, or something that cannot be parsed
+        except Exception as e:  # a wrong checksum, or data that cannot be parsed
             raise BadImageError(f'the record is damaged: {_line(e)}') from e
 
     def name_of(self, index: int) -> str:
-        """Returns what to call record `index` in a message."""
+        """Returns the name of record `index` for messages."""
         try:
             name = self._record(index).get('file_name', b'')
         except (BadImageError, OSError):
@@ -165,35 +161,35 @@ class Tfds:
 
 
 class Records(Tfds):
-    """A split of a folder that `epsanet prepare` wrote, or of any other that holds one TFDS data set.
+    """A split of a dataset that `epsanet prepare` wrote, or of another folder with one TFDS dataset.
 
     Args:
-        folder: the one with dataset_info.json.
+        folder: path of the folder that holds dataset_info.json.
         split: 'train', 'val', 'train[:90%]' ...
 
     Raises:
-        InputError: it is no such folder, or there is no such split.
+        InputError: the folder holds no dataset, or the split does not exist.
     """
 
     def __init__(self, folder: str | os.PathLike[str], split: str):
         folder = os.fspath(folder)
         if not is_prepared(folder):
             raise InputError(
-                f'no prepared data set in {folder}: it holds no {_INFO_FILE}; `epsanet prepare` makes one'
+                f'no prepared dataset in {folder}: {_INFO_FILE} is missing; `epsanet prepare` creates one'
             )
         self._open(_builder_in(folder), folder, split)
 
 
 def is_prepared(folder: str | os.PathLike[str]) -> bool:
-    """Whether a folder holds a TFDS data set, as `epsanet prepare` writes it."""
+    """Whether a folder holds a TFDS dataset, as `epsanet prepare` writes it."""
     return os.path.isfile(os.path.join(folder, _INFO_FILE))
 
 
 def held_out(folder: str | os.PathLike[str]) -> str:
-    """Returns the split of prepared records to evaluate on: 'val', 'validation', 'test' or the last one."""
+    """Returns the split of a dataset for evaluation: 'val', 'validation', 'test' or the last one."""
     splits = list(_builder_in(os.fspath(folder)).info.splits)
     if not splits:
-        raise InputError(f'the data set in {folder} has no splits')
+        raise InputError(f'the dataset in {folder} has no splits')
     return next((s for s in ('val', 'validation', 'test') if s in splits), splits[-1])
 
 
@@ -202,8 +198,8 @@ def _builder_in(folder: str) -> Any:
 
     try:
         return tfds.builder_from_directory(folder)
-    except Exception as e:  # a damaged description is met in many ways
-        raise InputError(f'cannot open the data set in {folder}: {_line(e)}') from e
+    except Exception as e:  # TFDS raises many types for a damaged description
+        raise InputError(f'cannot open the dataset in {folder}: {_line(e)}') from e
 
 
 def _find_builder(name: str, data_dir: str | None) -> Any:
@@ -214,25 +210,25 @@ def _find_builder(name: str, data_dir: str | None) -> Any:
     except tfds.core.registered.DatasetNotFoundError as e:
         place = data_dir or "TFDS's default folder"
         folder = '' if os.path.exists(name) else f', and there is no folder {name!r}'
-        raise InputError(f'no TFDS data set {name!r} is known or found in {place}{folder}') from e
-    except Exception as e:  # for a name or version that it cannot parse TFDS raises many things
-        raise InputError(f'TFDS cannot open the data set {name!r}: {_line(e)}') from e
+        raise InputError(f'no TFDS dataset {name!r} is known or found in {place}{folder}') from e
+    except Exception as e:  # TFDS raises many types for a name or version that it cannot parse
+        raise InputError(f'TFDS cannot open the dataset {name!r}: {_line(e)}') from e
     if not os.path.exists(builder.data_path):
         raise InputError(
-            f'TFDS data set {name!r} is not prepared in {builder.data_path}: run '
+            f'TFDS dataset {name!r} is not prepared in {builder.data_path}: run '
             f"tfds.builder({name!r}, file_format='array_record').download_and_prepare()"
         )
     return builder
 
 
 class Synthetic:
-    """Noise around a pattern of its own for each class: learnable, made on the fly, the same every time.
+    """Reproducible images that are generated when read: noise added to one pattern per class.
 
     Args:
-        examples: number of pictures.
+        examples: number of images.
         classes: number of classes.
-        size: height and width, pixels.
-        seed: another seed gives other pictures of the same classes.
+        size: height and width in pixels.
+        seed: another seed gives other images of the same classes.
     """
 
     def __init__(self, examples: int, classes: int, size: int, seed: int = 0):
@@ -254,8 +250,8 @@ class Synthetic:
         return {'image': (self._patterns[label] + noise).astype(np.uint8), 'label': label}
 
     def name_of(self, index: int) -> str:
-        """Returns what to call record `index` in a message."""
-        return f'synthetic picture {index}'
+        """Returns the name of record `index` for messages."""
+        return f'synthetic image {index}'
 
 
 def _line(error: Exception) -> str:

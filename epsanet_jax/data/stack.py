@@ -1,4 +1,4 @@
-"""Rows into batches, in memory that is used again."""
+"""Stacks rows to batches in reused memory."""
 
 import sys
 import threading
@@ -7,27 +7,30 @@ from typing import Any
 
 import numpy as np
 
-_LARGE, _KEPT = 2**12, 32  # bytes of a row from which on memory is used again; batches to keep for that
+_LARGE = 2**12  # bytes: memory is reused for rows of at least this size
+_KEPT = 32  # batches whose memory is kept
 
 
 def _references(arrays: list[np.ndarray]) -> list[int]:
     return [sys.getrefcount(array) for array in arrays]
 
 
-_UNUSED = _references([np.empty(1)])[0]  # of an array that only its list knows; depends on Python's version
+_UNUSED = _references([np.empty(1)])[
+    0
+]  # of an array that only its list refers to; depends on Python's version
 
 
 class Stack:
-    """Puts rows together into batches, in memory of earlier ones that nobody looks at any more.
+    """Stacks rows to batches, in the memory of earlier batches that are no longer used.
 
-    New memory costs more than the copy into it: the operating system has to find and clear every page.
+    New memory costs more than copying the rows: the operating system has to find and clear every page.
     """
 
     def __init__(self):
         self._lock, self._free = threading.Lock(), {}
 
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
-        """Returns the rows' values stacked, by name."""
+        """Returns the stacked values of the rows, by name."""
         return {name: self._stack([row[name] for row in rows]) for name in rows[0]}
 
     def _stack(self, values: list[Any]) -> np.ndarray:
@@ -37,7 +40,7 @@ class Stack:
         shape = (len(values), *first.shape)
         with self._lock:
             owned = self._free.setdefault((shape, first.dtype), [])
-            # Whoever still needs the memory, JAX included, holds a reference.
+            # Code that still needs the memory, including JAX, holds a reference.
             unused = (i for i, count in enumerate(_references(owned)) if count == _UNUSED)
             place = next(unused, None)
             batch = None if place is None else owned[place]

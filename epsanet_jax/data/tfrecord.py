@@ -1,7 +1,7 @@
 """Random access to TFRecord files, without TensorFlow.
 
-A file is a row of records: the length as 8 bytes, little-endian, its checksum (4), the data, a checksum of
-that (4). Where each begins is found by going from length to length, once for each file that is asked for.
+A record is its length (8 bytes, little-endian), a checksum of the length (4 bytes), the data, and a checksum
+of the data (4 bytes). The first access to a file reads all lengths to find where each record starts.
 """
 
 import bisect
@@ -18,7 +18,7 @@ _HEADER, _CHECKSUM = struct.Struct('<QI'), 4
 
 
 class Part(NamedTuple):
-    """The records of a file that belong to a split: those from `skip` on, `take` of them."""
+    """The records of a file that belong to a split: `take` records after the first `skip` records."""
 
     path: str
     skip: int
@@ -26,10 +26,10 @@ class Part(NamedTuple):
 
 
 class TfRecords:
-    """The records of a split, one file's after the other's.
+    """The records of a split, file after file.
 
     Args:
-        parts: in their order.
+        parts: the parts of the files, in order.
     """
 
     def __init__(self, parts: Sequence[Part]):
@@ -40,10 +40,10 @@ class TfRecords:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> bytes:
-        """Returns a record's data; its checksum is not checked, damage shows when it is parsed.
+        """Returns the data of a record, without checking its checksum: parsing detects damage.
 
         Raises:
-            InputError: the file has fewer records than it should.
+            InputError: the file is truncated.
         """
         if not 0 <= index < len(self):
             raise IndexError(index)
@@ -52,7 +52,9 @@ class TfRecords:
         places = _places(path)
         number = skip + index - (self._ends[which] - take)
         if number >= len(places):
-            raise InputError(f'{path} holds {len(places)} whole records, and record {number} is asked for')
+            raise InputError(
+                f'{path} is truncated: record {number} is missing, the file holds {len(places)} whole records'
+            )
         start, length = places[number]
         with open(path, 'rb') as f:
             f.seek(start)
@@ -61,7 +63,7 @@ class TfRecords:
 
 @functools.lru_cache(maxsize=4096)
 def _places(path: str) -> list[tuple[int, int]]:
-    """Returns where each record's data begins, and its length."""
+    """Returns the position and the length of the data of each record."""
     places, position, size = [], 0, os.path.getsize(path)
     with open(path, 'rb') as f:
         while position + _HEADER.size <= size:
@@ -70,18 +72,18 @@ def _places(path: str) -> list[tuple[int, int]]:
             start = position + _HEADER.size
             position = start + length + _CHECKSUM
             if position > size:
-                break  # cut off
+                break  # truncated
             places.append((start, length))
     return places
 
 
 class Examples:
-    """The examples of a TFDS split that lies in TFRecord files, parsed.
+    """The parsed examples of a TFDS split in TFRecord files.
 
     Args:
-        builder: TFDS's, of the data set.
+        builder: TFDS builder of the dataset.
         split: 'train', 'train[:90%]' ...
-        decoders: as TFDS takes them.
+        decoders: TFDS decoders of the features.
     """
 
     def __init__(self, builder: Any, split: str, decoders: Any):

@@ -1,10 +1,10 @@
-"""What makes the worker processes that read pictures part of a run: its signals, its end and theirs."""
+"""Worker processes that read images: they ignore signals meant for the run, and end when the run ends."""
 
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,10 +12,10 @@ from epsanet_jax.errors import TrainingError, one_line
 
 
 class InWorkers:
-    """Settles down in each worker process that it is sent to.
+    """Prepares each worker process that an instance is sent to.
 
-    A signal to the whole group, Ctrl-C say, is for the run to take, which still needs its pictures; and a
-    worker whose run is gone, however it went, ends too.
+    The worker ignores SIGINT and SIGTERM: Ctrl-C reaches the whole group of processes, but the run decides
+    when to stop and needs images until then. The worker ends when the run ends, also if the run was killed.
     """
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -27,23 +27,35 @@ class InWorkers:
             return
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
-        threading.Thread(target=_end_with_parent, args=[os.getppid()], daemon=True).start()
+        end_with_parent()
 
 
-def _end_with_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(2)
+def end_with_parent() -> None:
+    """Ends this worker process as soon as its parent process ends, also if the parent was killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, 'not a worker process'
+    threading.Thread(target=_end_with, args=[parent.sentinel, os.getppid()], daemon=True).start()
+
+
+def _end_with(sentinel: int, parent: int) -> None:
+    # A process that the parent forked may keep the sentinel's pipe open, so the parent's id is checked too.
+    while not multiprocessing.connection.wait([sentinel], timeout=2) and os.getppid() == parent:
+        pass
     os._exit(1)
 
 
 def until_killed(iterator: Iterator[Any]) -> Iterator[Any]:
-    """Yields the batches; a worker that is gone is told in one line."""
+    """Yields the batches of worker processes.
+
+    Raises:
+        TrainingError: a worker was killed.
+    """
     try:
         yield from iterator
     except RuntimeError as e:
         if 'terminated unexpectedly' not in str(e):
             raise
         raise TrainingError(
-            f'a worker that reads pictures was killed, for want of memory perhaps: {one_line(e)}; set '
-            'config.data.workers to fewer'
+            'a worker process that reads images was killed, perhaps because memory ran out: decrease '
+            f'config.data.workers ({one_line(e)})'
         ) from e

@@ -275,4 +275,4 @@ def test_out_is_asked_for_and_unreadable_pictures_are_an_error(capsys, weights, 
     assert '--out' in run(capsys, 'explain', weights[0], pictures)[2]
     (tmp_path / 'x.jpg').write_text('no picture')
     status, out, err = run(capsys, 'explain', weights[0], tmp_path / 'x.jpg', '--out', tmp_path / 'out')
-    assert (status, out, err.count('\n'), 'no kind of image known' in err) == (2, '', 1, True)
+    assert (status, out, err.count('\n'), 'not a known image format' in err) == (2, '', 1, True)

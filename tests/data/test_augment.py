@@ -1,4 +1,4 @@
-"""What happens on the device: normalisation, mixup and cutmix."""
+"""Normalisation, mixup and cutmix on the device."""
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +16,19 @@ def keys_of(rows, seed=3, step=7):
     return row_keys(seed, step, jnp.arange(rows) if isinstance(rows, int) else rows)
 
 
-def pictures(rng, rows=32, height=12, width=16, dtype=np.float32):
+def random_batch(rng, rows=32, height=12, width=16, dtype=np.float32):
     images = rng.standard_normal((rows, height, width, 3)).astype(dtype)
     targets = rng.dirichlet(np.ones(10), rows).astype(dtype)
     return images, targets
 
 
 def swap(a):
-    """Every row's partner."""
+    """The partner of every row."""
     return a[np.arange(len(a)) ^ 1]
 
 
 def shares(rows, alphas, **key):
-    """Each row's share of its own target, and [rows, 12, 16] of its own pixels."""
+    """The weight of each row's own target [rows], and of its own pixels [rows, 12, 16]."""
     own = jnp.arange(rows) % 2 == 0
     images = jnp.broadcast_to(own[:, None, None, None], (rows, 12, 16, 3)).astype(jnp.float32)
     targets = jax.nn.one_hot(jnp.arange(rows) % 2, 10, dtype=jnp.float32)
@@ -38,7 +38,7 @@ def shares(rows, alphas, **key):
     return np.where(own, targets[:, 0], targets[:, 1]), pixels
 
 
-def test_normalisation():
+def test_normalize_subtracts_the_mean_and_divides_by_std():
     images = np.array([[[[0, 128, 255]]]], np.uint8)
     y = normalize(images, (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), jnp.float64)
     expected = (images / 255 - np.array([0.5, 0.4, 0.3])) / np.array([0.2, 0.25, 0.3])
@@ -46,21 +46,21 @@ def test_normalisation():
     assert normalize(images, (0.5,) * 3, (0.2,) * 3, jnp.bfloat16).dtype == jnp.bfloat16
 
 
-def test_without_alphas_nothing_changes(rng):
-    images, targets = pictures(rng, 3)
+def test_alphas_of_0_change_nothing(rng):
+    images, targets = random_batch(rng, 3)
     actual = mix(images, targets, keys_of(3), 0.0, 0.0)
     assert actual[0] is images
     assert actual[1] is targets
 
 
-def test_rows_without_a_partner_are_refused(rng):
+def test_odd_number_of_rows_is_an_error(rng):
     with pytest.raises(ValueError, match='3 rows do not divide into pairs'):
-        mix(*pictures(rng, 3), keys_of(3), 0.2, 0.0)
+        mix(*random_batch(rng, 3), keys_of(3), 0.2, 0.0)
 
 
 @pytest.mark.parametrize('alphas', MIXES.values(), ids=MIXES)
-def test_targets_keep_their_sum_and_go_where_the_pixels_go(rng, alphas):
-    images, targets = pictures(rng)
+def test_targets_keep_their_sum_and_are_mixed_like_the_pixels(rng, alphas):
+    images, targets = random_batch(rng)
     actual_images, actual = mixed(images, targets, keys_of(32), *alphas)
     np.testing.assert_allclose(actual.sum(axis=1), 1, rtol=1e-6)
     assert (actual >= 0).all()
@@ -71,8 +71,8 @@ def test_targets_keep_their_sum_and_go_where_the_pixels_go(rng, alphas):
     assert not np.array_equal(actual_images, images)
 
 
-def test_mixup_is_the_weighted_sum_of_two_pictures(rng):
-    images, targets = pictures(rng, dtype=np.float64)
+def test_mixup_is_the_weighted_sum_of_two_images(rng):
+    images, targets = random_batch(rng, dtype=np.float64)
     actual, actual_targets = mixed(images, targets, keys_of(32), *MIXES['mixup'])
     share = shares(32, MIXES['mixup'])[0].astype(np.float64)[:, None]
     expected = share * targets + (1 - share) * swap(targets)
@@ -82,8 +82,8 @@ def test_mixup_is_the_weighted_sum_of_two_pictures(rng):
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-def test_cutmix_puts_a_box_of_the_partner_in_its_place(rng, dtype):
-    images, targets = pictures(rng)
+def test_cutmix_replaces_a_box_by_the_same_box_of_the_partner(rng, dtype):
+    images, targets = random_batch(rng)
     images = jnp.asarray(images, dtype)
     actual, actual_targets = mixed(images, targets, keys_of(32), *MIXES['cutmix'])
     assert actual.dtype == dtype
@@ -99,7 +99,7 @@ def test_cutmix_puts_a_box_of_the_partner_in_its_place(rng, dtype):
     assert len({b.tobytes() for b in inside}) > 20
 
 
-def test_the_target_s_share_is_the_box_s_area():
+def test_cutmix_weighs_targets_by_the_area_of_the_box():
     share, pixels = shares(4000, MIXES['cutmix'])
     assert set(np.unique(pixels)) == {0, 1}
     area = pixels.mean(axis=(1, 2), dtype=np.float64).astype(np.float32)
@@ -108,7 +108,7 @@ def test_the_target_s_share_is_the_box_s_area():
 
 
 @pytest.mark.parametrize('alpha', [0.2, 4.0])
-def test_mixup_s_shares_are_beta_distributed(alpha):
+def test_mixup_weights_are_beta_distributed(alpha):
     share, pixels = shares(4000, (alpha, 0.0))
     np.testing.assert_allclose(pixels, np.broadcast_to(share[:, None, None], pixels.shape), atol=1e-6)
     assert share.mean() == pytest.approx(0.5, abs=0.03)
@@ -117,7 +117,7 @@ def test_mixup_s_shares_are_beta_distributed(alpha):
     np.testing.assert_allclose(actual, scipy.stats.beta(alpha, alpha).cdf(at), atol=0.03)
 
 
-def test_cutmix_s_boxes_lie_where_torchvision_s_lie():
+def test_cutmix_boxes_are_distributed_as_in_torchvision():
     _, pixels = shares(4000, MIXES['cutmix'])
     rng, boxes = np.random.default_rng(0), np.zeros((4000, 12, 16))
     for box in boxes:
@@ -133,14 +133,14 @@ def test_cutmix_s_boxes_lie_where_torchvision_s_lie():
     np.testing.assert_allclose(*areas, atol=0.04)
 
 
-def test_with_both_every_second_row_is_cut():
+def test_with_both_alphas_half_of_the_rows_use_cutmix():
     share, pixels = shares(4000, (1.0, 1.0))
     cut = ((pixels == 0) | (pixels == 1)).all(axis=(1, 2))
     assert 0.45 < cut.mean() < 0.55
     assert ((share[~cut] > 0) & (share[~cut] < 1)).all()
 
 
-def test_rows_steps_and_seeds_draw_for_themselves():
+def test_draws_differ_between_rows_steps_and_seeds():
     draws = [shares(32, MIXES['mixup'], seed=s, step=t)[0] for s, t in [(3, 7), (3, 8), (4, 7)]]
     assert len(np.unique(np.concatenate(draws))) > 90
     np.testing.assert_array_equal(shares(32, MIXES['mixup'])[0], draws[0])
@@ -149,8 +149,8 @@ def test_rows_steps_and_seeds_draw_for_themselves():
 
 
 @pytest.mark.parametrize('rows', [2, 16])
-def test_rows_are_the_same_however_the_batch_is_cut(rng, strict, rows):
-    images, targets = pictures(rng)
+def test_rows_do_not_depend_on_the_microbatch_size(rng, strict, rows):
+    images, targets = random_batch(rng)
     alphas = MIXES['both']
     expected = mixed(images, targets, keys_of(32), *alphas)
     for first in range(0, 32, rows):
@@ -160,8 +160,8 @@ def test_rows_are_the_same_however_the_batch_is_cut(rng, strict, rows):
             np.testing.assert_array_equal(a, e[part])
 
 
-def test_rows_are_the_same_on_eight_devices_and_whatever_jax_s_generator(rng):
-    images, targets = pictures(rng)
+def test_rows_do_not_depend_on_devices_or_jax_s_default_generator(rng):
+    images, targets = random_batch(rng)
     mesh = jax.make_mesh((8,), ('rows',), axis_types=(jax.sharding.AxisType.Auto,))
     spec = jax.sharding.PartitionSpec('rows')
 
@@ -182,8 +182,8 @@ def test_rows_are_the_same_on_eight_devices_and_whatever_jax_s_generator(rng):
         np.testing.assert_array_equal(a, e)
 
 
-def test_gradients_flow_through_the_pixels_alone(rng):
-    images, targets = pictures(rng)
+def test_gradients_flow_through_the_pixels_only(rng):
+    images, targets = random_batch(rng)
     grads = jax.jit(jax.grad(lambda x: mix(x, targets, keys_of(32), 0.2, 1.0)[0].sum()))(images)
     share, _ = shares(32, MIXES['both'])
     assert np.isfinite(grads).all()

@@ -1,4 +1,4 @@
-"""What becomes of each odd or broken file: the right picture, or a refusal with a reason."""
+"""Unusual and broken files: decoded to the right image, or refused with a reason."""
 
 import io
 import struct
@@ -16,46 +16,46 @@ ORIENTATION = 0x0112
 
 @pytest.fixture(scope='module')
 def original():
-    """A smooth picture, so that JPEG changes little: red to the right, green downwards, a bright corner."""
+    """A smooth image, which JPEG changes little: red to the right, green downwards, a bright corner."""
     y, x = np.mgrid[0:60, 0:80]
     pixels = np.stack([40 + 2 * x, 40 + 3 * y, np.full_like(x, 90)], -1)
     pixels[:15, :20] = 230
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def encoded(picture, kind, **options):
+def encoded(image, kind, **options):
     file = io.BytesIO()
-    picture.save(file, kind, **options)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
-def gray_as_rgb(picture):
-    return picture.convert('L').convert('RGB')
+def gray_as_rgb(image):
+    return image.convert('L').convert('RGB')
 
 
-def sixteen_bits(picture):
-    return Image.fromarray(np.asarray(picture.convert('L')).astype(np.uint16) * 257)
+def sixteen_bits(image):
+    return Image.fromarray(np.asarray(image.convert('L')).astype(np.uint16) * 257)
 
 
-def with_alpha(picture, mode):
-    alpha = Image.new('L', picture.size, 128)
-    picture = picture.convert(mode[:-1])
-    picture.putalpha(alpha)
-    return picture
+def with_alpha(image, mode):
+    alpha = Image.new('L', image.size, 128)
+    image = image.convert(mode[:-1])
+    image.putalpha(alpha)
+    return image
 
 
-def palette_with_transparency(picture):
-    return encoded(picture.quantize(256), 'PNG', transparency=bytes([0, 128] * 128))
+def palette_with_transparency(image):
+    return encoded(image.quantize(256), 'PNG', transparency=bytes([0, 128] * 128))
 
 
-# name: (file, the picture it must become, mean difference allowed in grey levels)
+# name: (file, expected image, largest mean difference in gray levels)
 SAME, GRAY = (lambda p: p), gray_as_rgb
 KINDS = {
     'jpeg': (lambda p: encoded(p, 'JPEG', quality=95), SAME, 2),
     'progressive jpeg': (lambda p: encoded(p, 'JPEG', quality=95, progressive=True), SAME, 2),
     'gray jpeg': (lambda p: encoded(p.convert('L'), 'JPEG', quality=95), GRAY, 2),
     'cmyk jpeg': (lambda p: encoded(p.convert('CMYK'), 'JPEG', quality=95), SAME, 3),
-    'jpeg with rubbish behind it': (lambda p: encoded(p, 'JPEG', quality=95) + b'x' * 3000, SAME, 2),
+    'jpeg followed by other data': (lambda p: encoded(p, 'JPEG', quality=95) + b'x' * 3000, SAME, 2),
     'png': (lambda p: encoded(p, 'PNG'), SAME, 0),
     'png of 16 bits': (lambda p: encoded(sixteen_bits(p), 'PNG'), GRAY, 0),
     'png with alpha': (lambda p: encoded(with_alpha(p, 'RGBA'), 'PNG'), SAME, 0),
@@ -80,9 +80,9 @@ KINDS = {
 }
 
 
-@pytest.fixture(params=['simplejpeg', 'Pillow alone'])
+@pytest.fixture(params=['simplejpeg', 'Pillow'])
 def decoder(request, monkeypatch):
-    if request.param == 'Pillow alone':
+    if request.param == 'Pillow':
         monkeypatch.setattr(decoding, 'simplejpeg', None)
     else:
         assert decoding.simplejpeg is not None
@@ -90,11 +90,11 @@ def decoder(request, monkeypatch):
 
 @pytest.mark.usefixtures('decoder')
 @pytest.mark.parametrize('kind', KINDS)
-def test_the_right_picture(original, kind):
+def test_every_format_decodes_to_the_right_image(original, kind):
     make, expected, allowed = KINDS[kind]
-    picture = decode(make(original))
-    assert picture.mode == 'RGB'
-    difference = np.abs(np.asarray(picture, float) - np.asarray(expected(original), float))
+    image = decode(make(original))
+    assert image.mode == 'RGB'
+    difference = np.abs(np.asarray(image, float) - np.asarray(expected(original), float))
     assert difference.mean() <= allowed
 
 
@@ -110,27 +110,33 @@ def half(data):
     return data[: len(data) // 2]
 
 
-def zeros_behind(data):
+def second_half_zero(data):
     return half(data) + bytes(len(data) - len(data) // 2)
 
 
 def with_a_thumbnail(data):
-    """Another JPEG with an end of its own in a segment before the scan."""
+    """Inserts another JPEG with an end marker in a segment before the scan."""
     thumbnail = data[:200] + b'\xff\xd9'
     return data[:2] + b'\xff\xe2' + struct.pack('>H', len(thumbnail) + 2) + thumbnail + data[2:]
 
 
 BROKEN = {
     'empty': (lambda jpeg: b'', 'the file is empty'),
-    'text': (lambda jpeg: b'no picture at all', 'no kind of image known'),
-    'a page': (lambda jpeg: b'<!DOCTYPE html><html></html>' * 20, 'no kind of image known'),
-    'a pointer': (lambda jpeg: b'version https://git-lfs.github.com/spec/v1\n', 'no kind of image known'),
+    'text': (lambda jpeg: b'not an image', 'not a known image format'),
+    'html': (lambda jpeg: b'<!DOCTYPE html><html></html>' * 20, 'not a known image format'),
+    'git-lfs pointer': (
+        lambda jpeg: b'version https://git-lfs.github.com/spec/v1\n',
+        'not a known image format',
+    ),
     'cut in half': (half, 'has no end'),
-    'zeros for its second half': (zeros_behind, 'has no end'),
-    'zeros, and a whole thumbnail': (lambda jpeg: with_a_thumbnail(zeros_behind(jpeg)), 'has no end'),
-    'only a header': (lambda jpeg: jpeg[:60], 'cannot decode the image: '),
-    'a bomb': (lambda jpeg: png_declaring(100_000, 100_000), 'decompression bomb'),
-    'a smaller bomb': (lambda jpeg: png_declaring(10_000, 10_000), 'decompression bomb'),
+    'second half is zeros': (second_half_zero, 'has no end'),
+    'second half is zeros, with a complete thumbnail': (
+        lambda jpeg: with_a_thumbnail(second_half_zero(jpeg)),
+        'has no end',
+    ),
+    'header only': (lambda jpeg: jpeg[:60], 'cannot decode the image: '),
+    'decompression bomb': (lambda jpeg: png_declaring(100_000, 100_000), 'decompression bomb'),
+    'smaller decompression bomb': (lambda jpeg: png_declaring(10_000, 10_000), 'decompression bomb'),
     'floats': (lambda jpeg: encoded(Image.new('F', (8, 8), 0.5), 'TIFF'), 'no known range'),
     'integers': (lambda jpeg: encoded(Image.new('I', (8, 8), 10**6), 'TIFF'), 'values of 1000000 to 1000000'),
 }
@@ -138,7 +144,7 @@ BROKEN = {
 
 @pytest.mark.usefixtures('decoder')
 @pytest.mark.parametrize('kind', BROKEN)
-def test_refused_with_a_reason(original, kind):
+def test_broken_files_are_refused_with_a_reason(original, kind):
     make, reason = BROKEN[kind]
     data = make(encoded(original, 'JPEG', quality=95))
     with pytest.raises(BadImageError, match=reason) as error:
@@ -149,12 +155,12 @@ def test_refused_with_a_reason(original, kind):
 
 
 @pytest.mark.usefixtures('decoder')
-def test_a_thumbnail_with_an_end_does_no_harm(original):
+def test_jpeg_with_a_complete_thumbnail_is_decoded(original):
     jpeg = encoded(original, 'JPEG', quality=95)
     assert np.array_equal(np.asarray(decode(with_a_thumbnail(jpeg))), np.asarray(decode(jpeg)))
 
 
-TURNS = {
+ROTATIONS = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
     3: lambda a: a[::-1, ::-1],
@@ -166,41 +172,41 @@ TURNS = {
 }
 
 
-@pytest.mark.parametrize('orientation', [*TURNS, 0, 9])
+@pytest.mark.parametrize('orientation', [*ROTATIONS, 0, 9])
 @pytest.mark.parametrize('kind', ['PNG', 'JPEG', 'TIFF'])
-def test_pictures_are_turned_as_exif_says_or_not(original, orientation, kind):
+def test_images_are_rotated_by_their_exif_tag_if_requested(original, orientation, kind):
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     data = encoded(original, kind, exif=exif, **({'quality': 95} if kind == 'JPEG' else {}))
-    upright = TURNS.get(orientation, TURNS[1])(np.asarray(original)).astype(float)
-    turned = np.asarray(decode(data), float)
-    assert turned.shape == upright.shape
-    assert np.abs(turned - upright).mean() < 2
+    upright = ROTATIONS.get(orientation, ROTATIONS[1])(np.asarray(original)).astype(float)
+    rotated = np.asarray(decode(data), float)
+    assert rotated.shape == upright.shape
+    assert np.abs(rotated - upright).mean() < 2
     reduced = Reduced(data, 1000)
     assert (reduced.height, reduced.width) == upright.shape[:2]
-    assert np.array_equal(np.asarray(reduced.crop((0, 0, reduced.width, reduced.height))), turned)
-    if kind != 'TIFF':  # which Pillow turns by itself
-        as_it_is = np.asarray(decode(data, exif_orientation=False), float)
-        assert np.abs(as_it_is - np.asarray(original, float)).mean() < 2
+    assert np.array_equal(np.asarray(reduced.crop((0, 0, reduced.width, reduced.height))), rotated)
+    if kind != 'TIFF':  # Pillow always rotates TIFF images
+        unrotated = np.asarray(decode(data, exif_orientation=False), float)
+        assert np.abs(unrotated - np.asarray(original, float)).mean() < 2
 
 
 @pytest.mark.parametrize('kind', ['PNG', 'WEBP', 'JPEG'])
-def test_exif_that_is_none_counts_as_upright(original, kind):
+def test_invalid_exif_counts_as_upright(original, kind):
     plain, damaged = (encoded(original, kind, exif=exif) for exif in (b'', b'Exif\0\0garbage!!!!!!'))
     expected = np.asarray(decode(plain))
     np.testing.assert_array_equal(np.asarray(decode(damaged)), expected)
-    picture = Reduced(damaged, 1000)
-    np.testing.assert_array_equal(np.asarray(picture.crop((0, 0, picture.width, picture.height))), expected)
+    image = Reduced(damaged, 1000)
+    np.testing.assert_array_equal(np.asarray(image.crop((0, 0, image.width, image.height))), expected)
 
 
-def test_a_large_jpeg_is_decoded_no_larger_than_the_crop_needs(original):
+def test_large_jpeg_is_decoded_at_the_resolution_of_the_crop(original):
     large = original.resize((1600, 1200), Image.Resampling.BICUBIC)
     exif = Image.Exif()
     exif[ORIENTATION] = 6
-    picture = Reduced(encoded(large, 'JPEG', quality=95, exif=exif), 100)
-    assert (picture.width, picture.height) == (1200, 1600)
-    part = picture.crop((200, 400, 1000, 1500))
-    assert part.size == (100, 138)  # an eighth
-    upright = Image.fromarray(TURNS[6](np.asarray(large)))
+    image = Reduced(encoded(large, 'JPEG', quality=95, exif=exif), 100)
+    assert (image.width, image.height) == (1200, 1600)
+    part = image.crop((200, 400, 1000, 1500))
+    assert part.size == (100, 138)  # an eighth of the size
+    upright = Image.fromarray(ROTATIONS[6](np.asarray(large)))
     expected = upright.crop((200, 400, 1000, 1500)).resize(part.size, Image.Resampling.BOX)
     assert np.abs(np.asarray(part, float) - np.asarray(expected, float)).mean() < 2

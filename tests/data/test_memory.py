@@ -1,4 +1,4 @@
-"""The pipeline's memory does not grow with the epochs."""
+"""The memory of the pipeline does not grow with the number of epochs."""
 
 import itertools
 import os
@@ -14,12 +14,12 @@ PAGE = os.sysconf('SC_PAGE_SIZE')
 
 
 def resident():
-    """Returns the memory of this process, in MiB."""
+    """Returns the memory of this process in MiB."""
     with open('/proc/self/statm') as f:
         return int(f.read().split()[1]) * PAGE / 2**20
 
 
-def test_twenty_epochs_take_no_more_than_two(tmp_path, rng):
+def test_twenty_epochs_need_no_more_memory_than_a_few(tmp_path, rng):
     (tmp_path / 'a').mkdir()
     for i in range(64):
         Image.fromarray(rng.integers(0, 256, (200, 200, 3), dtype=np.uint8)).save(tmp_path / f'a/{i}.jpg')
@@ -31,4 +31,6 @@ def test_twenty_epochs_take_no_more_than_two(tmp_path, rng):
         used.append(resident())
     batches.close()
     print(f'MiB after each of 20 epochs: {[round(u) for u in used]}')
-    assert used[-1] - used[1] < 40  # all the pictures of one epoch, decoded, are 7
+    # Keeping the decoded images of every epoch would add 7 MiB per epoch. The extremes of several epochs are
+    # compared, because a busy machine shifts single values.
+    assert min(used[15:]) - max(used[:5]) < 40

@@ -1,3 +1,5 @@
+"""Image folders, TFDS datasets, prepared records and synthetic images."""
+
 import pickle
 
 import numpy as np
@@ -19,12 +21,12 @@ def write(path, color=0):
 def folder(tmp_path):
     for i, name in enumerate(['b/2.png', 'b/10.PNG', 'a/x.jpeg', 'B/nested/deeper/y.bmp', 'b/nested/z.png']):
         write(tmp_path / name, i)
-    (tmp_path / 'b' / 'notes.txt').write_text('no picture')
+    (tmp_path / 'b' / 'notes.txt').write_text('no image')
     (tmp_path / 'stray.png').write_bytes(b'')
     return tmp_path
 
 
-def test_an_image_folder_is_in_torchvision_s_order(folder):
+def test_image_folder_has_torchvision_s_order(folder):
     source = ImageFolder(folder)
     assert source.class_names == ('B', 'a', 'b')
     names = [source.name_of(i).removeprefix(f'{folder}/') for i in range(len(source))]
@@ -34,7 +36,7 @@ def test_an_image_folder_is_in_torchvision_s_order(folder):
     assert source[3]['image'] == (folder / 'b/2.png').read_bytes()
 
 
-def test_the_fingerprint_is_of_the_names_wherever_they_lie(folder, tmp_path_factory):
+def test_fingerprint_depends_on_the_names_and_not_on_the_place(folder, tmp_path_factory):
     before = ImageFolder(folder).fingerprint
     elsewhere = tmp_path_factory.mktemp('elsewhere') / 'moved'
     folder.rename(elsewhere)
@@ -43,63 +45,33 @@ def test_the_fingerprint_is_of_the_names_wherever_they_lie(folder, tmp_path_fact
     assert ImageFolder(elsewhere).fingerprint != before
 
 
-def test_a_folder_that_will_not_do_is_named(folder, tmp_path):
+def test_invalid_folder_is_named(folder, tmp_path):
     with pytest.raises(InputError, match=r'no such data directory: .*missing'):
         ImageFolder(tmp_path / 'missing')
     (tmp_path / 'a' / 'x.jpeg').unlink()
-    with pytest.raises(InputError, match=r'empty class folder: .*/a holds no picture'):
+    with pytest.raises(InputError, match=r'empty class folder: .*/a holds no image'):
         ImageFolder(folder)
     with pytest.raises(InputError, match='no class folders'):
         ImageFolder(folder / 'a')
 
 
-def test_the_digits_are_an_ordinary_tfds_data_set(digits_dir):
-    train, test = (Tfds('digits', split, digits_dir) for split in ('train', 'test'))
-    assert (len(train), len(test)) == (1437, 360)
-    assert test.class_names == tuple('0123456789')
-    assert train.fingerprint != test.fingerprint
-    picture = decode(test[0]['image'])
-    assert picture.size == (32, 32)
-    labels = np.bincount([test[i]['label'] for i in range(360)], minlength=10)
-    assert labels.min() >= 25
-    pickle.loads(pickle.dumps(test))[5]  # worker processes get it this way
-
-
-def test_no_picture_of_the_digits_is_in_both_splits(digits_dir):
-    pictures = {
-        split: [r['image'] for r in _all(Tfds('digits', split, digits_dir))] for split in ('train', 'test')
-    }
-    assert not set(pictures['train']) & set(pictures['test'])
-
-
-def _all(source):
-    return (source[i] for i in range(len(source)))
-
-
-def test_preparing_the_digits_again_does_nothing(digits_dir, capsys):
-    from epsanet_jax.data import digits
-
-    digits.prepare(digits_dir)
-    assert capsys.readouterr().out == ''
-
-
 @pytest.mark.parametrize(
     ('name', 'split', 'message'),
     [
-        ('digitz', 'test', "no TFDS data set 'digitz'"),
+        ('digitz', 'test', "no TFDS dataset 'digitz'"),
         ('digits', 'val', r'digits\[val\]'),
         ('mnist', 'test', "'mnist' is not prepared in"),
-        ('digits:9.9.9', 'test', "cannot open the data set 'digits:9.9.9'"),
-        ('my data', 'test', "cannot open the data set 'my data'"),
+        ('digits:9.9.9', 'test', "cannot open the dataset 'digits:9.9.9'"),
+        ('my data', 'test', "cannot open the dataset 'my data'"),
         ('digits', 'train[5:2]', r'digits\[train\[5:2\]\]'),
     ],
 )
-def test_a_data_set_that_cannot_be_had_is_named(digits_dir, name, split, message):
+def test_missing_dataset_or_split_is_named(digits_dir, name, split, message):
     with pytest.raises(InputError, match=message):
         Tfds(name, split, digits_dir)
 
 
-def test_synthetic_pictures_are_the_same_every_time():
+def test_synthetic_images_are_reproducible():
     a, b = Synthetic(6, 3, 32), Synthetic(6, 3, 32)
     assert (a.fingerprint, len(a)) == (b.fingerprint, 6)
     np.testing.assert_array_equal(a[4]['image'], b[4]['image'])
@@ -114,13 +86,13 @@ def test_synthetic_pictures_are_the_same_every_time():
 @pytest.fixture
 def prepared(folder, tmp_path_factory, capsys):
     (folder / 'stray.png').unlink()
-    root, records = tmp_path_factory.mktemp('pictures'), tmp_path_factory.mktemp('out') / 'records'
+    root, records = tmp_path_factory.mktemp('images'), tmp_path_factory.mktemp('out') / 'records'
     folder.rename(root / 'train')
     assert run(capsys, 'prepare', root, records, '--workers', '1')[0] == 0
     return root, records
 
 
-def test_records_are_the_pictures_of_the_folder_they_were_made_of(prepared):
+def test_records_hold_the_images_of_the_folder(prepared):
     root, records = prepared
     source, made = ImageFolder(root / 'train'), Records(records, 'train')
     assert (len(made), made.class_names) == (len(source), source.class_names)
@@ -134,12 +106,12 @@ def test_records_are_the_pictures_of_the_folder_they_were_made_of(prepared):
     assert pickle.loads(pickle.dumps(made))[1]['image'] == made[1]['image']
 
 
-def test_records_that_will_not_do(prepared):
+def test_invalid_records_are_named(prepared):
     root, records = prepared
-    with pytest.raises(InputError, match=r'no prepared data set in .*`epsanet prepare` makes one'):
+    with pytest.raises(InputError, match=r'no prepared dataset in .*; `epsanet prepare` creates one'):
         Records(root, 'train')
     with pytest.raises(InputError, match=r'\[val\]'):
         Records(records, 'val')
     (root / 'dataset_info.json').write_text('{')
-    with pytest.raises(InputError, match='cannot open the data set in'):
+    with pytest.raises(InputError, match='cannot open the dataset in'):
         Records(root, 'train')

@@ -1,4 +1,4 @@
-"""TFDS data sets in TFRecord files, read without TensorFlow."""
+"""TFDS datasets in TFRecord files, read without TensorFlow."""
 
 import json
 import pickle
@@ -16,7 +16,7 @@ from epsanet_jax.errors import InputError
 
 
 def write(path, records):
-    """Writes records as TFRecord has them, with checksums that nobody looks at."""
+    """Writes records in TFRecord format, with wrong checksums, which are not checked."""
     with path.open('wb') as f:
         for record in records:
             f.write(struct.pack('<QI', len(record), 1) + record + struct.pack('<I', 2))
@@ -24,7 +24,7 @@ def write(path, records):
 
 @pytest.fixture(scope='module')
 def converted(digits_dir, tmp_path_factory):
-    """The digits, with each file written as two TFRecord files."""
+    """The digits, with each file split into two TFRecord files."""
     (source,) = (p.parent for p in Path(digits_dir).rglob('dataset_info.json'))
     folder = tmp_path_factory.mktemp('tfrecord') / 'digits' / '1.0.0'
     folder.mkdir(parents=True)
@@ -46,7 +46,7 @@ def converted(digits_dir, tmp_path_factory):
 
 
 @pytest.mark.parametrize('split', ['train', 'test', 'train[30%:60%]', 'train[:5]'])
-def test_they_are_those_of_the_array_records(digits_dir, converted, split):
+def test_tfrecord_gives_the_same_examples_as_array_record(digits_dir, converted, split):
     expected, found = Tfds('digits', split, digits_dir), Records(converted, split)
     assert (len(found), found.class_names) == (len(expected), expected.class_names)
     for i in {0, len(found) // 3, len(found) - 1}:
@@ -56,7 +56,7 @@ def test_they_are_those_of_the_array_records(digits_dir, converted, split):
     assert pickle.loads(pickle.dumps(found))[1]['image'] == found[1]['image']
 
 
-def test_a_split_may_take_parts_of_several_files(tmp_path, rng):
+def test_split_can_use_parts_of_several_files(tmp_path, rng):
     data = [rng.bytes(int(n)) for n in rng.integers(0, 50, 12)]
     write(tmp_path / 'a', data[:7])
     write(tmp_path / 'b', data[7:])
@@ -67,19 +67,21 @@ def test_a_split_may_take_parts_of_several_files(tmp_path, rng):
             records[index]
 
 
-def test_a_file_that_is_cut_off_is_named(tmp_path):
+def test_truncated_file_is_named(tmp_path):
     write(tmp_path / 'a', [b'x' * 10, b'y' * 10])
     whole = (tmp_path / 'a').read_bytes()
     (tmp_path / 'a').write_bytes(whole[:-1])
     records = TfRecords([Part(str(tmp_path / 'a'), 0, 2)])
     assert records[0] == b'x' * 10
-    with pytest.raises(InputError, match=r'/a holds 1 whole records, and record 1 is asked for'):
+    with pytest.raises(
+        InputError, match=r'/a is truncated: record 1 is missing, the file holds 1 whole records'
+    ):
         records[1]
 
 
-def test_files_are_read_without_a_copy_of_more_than_a_record(tmp_path):
+def test_reading_a_record_does_not_read_the_whole_file(tmp_path):
     path = tmp_path / 'large'
-    with path.open('wb') as f:  # a gigabyte of which nothing is on the disk
+    with path.open('wb') as f:  # a sparse file of 1 GiB
         f.write(struct.pack('<QI', 2**30, 1))
         f.seek(2**30 + 4, 1)
         f.write(struct.pack('<QI', 3, 1) + b'end' + struct.pack('<I', 2))

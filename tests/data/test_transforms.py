@@ -1,3 +1,5 @@
+"""Crops, jitter and erasing have the sizes and distributions of torchvision."""
+
 import io
 import itertools
 import math
@@ -20,9 +22,9 @@ from epsanet_jax.data.transforms import (
 )
 
 
-def encode(picture, kind='PNG', **options):
+def encode(image, kind='PNG', **options):
     data = io.BytesIO()
-    picture.save(data, kind, **options)
+    image.save(data, kind, **options)
     return data.getvalue()
 
 
@@ -32,7 +34,7 @@ def gradient(width, height):
 
 
 @pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'RGB', 'RGBA', 'CMYK', 'I;16'])
-def test_pictures_of_every_mode_become_rgb(mode):
+def test_images_of_every_mode_become_rgb(mode):
     gray = Image.fromarray(np.full((3, 5), 200, np.uint8))
     if mode == 'I;16':
         data = encode(Image.fromarray(np.full((3, 5), 200 * 257, np.uint16)))
@@ -40,10 +42,10 @@ def test_pictures_of_every_mode_become_rgb(mode):
         data = encode(gray.convert('RGB').convert('CMYK'), 'TIFF')
     else:
         data = encode(gray.convert('RGB').convert(mode, dither=Image.Dither.NONE))
-    picture = decode(data)
-    assert (picture.mode, picture.size) == ('RGB', (5, 3))
+    image = decode(data)
+    assert (image.mode, image.size) == ('RGB', (5, 3))
     expected = 255 if mode == '1' else 200
-    np.testing.assert_allclose(np.asarray(picture), expected, atol=8 if mode == 'P' else 0)
+    np.testing.assert_allclose(np.asarray(image), expected, atol=8 if mode == 'P' else 0)
 
 
 JPEG = encode(gradient(64, 48), 'JPEG')
@@ -58,17 +60,17 @@ BAD = {
 
 
 @pytest.mark.parametrize('data', BAD.values(), ids=BAD)
-def test_files_that_are_no_picture_are_refused(data):
+def test_files_that_are_not_images_are_refused(data):
     with pytest.raises(BadImageError, match=r'cannot decode the image: .'):
         decode(data)
 
 
-def test_an_empty_file_is_called_one():
+def test_empty_file_is_reported_as_empty():
     with pytest.raises(BadImageError, match='the file is empty'):
         decode(b'')
 
 
-def test_random_crops_stay_inside_and_within_area_and_ratio():
+def test_random_crops_stay_inside_the_image_and_within_area_and_ratio():
     rng = np.random.default_rng(0)
     crop = RandomCrop(8, (0.2, 0.5), (0.5, 2.0))
     boxes = np.array([crop.box(100, 60, rng) for _ in range(500)])
@@ -94,21 +96,21 @@ def test_random_crops_stay_inside_and_within_area_and_ratio():
         ((300, 10), (143, 0, 13, 10)),
     ],
 )
-def test_pictures_too_thin_for_the_ratio_are_cut_in_the_middle(size, box):
+def test_images_too_thin_for_the_ratio_are_cropped_in_the_centre(size, box):
     crop = RandomCrop(8, (0.9, 1.0))
     assert crop.box(*size, np.random.default_rng(0)) == box
     assert crop(gradient(*size), np.random.default_rng(0)).shape == (8, 8, 3)
 
 
-def test_a_crop_of_everything_is_a_resize_with_pillow_s_bilinear_filter():
-    picture = gradient(40, 40)
-    expected = np.asarray(picture.resize((16, 16), Image.Resampling.BILINEAR))
+def test_crop_of_the_whole_image_is_pillow_s_bilinear_resize():
+    image = gradient(40, 40)
+    expected = np.asarray(image.resize((16, 16), Image.Resampling.BILINEAR))
     crop = RandomCrop(16, (1.0, 1.0), (1.0, 1.0), flip=False)
-    np.testing.assert_array_equal(crop(picture, np.random.default_rng(0)), expected)
+    np.testing.assert_array_equal(crop(image, np.random.default_rng(0)), expected)
 
 
 class Script:
-    """A generator whose draws are given; what was asked for is kept."""
+    """A generator with given draws, which records the arguments of `integers`."""
 
     def __init__(self, uniform=(), order=(0, 1, 2, 3)):
         self._uniform, self._order, self.asked = iter(uniform), np.array(order), []
@@ -132,7 +134,7 @@ class Script:
 @pytest.mark.parametrize(
     ('size', 'draws', 'box'),
     [
-        # share of the area, width / height; worked out by hand from torchvision's get_params
+        # fraction of the area, width / height; computed by hand from torchvision's get_params
         ((500, 375), [0.08, 3 / 4], (394, 234, 106, 141)),  # sqrt(11250), sqrt(20000)
         ((500, 375), [0.5, 1.0], (194, 69, 306, 306)),  # sqrt(93750) = 306.19
         ((333, 500), [0.32, 4 / 3], (66, 300, 267, 200)),  # sqrt(71040) = 266.53, sqrt(39960) = 199.9
@@ -145,12 +147,12 @@ class Script:
         ((500, 375), [1.0, 3 / 4] * 10, (0, 0, 500, 375)),
     ],
 )
-def test_boxes_are_those_of_random_resized_crop(size, draws, box):
+def test_crop_boxes_are_those_of_random_resized_crop(size, draws, box):
     uniform = [d if i % 2 == 0 else math.log(d) for i, d in enumerate(draws)]
     rng = Script(uniform)
     assert RandomCrop(224, (0.01, 1.0)).box(*size, rng) == box
     left, top, width, height = box
-    if rng.asked:  # any place where the box fits
+    if rng.asked:  # any position where the box fits
         assert rng.asked == [size[0] - width + 1, size[1] - height + 1]
         assert (left, top) == (size[0] - width, size[1] - height)
 
@@ -169,11 +171,11 @@ def test_resizing_is_bilinear_with_antialiasing_within_the_box(rng, size):
     np.testing.assert_allclose(actual, expected[0].permute(1, 2, 0), atol=1.01)  # two roundings
 
 
-def test_every_second_picture_is_mirrored():
+def test_half_of_the_images_are_mirrored():
     crop = RandomCrop(16, (1.0, 1.0), (1.0, 1.0))
-    picture = gradient(16, 16)
+    image = gradient(16, 16)
     rng = np.random.default_rng(0)
-    mirrored = [bool(np.array_equal(crop(picture, rng), np.asarray(picture)[:, ::-1])) for _ in range(400)]
+    mirrored = [bool(np.array_equal(crop(image, rng), np.asarray(image)[:, ::-1])) for _ in range(400)]
     assert 0.4 < np.mean(mirrored) < 0.6
 
 
@@ -182,10 +184,10 @@ def test_every_second_picture_is_mirrored():
     [((100, 60), (106, 64)), ((60, 101), (64, 107)), ((64, 64), (64, 64)), ((3, 2), (96, 64))],
 )
 def test_evaluation_resizes_the_shorter_side_and_crops_the_centre(size, resized):
-    picture = gradient(*size)
-    expected = np.asarray(picture.resize(resized, Image.Resampling.BILINEAR))
+    image = gradient(*size)
+    expected = np.asarray(image.resize(resized, Image.Resampling.BILINEAR))
     top, left = round((resized[1] - 56) / 2), round((resized[0] - 56) / 2)
-    actual = CentreCrop(56, 64)(picture)
+    actual = CentreCrop(56, 64)(image)
     assert actual.shape == (56, 56, 3)
     np.testing.assert_array_equal(actual, expected[top : top + 56, left : left + 56])
 
@@ -193,7 +195,7 @@ def test_evaluation_resizes_the_shorter_side_and_crops_the_centre(size, resized)
 @pytest.mark.parametrize(
     ('size', 'resized', 'corner'),
     [
-        # worked out by hand: int(256 * longer / shorter), and halves rounded to even
+        # computed by hand: int(256 * longer / shorter), and halves rounded to even
         ((500, 375), (341, 256), (58, 16)),  # 341.33; 58.5
         ((375, 500), (256, 341), (16, 58)),
         ((333, 500), (256, 384), (16, 80)),  # 384.38
@@ -204,44 +206,44 @@ def test_evaluation_resizes_the_shorter_side_and_crops_the_centre(size, resized)
         ((1, 500), (256, 128000), (16, 63888)),
     ],
 )
-def test_sizes_of_evaluation_are_those_of_resize_and_center_crop(rng, size, resized, corner):
-    picture = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+def test_evaluation_sizes_are_those_of_resize_and_center_crop(rng, size, resized, corner):
+    image = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     left, top = corner
-    expected = picture.resize(resized, Image.Resampling.BILINEAR).crop((left, top, left + 224, top + 224))
-    actual = CentreCrop(224, 256)(picture)
+    expected = image.resize(resized, Image.Resampling.BILINEAR).crop((left, top, left + 224, top + 224))
+    actual = CentreCrop(224, 256)(image)
     assert (actual.dtype, actual.shape) == (np.uint8, (224, 224, 3))
     thin = max(size) > 16 * min(size)
     np.testing.assert_allclose(actual.astype(int), np.asarray(expected).astype(int), atol=1 if thin else 0)
 
 
-def test_a_thin_picture_takes_no_memory_to_speak_of():
+def test_thin_image_needs_little_memory():
     assert (
         CentreCrop(224, 256)(Image.new('RGB', (1, 200_000), (1, 2, 3))).tolist() == [[[1, 2, 3]] * 224] * 224
     )
 
 
 @pytest.fixture
-def picture(rng):
+def image(rng):
     return Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize('order', list(itertools.permutations(range(4)))[::5])
-def test_jitter_changes_brightness_contrast_saturation_and_hue_in_the_order_drawn(picture, order):
+def test_jitter_applies_its_changes_in_the_order_drawn(image, order):
     factors = (0.7, 1.3, 0.8, 0.07)
-    expected = picture
+    expected = image
     for i in order:
         if i == 3:
             expected = adjust_hue(expected, 0.07)
         else:
             kind = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[i]
             expected = kind(expected).enhance(factors[i])
-    actual = ColorJitter(0.4, 0.4, 0.4, 0.1)(picture, Script(factors, order))
+    actual = ColorJitter(0.4, 0.4, 0.4, 0.1)(image, Script(factors, order))
     assert (actual.mode, actual.size) == ('RGB', (32, 24))
     np.testing.assert_array_equal(actual, expected)
 
 
 @pytest.mark.parametrize(('brightness', 'low', 'high'), [(0.4, 60, 140), (1.5, 0, 250)])
-def test_factors_are_drawn_around_1_and_not_below_0(brightness, low, high):
+def test_jitter_factors_are_around_1_and_not_below_0(brightness, low, high):
     gray, rng = Image.new('RGB', (2, 2), (100, 100, 100)), np.random.default_rng(0)
     values = np.array([np.asarray(ColorJitter(brightness)(gray, rng))[0, 0, 0] for _ in range(2000)])
     assert low <= values.min() < low + 3
@@ -249,26 +251,26 @@ def test_factors_are_drawn_around_1_and_not_below_0(brightness, low, high):
     assert values.mean() == pytest.approx((low + high) / 2, abs=5)
 
 
-def test_jitter_of_nothing_changes_nothing(picture):
-    assert ColorJitter()(picture, np.random.default_rng(0)) is picture
+def test_jitter_of_0_changes_nothing(image):
+    assert ColorJitter()(image, np.random.default_rng(0)) is image
 
 
 @pytest.mark.parametrize('factor', [-0.5, -0.1, 0.003, 0.1, 0.5])
-def test_hue_wraps_around(picture, factor):
-    hsv = np.array(picture.convert('HSV'))
-    # torchvision's: bytes that overflow.
+def test_hue_wraps_around(image, factor):
+    hsv = np.array(image.convert('HSV'))
+    # As in torchvision: the bytes overflow.
     hsv[..., 0] += np.int32(factor * 255).astype(np.uint8)
     expected = Image.merge('HSV', [Image.fromarray(np.ascontiguousarray(c)) for c in np.moveaxis(hsv, -1, 0)])
-    np.testing.assert_array_equal(adjust_hue(picture, factor), expected.convert('RGB'))
+    np.testing.assert_array_equal(adjust_hue(image, factor), expected.convert('RGB'))
 
 
-def test_a_third_of_the_circle_from_red_is_green():
+def test_hue_rotated_by_a_third_turns_red_to_green():
     red = Image.new('RGB', (1, 1), (255, 0, 0))
     np.testing.assert_allclose(np.asarray(adjust_hue(red, 1 / 3))[0, 0], [0, 255, 0], atol=3)
     np.testing.assert_allclose(np.asarray(adjust_hue(red, -1 / 3))[0, 0], [0, 0, 255], atol=6)
 
 
-def test_hue_is_drawn_to_both_sides():
+def test_hue_is_rotated_in_both_directions():
     red, rng = Image.new('RGB', (1, 1), (255, 0, 0)), np.random.default_rng(0)
     jitter = ColorJitter(hue=0.1)
     hues = [jitter(red, rng).convert('HSV').getpixel((0, 0))[0] for _ in range(500)]
@@ -279,7 +281,7 @@ def test_hue_is_drawn_to_both_sides():
 
 
 def erased(erasing, height, width, count):
-    """The rectangles erased from white pictures: top, left, height, width."""
+    """The rectangles erased from white images: top, left, height, width."""
     rng, found = np.random.default_rng(0), []
     white = np.full((height, width, 3), 255, np.uint8)
     for _ in range(count):
@@ -309,26 +311,26 @@ def test_rectangles_are_erased_within_area_and_ratio():
     assert (left + width).max() == 150
 
 
-def test_erasing_as_often_as_asked_for():
+def test_erasing_has_its_probability():
     assert len(erased(RandomErasing(0.25), 32, 32, 1000)) == pytest.approx(250, abs=40)
     assert len(erased(RandomErasing(0.0), 32, 32, 100)) == 0
 
 
-def test_a_rectangle_that_does_not_fit_is_not_erased():
-    # As in torchvision one must be smaller than the picture in both directions.
+def test_rectangle_that_does_not_fit_is_not_erased():
+    # As in torchvision, a rectangle must be smaller than the image in both directions.
     assert len(erased(RandomErasing(1.0, scale=(1.0, 1.0), ratio=(1.0, 1.0)), 32, 32, 10)) == 0
     assert len(erased(RandomErasing(1.0, scale=(0.9, 0.9), ratio=(1.0, 1.0)), 32, 32, 10)) == 10
 
 
-def test_with_the_crop_alone_nothing_else_is_drawn(picture):
+def test_crop_alone_draws_no_other_random_number(image):
     crop = RandomCrop(16)
     ours, theirs = np.random.default_rng(1), np.random.default_rng(1)
     for _ in range(20):
-        np.testing.assert_array_equal(TrainTransform(crop)(picture, ours), crop(picture, theirs))
+        np.testing.assert_array_equal(TrainTransform(crop)(image, ours), crop(image, theirs))
     assert ours.bit_generator.state == theirs.bit_generator.state
 
 
-def test_all_of_it_in_torchvision_s_order(picture):
+def test_all_transforms_are_applied_in_torchvision_s_order(image):
     parts = (
         RandomCrop(16),
         ColorJitter(0.4, 0.4, 0.4, 0.1),
@@ -340,9 +342,9 @@ def test_all_of_it_in_torchvision_s_order(picture):
     seen = set()
     for seed in range(20):
         ours, theirs = np.random.default_rng(seed), np.random.default_rng(seed)
-        actual = transform(picture, ours)
+        actual = transform(image, ours)
         assert (actual.dtype, actual.shape) == (np.uint8, (16, 16, 3))
-        expected = randaugment(jitter(Image.fromarray(crop(picture, theirs)), theirs), theirs)
+        expected = randaugment(jitter(Image.fromarray(crop(image, theirs)), theirs), theirs)
         np.testing.assert_array_equal(actual, erasing(np.asarray(expected), theirs))
         seen.add(actual.tobytes())
     assert len(seen) == 20

@@ -1,1 +1,1 @@
-"""`epsanet prepare`, pictures into ArrayRecord. command: the whole; layouts: what SRC is; shards: DST."""
+"""`epsanet prepare`: images into ArrayRecord. dataset: the whole; layouts: the source; shards: the output."""

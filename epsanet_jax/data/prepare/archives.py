@@ -1,13 +1,12 @@
-"""What a folder or an uncompressed tar holds, in the order of `sources.ImageFolder`; nothing is unpacked."""
+"""Lists the images of folders and uncompressed tars, in the order of `sources.ImageFolder`."""
 
 import os
 import posixpath
-import stat
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import BinaryIO, NamedTuple
 
-from epsanet_jax.data.sources import IMAGE_EXTENSIONS
+from epsanet_jax.data.walk import is_image_name, no_image, walk
 from epsanet_jax.errors import InputError, one_line
 
 _BLOCK = 512
@@ -20,15 +19,15 @@ _COMPRESSED = {
 
 
 class Item(NamedTuple):
-    """A picture that is not read yet: a file, or a member of a tar.
+    """An image that is not read yet: a file, or a member of a tar.
 
     Attributes:
-        container: the tar, or the folder that `name` is relative to.
-        name: as records keep it; of a file and in most tars CLASS/FILE.
-        class_name: its class.
-        size: bytes.
-        mtime: of the file, or as the tar's header says; nanoseconds.
-        offset: where the member's bytes start in the tar; -1 for a file.
+        container: path of the tar, or of the folder that `name` is relative to.
+        name: name that the record keeps; CLASS/FILE, except in tars of one class.
+        class_name: name of the class.
+        size: size in bytes.
+        mtime: time of the last change in nanoseconds, from the file system or the tar.
+        offset: position of the member's first byte in the tar; -1 for a file.
     """
 
     container: str
@@ -40,7 +39,7 @@ class Item(NamedTuple):
 
 
 class Member(NamedTuple):
-    """A regular file in a tar; `name` is relative, without '.' and '..'."""
+    """A regular file in a tar; `name` is relative and holds no '.' or '..'."""
 
     name: str
     size: int
@@ -49,74 +48,54 @@ class Member(NamedTuple):
 
 
 def in_order(items: Iterable[Item]) -> list[Item]:
-    """Returns items in the order of `sources.ImageFolder`: class by class, folder by folder, by name."""
+    """Returns items in the order of `sources.ImageFolder`."""
     return sorted(items, key=order)
 
 
 def order(item: Item) -> tuple[str, str, str]:
-    """Returns what `in_order` sorts by."""
+    """Returns the sort key of `in_order`: class, folder, file name."""
     return item.class_name, *os.path.split(item.name)
 
 
-def is_picture(name: str) -> bool:
-    """Returns whether a file's name ends as those of pictures do."""
-    return name.lower().endswith(IMAGE_EXTENSIONS)
+def list_folder(root: str, on_skipped: Callable[[str], object]) -> list[Item]:
+    """Lists the images of an image folder, which may have no class folders.
 
-
-def is_folder(entry: os.DirEntry) -> bool:
-    """Returns whether it is a folder or a link to one."""
-    try:
-        return entry.is_dir()
-    except OSError:  # a link to itself
-        return False
-
-
-def list_folder(root: str, class_names: Iterable[str]) -> list[Item]:
-    """Lists the pictures of an image folder's classes, links followed.
+    Args:
+        root: path of the folder of the class folders.
+        on_skipped: see `walk.walk`.
 
     Raises:
-        InputError: a class holds no picture, a link leads back to a folder that it lies in, something is
-            named like a picture and is no file, or a folder cannot be read.
+        InputError: a class holds no image, or a folder cannot be read.
     """
-    items: list[Item] = []
-    for class_name in class_names:
-        found = list(_walk(root, class_name, class_name, ()))
-        _require_pictures(found, os.path.join(root, class_name))
-        items += found
-    return in_order(items)
+    skipped: list[str] = []
+    folders = walk(root, on_skipped=skipped.append)
+    empty, items = set(next(folders).folders), []
+    for folder in folders:
+        class_name = folder.path.split(os.sep)[0]
+        items += [_file_item(root, folder.path, class_name, entry) for entry in folder.images]
+        if folder.images:
+            empty.discard(class_name)
+    for class_name in sorted(empty):
+        raise InputError(f'empty class: {no_image(os.path.join(root, class_name), root, skipped)}')
+    for message in skipped:
+        on_skipped(message)
+    return items
 
 
-def _walk(root: str, folder: str, class_name: str, above: tuple[tuple[int, int], ...]) -> Iterator[Item]:
-    path = os.path.join(root, folder)
+def _file_item(root: str, folder: str, class_name: str, entry: os.DirEntry) -> Item:
     try:
-        status = os.stat(path)
-        with os.scandir(path) as entries:
-            entries = list(entries)
-    except OSError as e:
-        raise InputError(f'cannot read {path}: {e.strerror}') from e
-    here = (status.st_dev, status.st_ino)
-    if here in above:
-        raise InputError(f'{path} is a link to a folder that it lies in: remove the link')
-    for entry in entries:
-        name = f'{folder}/{entry.name}'
-        if is_folder(entry):
-            yield from _walk(root, name, class_name, (*above, here))
-        elif is_picture(entry.name):
-            try:
-                status = entry.stat()
-            except OSError:  # a link to nothing, say: reading it will tell
-                yield Item(root, name, class_name, 0, 0)
-                continue
-            if not stat.S_ISREG(status.st_mode):
-                raise InputError(f'{entry.path} is named like a picture, but is no file: remove it')
-            yield Item(root, name, class_name, status.st_size, status.st_mtime_ns)
+        status = entry.stat()
+        size, mtime = status.st_size, status.st_mtime_ns
+    except OSError:  # reading the file names the reason
+        size, mtime = 0, 0
+    return Item(root, os.path.join(folder, entry.name), class_name, size, mtime)
 
 
 def list_tar_of_classes(path: str, split: str) -> list[Item]:
-    """Lists the pictures of a tar of class folders, which may lie in one folder named as the split.
+    """Lists the images of a tar of class folders, which may be inside one folder with the name of the split.
 
     Raises:
-        InputError: the tar cannot be used, holds no class folder, or one without pictures.
+        InputError: the tar cannot be used, holds no class folder, or one without images.
     """
     members, folders = index_tar(path)
     prefix = f'{split}/'
@@ -125,51 +104,51 @@ def list_tar_of_classes(path: str, split: str) -> list[Item]:
         folders = [name.removeprefix(prefix) for name in folders if name != split]
     classes = {name.split('/')[0] for name in (*folders, *(m.name for m in members if '/' in m.name))}
     if not classes:
-        inner = ': the tars in it must be unpacked' if any(m.name.endswith('.tar') for m in members) else ''
-        raise InputError(f'no class folders in {path}: expected one folder of pictures a class{inner}')
+        inner = '; unpack the tars in it' if any(m.name.endswith('.tar') for m in members) else ''
+        raise InputError(f'no class folders in {path}: expected one folder of images per class{inner}')
     items = [
         Item(path, m.name, m.name.split('/')[0], m.size, m.mtime, m.offset)
         for m in members
-        if '/' in m.name and is_picture(m.name)
+        if '/' in m.name and is_image_name(m.name)
     ]
     for empty in sorted(classes - {item.class_name for item in items}):
-        _require_pictures([], f'{path}: {empty}')
+        _require_images([], f'{path}: {empty}')
     return in_order(items)
 
 
 def list_tar_of_class(path: str) -> list[Item]:
-    """Lists the pictures of a tar that is named as the class whose pictures it holds.
+    """Lists the images of a tar that holds one class and has its name.
 
     Raises:
-        InputError: the tar cannot be used, or holds no picture.
+        InputError: the tar cannot be used, or holds no image.
     """
     class_name = os.path.basename(path).removesuffix('.tar')
-    members = [m for m in index_tar(path)[0] if is_picture(m.name)]
-    _require_pictures(members, path)
+    members = [m for m in index_tar(path)[0] if is_image_name(m.name)]
+    _require_images(members, path)
     prefix = f'{class_name}/'
     if all(m.name.startswith(prefix) for m in members):
         prefix = ''
     return in_order(Item(path, prefix + m.name, class_name, m.size, m.mtime, m.offset) for m in members)
 
 
-def _require_pictures(found: list, where: str) -> None:
+def _require_images(found: list, where: str) -> None:
     if not found:
-        raise InputError(f'empty class: {where} holds no picture ({" ".join(IMAGE_EXTENSIONS)})')
+        raise InputError(f'empty class: {no_image(where, where, ())}')
 
 
 def index_tar(path: str, within: Member | None = None) -> tuple[list[Member], list[str]]:
     """Reads the headers of an uncompressed tar, or of a tar that is a member of it.
 
     Args:
-        path: of the tar.
-        within: the inner tar; offsets are those in the outer one all the same.
+        path: path of the tar.
+        within: the inner tar; offsets still count from the start of the outer tar.
 
     Returns:
-        its files, of several with the same name the last, and its folders.
+        The files and the names of the folders. Of several files with the same name, the last one counts.
 
     Raises:
-        InputError: it is no tar, compressed or truncated, or holds a link, a device, or a name that leads
-            out of the folder into which it would be unpacked.
+        InputError: the file is not a tar, is compressed or truncated, or holds a link, a device, or a name
+            outside of the folder into which it would be unpacked.
     """
     called = f'{path}: {within.name}' if within else path
     files: dict[str, Member] = {}
@@ -183,22 +162,24 @@ def index_tar(path: str, within: Member | None = None) -> tuple[list[Member], li
                 while (header := tar.next()) is not None:
                     tar.members.clear()  # a million of them would take gigabytes
                     if header.offset_data + header.size > end:
-                        raise InputError(f'{called} is truncated: get it again')
+                        raise InputError(f'{called} is truncated: download or copy it again')
                     name = _safe_name(header, called)
                     if header.isdir():
                         folders.append(name)
                     else:
                         member = Member(name, header.size, int(header.mtime * 10**9), header.offset_data)
                         files[name] = member
-                # tarfile takes damage for the end; the true one is a block of zeros.
+                # tarfile stops silently at damage; a tar ends with a block of zeros.
                 f.seek(tar.offset)
                 mark = f.read(_BLOCK)
             if len(mark) < _BLOCK or any(mark) or tar.offset >= end:
-                raise InputError(f'{called} is truncated or damaged at byte {tar.offset}: get it again')
+                raise InputError(
+                    f'{called} is truncated or damaged at byte {tar.offset}: download or copy it again'
+                )
     except (tarfile.TarError, ValueError) as e:
         if isinstance(e, InputError):
             raise
-        raise InputError(f'{called} is no tar, or damaged: {one_line(e)}') from e
+        raise InputError(f'{called} is not a tar, or damaged: {one_line(e)}') from e
     except OSError as e:
         raise InputError(f'cannot read {called}: {e.strerror or one_line(e)}') from e
     return list(files.values()), [name for name in folders if name != '.']
@@ -207,10 +188,12 @@ def index_tar(path: str, within: Member | None = None) -> tuple[list[Member], li
 def _safe_name(header: tarfile.TarInfo, called: str) -> str:
     name = header.name
     if name.startswith('/') or '..' in name.split('/'):
-        raise InputError(f'{called} holds {name!r}, which leads out of the folder: pack it again without it')
+        raise InputError(
+            f'{called} holds {name!r}, which is outside of the folder: make the tar again without it'
+        )
     if not (header.isdir() or header.isreg()) or header.issparse():
-        kind = 'a link' if header.issym() or header.islnk() else 'neither file nor folder'
-        raise InputError(f'{called} holds {name!r}, which is {kind}: pack it again without it')
+        kind = 'a link' if header.issym() or header.islnk() else 'neither a file nor a folder'
+        raise InputError(f'{called} holds {name!r}, which is {kind}: make the tar again without it')
     return posixpath.normpath(name)
 
 
@@ -220,4 +203,6 @@ def _refuse_compressed(f: BinaryIO, called: str) -> None:
     f.seek(start)
     for prefix, command in _COMPRESSED.items():
         if magic.startswith(prefix):
-            raise InputError(f'{called} is compressed and has no random access: `{command}` it first')
+            raise InputError(
+                f'{called} is compressed, which prevents random access: run `{command}` on it first'
+            )

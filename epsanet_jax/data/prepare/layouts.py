@@ -1,29 +1,32 @@
-"""Which splits, classes and pictures lie where: image folders, tars, and ImageNet's own tars."""
+"""Finds splits, classes and images in a source: image folders, tars, or ImageNet's own tars."""
 
 import dataclasses
 import os
 import re
+from collections.abc import Callable
 
-from epsanet_jax.data.prepare import archives, devkit
+from epsanet_jax.data.prepare import archives, imagenet
 from epsanet_jax.data.prepare.archives import Item
-from epsanet_jax.errors import InputError
+from epsanet_jax.data.prepare.imagenet import TRAIN_TAR, VALIDATION_TAR
+from epsanet_jax.data.walk import is_there, walk
+from epsanet_jax.errors import InputError, some
 
 SPLITS = ('train', 'val', 'validation', 'test')
-TRAIN_TAR, VALIDATION_TAR = 'ILSVRC2012_img_train.tar', 'ILSVRC2012_img_val.tar'
 _IMAGENET = tuple(name.removesuffix('.tar') for name in (TRAIN_TAR, VALIDATION_TAR))
 _COMPRESSED_TAR = re.compile(r'.*\.(tar\.\w+|tgz|tbz2?|txz)', re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """A source of pictures.
+    """The images of a source.
 
     Attributes:
-        root: where it lies.
-        name: what to call the data set.
-        class_names: in the order of the labels, sorted.
-        splits: name -> pictures in order.
-        left_alone: what lies beside them.
+        root: path of the source.
+        name: default name of the dataset.
+        class_names: sorted names of the classes; the label is the index.
+        splits: images of each split, in order.
+        left_alone: names of the entries of the root that are not used.
+        skipped: 'PATH: reason' for each entry skipped by `walk.walk`; PATH is relative to the root.
     """
 
     root: str
@@ -31,9 +34,10 @@ class Listing:
     class_names: tuple[str, ...]
     splits: dict[str, list[Item]]
     left_alone: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
 
     def name_of(self, item: Item) -> str:
-        """Returns what to call a picture in a message: its path below the root, or 'TAR: MEMBER'."""
+        """Returns the name of an image for messages: its path relative to the root, or 'TAR: MEMBER'."""
         where = os.path.relpath(item.container, self.root)
         if item.offset >= 0:
             return f'{where}: {item.name}'
@@ -41,27 +45,27 @@ class Listing:
 
 
 def list_source(root: str, labels: str | None = None) -> Listing:
-    """Lists the pictures of a folder that is laid out in one of the known ways.
+    """Lists the images of a folder in one of these layouts.
 
-    - split folders (train, val, validation, test), each of class folders or of one tar a class;
-    - a tar a split, train.tar and so on, of class folders;
-    - class folders, or one tar a class: the split 'train';
-    - ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as ImageNet is given out.
+    - split folders (train, val, validation, test) that hold class folders or one tar per class;
+    - one tar per split (train.tar and so on) that holds class folders;
+    - class folders, or one tar per class: the split 'train';
+    - ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as ImageNet is distributed.
 
     Args:
-        root: the folder.
-        labels: of ImageNet's validation pictures, see `devkit.read_labels`; None: found in the folder.
+        root: path of the folder.
+        labels: list of the labels of ImageNet's validation images, see `imagenet.list_tars`.
 
     Raises:
-        InputError: nothing of the kind is there, or it is damaged.
+        InputError: the folder has another layout, or is damaged.
     """
-    if not os.path.isdir(root):
-        hint = ': expected the folder that the tar lies in' if os.path.isfile(root) else ''
+    if not is_there(root) or not os.path.isdir(root):
+        hint = ': expected the folder that holds the tar' if os.path.isfile(root) else ''
         raise InputError(f'no such folder: {root}{hint}')
     try:
         names = sorted(os.listdir(root))
     except OSError as e:
-        raise InputError(f'cannot read {root}: {e.strerror}') from e
+        raise InputError(f'{root}: cannot read the folder: {e.strerror}') from e
     if not names:
         raise InputError(f'{root} is empty: expected class folders, train/ and val/, or tars')
     splits = [split for split in SPLITS if {split, f'{split}.tar'} & set(names)]
@@ -69,50 +73,52 @@ def list_source(root: str, labels: str | None = None) -> Listing:
     if tars and splits:
         raise InputError(f'{root} holds {" and ".join([*sorted(tars), *splits])}: move one kind elsewhere')
     if tars:
-        return _list_imagenet(root, tars, labels)
+        listed = imagenet.list_tars(root, labels)
+        return Listing(root, 'imagenet2012', _class_names(listed), listed)
     if labels is not None:
-        raise InputError(f'--labels is for {VALIDATION_TAR}, and there is none in {root}')
+        raise InputError(f'--labels is for {VALIDATION_TAR}, which is not in {root}')
     _refuse_compressed(root, [n for n in names if n.split('.')[0] in (*SPLITS, *_IMAGENET)])
+    skipped: list[str] = []
     if splits:
-        listed = {split: _list_split(root, split) for split in splits}
+        listed = {split: _list_split(root, split, skipped) for split in splits}
         used = {name for split in splits for name in (split, f'{split}.tar')}
     else:
-        listed = {'train': _list_classes(root)}
+        listed = {'train': _list_classes(root, skipped.append)}
         used = {name for name in names if os.path.isdir(os.path.join(root, name)) or name.endswith('.tar')}
-    return Listing(
-        root, 'image_folder', _class_names(listed), listed, tuple(name for name in names if name not in used)
-    )
+    left_alone = tuple(name for name in names if name not in used)
+    return Listing(root, 'image_folder', _class_names(listed), listed, left_alone, tuple(skipped))
 
 
-def _list_split(root: str, split: str) -> list[Item]:
+def _list_split(root: str, split: str, skipped: list[str]) -> list[Item]:
     folder, tar = os.path.join(root, split), os.path.join(root, f'{split}.tar')
     if os.path.exists(folder) and os.path.exists(tar):
         raise InputError(f'{root} holds both {split} and {split}.tar: move one of them elsewhere')
     if os.path.exists(tar):
         return archives.list_tar_of_classes(tar, split)
     if not os.path.isdir(folder):
-        raise InputError(f'{folder} is no folder: expected one folder of pictures a class in it')
-    return _list_classes(folder)
+        raise InputError(
+            f'{folder} is not a folder: expected a folder that holds one folder of images per class'
+        )
+    return _list_classes(folder, lambda message: skipped.append(os.path.join(split, message)))
 
 
-def _list_classes(folder: str) -> list[Item]:
-    try:
-        with os.scandir(folder) as entries:
-            kinds = {entry.name: archives.is_folder(entry) for entry in entries}
-    except OSError as e:
-        raise InputError(f'cannot read {folder}: {e.strerror}') from e
-    class_names = sorted(name for name, is_dir in kinds.items() if is_dir)
-    tars = sorted(name for name, is_dir in kinds.items() if not is_dir and name.endswith('.tar'))
+def _list_classes(folder: str, on_skipped: Callable[[str], object]) -> list[Item]:
+    class_names = next(walk(folder)).folders
+    tars = sorted(
+        name
+        for name in os.listdir(folder)
+        if name.endswith('.tar') and not os.path.isdir(os.path.join(folder, name))
+    )
     if class_names and tars:
         raise InputError(
             f'{folder} holds folders ({class_names[0]} ...) and tars ({tars[0]} ...): move one kind elsewhere'
         )
     if class_names:
-        return archives.list_folder(folder, class_names)
+        return archives.list_folder(folder, on_skipped)
     if not tars:
-        _refuse_compressed(folder, sorted(kinds))
+        _refuse_compressed(folder, sorted(os.listdir(folder)))
         raise InputError(
-            f'no class folders in {folder}: expected one folder of pictures a class, or one tar a class'
+            f'no class folders in {folder}: expected one folder of images per class, or one tar per class'
         )
     return archives.in_order(
         item for tar in tars for item in archives.list_tar_of_class(os.path.join(folder, tar))
@@ -123,66 +129,24 @@ def _refuse_compressed(folder: str, names: list[str]) -> None:
     for name in names:
         if _COMPRESSED_TAR.fullmatch(name):
             raise InputError(
-                f'{os.path.join(folder, name)} is compressed and has no random access: decompress it first'
+                f'{os.path.join(folder, name)} is compressed, which prevents random access: '
+                'decompress it first'
             )
 
 
 def _class_names(splits: dict[str, list[Item]]) -> tuple[str, ...]:
-    """Returns the classes of the training split, or of all splits where there is none."""
+    """Returns the classes of the training split, or of all splits if there is no training split."""
     of = {split: {item.class_name for item in items} for split, items in splits.items()}
     names = sorted(of.get('train') or set().union(*of.values()))
     for split, own in of.items():
         if unknown := sorted(own - set(names)):
-            raise InputError(
-                f'{split!r} has classes that train has not: {", ".join(unknown[:5])}'
-                f'{f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""}'
-            )
+            raise InputError(f'{split!r} has classes that train lacks: {some(unknown)}')
     for name in names:
-        # A line of label.labels.txt holds it; a name that is no UTF-8 has surrogates.
+        # A line of label.labels.txt holds the name; a name that is not UTF-8 has surrogates.
         if (
             name != name.strip()
             or {'\n', '\r'} & set(name)
             or name.encode(errors='ignore') != os.fsencode(name)
         ):
-            raise InputError(f'the class name {name!r} cannot be kept as a line of text: rename it')
+            raise InputError(f'the class name {name!r} cannot be stored as a line of text: rename the class')
     return tuple(names)
-
-
-def _list_imagenet(root: str, tars: set[str], labels: str | None) -> Listing:
-    splits: dict[str, list[Item]] = {}
-    if TRAIN_TAR in tars:
-        splits['train'] = _list_synsets(os.path.join(root, TRAIN_TAR))
-    if VALIDATION_TAR in tars:
-        splits['validation'] = _list_validation(root, labels, {i.class_name for i in splits.get('train', [])})
-    return Listing(root, 'imagenet2012', _class_names(splits), splits)
-
-
-def _list_synsets(path: str) -> list[Item]:
-    items = []
-    for tar in archives.index_tar(path)[0]:
-        synset = tar.name.removesuffix('.tar')
-        if not devkit.SYNSET.fullmatch(synset) or synset == tar.name:
-            raise InputError(f'{path} holds {tar.name!r}: expected one tar a synset, n01440764.tar and so on')
-        found = [m for m in archives.index_tar(path, tar)[0] if archives.is_picture(m.name)]
-        if not found:
-            raise InputError(f'empty class: {path}: {tar.name} holds no picture')
-        items += [Item(path, m.name, synset, m.size, m.mtime, m.offset) for m in found]
-    if not items:
-        raise InputError(f'{path} holds no tar of pictures')
-    return archives.in_order(items)
-
-
-def _list_validation(root: str, labels: str | None, known: set[str]) -> list[Item]:
-    path = os.path.join(root, VALIDATION_TAR)
-    members = sorted(m for m in archives.index_tar(path)[0] if archives.is_picture(m.name))
-    if labels is None:
-        labels = devkit.find_labels(root)
-    synsets = devkit.read_labels(labels)
-    if len(synsets) != len(members):
-        raise InputError(f'{labels} has {len(synsets)} labels, {path} has {len(members)} pictures')
-    if known and (unknown := sorted(set(synsets) - known)):
-        raise InputError(f'{labels} names {len(unknown)} synsets that {TRAIN_TAR} has not: {unknown[0]} ...')
-    return archives.in_order(
-        Item(path, m.name, synset, m.size, m.mtime, m.offset)
-        for m, synset in zip(members, synsets, strict=True)
-    )

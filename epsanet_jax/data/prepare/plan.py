@@ -1,4 +1,4 @@
-"""Which pictures become which shard, and what of it is done already."""
+"""Assigns images to shards, and finds what an earlier call has already written."""
 
 import bisect
 import fcntl
@@ -15,60 +15,61 @@ from epsanet_jax.data.prepare.archives import Item
 from epsanet_jax.data.prepare.layouts import Listing
 from epsanet_jax.data.prepare.shards import PROGRESS, Shard, Written
 from epsanet_jax.errors import InputError
+from epsanet_jax.paths import is_remote
 
 SHARD_BYTES = 256 * 2**20
-REPORT = 'prepare.json'  # in a finished data set: what it was made from
-_LEAST_SHARD_BYTES, _FEW = 16 * 2**20, 8  # small data sets become up to 8 shards, for workers to share
+REPORT = 'prepare.json'  # in a finished dataset: the source it was made from
+_LEAST_SHARD_BYTES, _FEW = 16 * 2**20, 8  # small datasets become up to 8 shards, for several workers
 _PLAN, _LOCK = 'plan.json', 'lock'
 _NAME = re.compile(r'[a-z][a-z0-9_]*')
 
 
 def check_arguments(source: str, folder: str, name: str | None) -> None:
-    """Checks what can be checked before anything is read.
+    """Checks the arguments before anything is read.
 
     Raises:
-        InputError: the folder lies in the source, one of them not on a disk, or TFDS takes no such name.
+        InputError: the folder is inside the source, one of them is not on a disk, or the name is invalid.
     """
     if name is not None and not _NAME.fullmatch(name):
         raise InputError(
-            f'--name must be of lower-case letters, digits and _, as in my_pictures, got {name!r}'
+            f'--name must consist of lower-case letters, digits and _, as in my_images, got {name!r}'
         )
     for path in (source, folder):
-        if '://' in path:
-            raise InputError(f'{path} is not on a disk: prepare on one, then copy the folder')
+        if is_remote(path):
+            raise InputError(f'{path} is not on a disk: prepare the dataset on a disk, then copy the folder')
     inner, outer = (os.path.realpath(os.path.expanduser(path)) for path in (folder, source))
     if os.path.commonpath([inner, outer]) == outer:
-        raise InputError(f'DST must lie outside of SRC: {folder} is in {source}')
+        raise InputError(f'DST must be outside of SRC: {folder} is in {source}')
 
 
 def read_report(folder: str, listing: Listing) -> dict[str, Any] | None:
-    """Returns what was reported of a finished data set made from the same pictures; None if none is there.
+    """Returns the report of a finished dataset made from the same images, or None if there is no dataset.
 
     Raises:
-        InputError: the folder holds something else, a damaged report, or a data set made from other pictures.
+        InputError: the folder holds something else, a damaged report, or a dataset made from other images.
     """
     if not os.path.isdir(folder):
         if os.path.lexists(folder):
-            raise InputError(f'{folder} is no folder: choose another DST')
+            raise InputError(f'{folder} is not a folder: choose another DST')
         return None
     names = set(os.listdir(folder)) - {PROGRESS}
     if not names or os.path.exists(os.path.join(folder, PROGRESS, _PLAN)):
         return None
     if REPORT not in names:
         raise InputError(
-            f'{folder} holds {min(names)} and is no data set of this command: choose another DST'
+            f'{folder} holds {min(names)} and is not a dataset of this command: choose another DST'
         )
     report = _read_json(os.path.join(folder, REPORT), {'listing', 'splits'})
     if report['listing'] != digest_of(listing):
         raise InputError(
-            f'{folder} was prepared from other pictures, from some that have changed since, or by another '
-            '--name: choose another DST, or remove it'
+            f'{folder} was prepared from other images, from images that have changed since, or with another '
+            '--name: choose another DST, or remove the folder'
         )
     return report
 
 
 def _read_json(path: str, keys: Iterable[str]) -> dict[str, Any]:
-    """Returns what an earlier call wrote, which must have the keys."""
+    """Returns a JSON object that an earlier call wrote, which must have the keys."""
     try:
         with open(path) as f:
             content = json.load(f)
@@ -81,10 +82,10 @@ def _read_json(path: str, keys: Iterable[str]) -> dict[str, Any]:
 
 @contextmanager
 def locked(folder: str) -> Iterator[None]:
-    """Makes the folder, and keeps it from other processes.
+    """Creates the folder, and locks it against other processes.
 
     Raises:
-        InputError: another process has it.
+        InputError: another process has locked it.
     """
     progress = os.path.join(folder, PROGRESS)
     os.makedirs(progress, exist_ok=True)
@@ -93,27 +94,27 @@ def locked(folder: str) -> Iterator[None]:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise InputError(f'another process is preparing {folder}: wait for it, or stop it') from e
-        _remove_partial(progress)  # of a call that was killed
+        _remove_partial(folder)  # from a call that was killed
         try:
             yield
         finally:
-            if os.path.isdir(progress):
-                _remove_partial(progress)  # of workers that were ended
+            _remove_partial(folder)  # from workers that were ended
 
 
-def _remove_partial(progress: str) -> None:
-    for name in os.listdir(progress):
-        if name.endswith('.partial'):
-            os.unlink(os.path.join(progress, name))
+def _remove_partial(folder: str) -> None:
+    for place in filter(os.path.isdir, (folder, os.path.join(folder, PROGRESS))):
+        for name in os.listdir(place):
+            if name.endswith('.partial') or name.startswith('.tmp-'):
+                os.unlink(os.path.join(place, name))
 
 
 def make_shards(folder: str, listing: Listing, shard_bytes: int | None) -> list[Shard]:
-    """Cuts each split into shards; where a plan is there already, at the same pictures as before.
+    """Divides each split into shards. If a plan exists, each shard starts at the same image as before.
 
-    So a shard stays as it is when pictures of others are removed or mended.
+    So a shard does not change when images of other shards are removed or fixed.
 
     Raises:
-        InputError: the plan is damaged, or for another source, name or other splits.
+        InputError: the plan is damaged, or was made for another source, name or list of splits.
     """
     path = os.path.join(folder, PROGRESS, _PLAN)
     identity = {'source': os.path.realpath(listing.root), 'name': listing.name, 'splits': [*listing.splits]}
@@ -122,8 +123,8 @@ def make_shards(folder: str, listing: Listing, shard_bytes: int | None) -> list[
         for key, value in identity.items():
             if plan[key] != value:
                 raise InputError(
-                    f'{folder} was begun with the {key} {plan[key]!r}, not {value!r}: choose another DST, '
-                    'or remove it'
+                    f'{folder} was started with the {key} {plan[key]!r}, not {value!r}: choose another DST, '
+                    'or remove the folder'
                 )
     else:
         starts = {split: _starts(items, shard_bytes) for split, items in listing.splits.items()}
@@ -138,7 +139,7 @@ def make_shards(folder: str, listing: Listing, shard_bytes: int | None) -> list[
 
 
 def _starts(items: list[Item], shard_bytes: int | None) -> list[tuple[str, ...]]:
-    """Returns what `archives.order` says of the first picture of every shard but the first."""
+    """Returns the sort key of the first image of every shard but the first one."""
     total = sum(item.size for item in items)
     size = shard_bytes or min(SHARD_BYTES, max(_LEAST_SHARD_BYTES, -(-total // _FEW)))
     number = max(1, -(-total // size))
@@ -170,7 +171,7 @@ def _shard(listing: Listing, split: str, items: list[Item], labels: dict[str, in
 
 
 def digest_of(listing: Listing) -> str:
-    """Returns what is the same for the same pictures, names, sizes and times, in the same order."""
+    """Returns a digest of the names, classes, sizes and times of all images, in order."""
     parts = [listing.name, *listing.class_names, '']
     for split, items in listing.splits.items():
         parts.append(_digest([split], items, [0] * len(items)))
@@ -185,9 +186,9 @@ def _digest(parts: list[str], items: list[Item], labels: Any) -> str:
 
 
 def read_written(folder: str, shard: Shard, on_bad: str) -> Written | None:
-    """Returns what became of a shard by an earlier call; None: it is to be written.
+    """Returns the result of writing a shard in an earlier call; None: the shard must be written.
 
-    One that was written without bad pictures counts only if they may be left out now too.
+    A shard that left out bad images counts only if this call may leave them out too.
     """
     path = os.path.join(folder, shard.file_name)
     try:
@@ -195,13 +196,13 @@ def read_written(folder: str, shard: Shard, on_bad: str) -> Written | None:
             content = json.load(f)
         written = Written(**{**content, 'bad': tuple(map(tuple, content['bad']))})
         same = written.digest == shard.digest and os.path.getsize(path) == written.bytes
-    except (FileNotFoundError, ValueError, KeyError, TypeError):  # or damaged: it is made again
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # missing or damaged
         return None
     return written if same and (on_bad == 'skip' or not written.bad) else None
 
 
 def remove_progress(folder: str) -> None:
-    """Removes what was kept for continuing; the plan goes first: without it the data set is finished."""
+    """Removes the progress folder, the plan first: a dataset without a plan is finished."""
     progress = os.path.join(folder, PROGRESS)
     for name in sorted(os.listdir(progress), key=lambda name: name != _PLAN):
         os.unlink(os.path.join(progress, name))

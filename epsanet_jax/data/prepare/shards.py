@@ -1,4 +1,4 @@
-"""Pictures checked, converted where need be, and written as a file of ArrayRecord."""
+"""Checks images, converts them to JPEG if they are not, and writes them to an ArrayRecord file."""
 
 import dataclasses
 import hashlib
@@ -15,24 +15,26 @@ from PIL import ExifTags, Image
 from epsanet_jax.data import decode
 from epsanet_jax.data.decode import BadImageError
 from epsanet_jax.data.prepare.archives import Item
+from epsanet_jax.data.walk import read_file
 from epsanet_jax.errors import InputError, one_line
+from epsanet_jax.paths import replacing
 
-PROGRESS = '.progress'  # folder within the data set, as long as it is not finished
+PROGRESS = '.progress'  # folder within the dataset until it is finished
 QUALITY = 95
-_MOST_PIXELS = 65500  # along a side of a JPEG
+_MOST_PIXELS = 65500  # per side of a JPEG
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """Pictures that become one file.
+    """The images of one ArrayRecord file.
 
     Attributes:
-        split: that they belong to.
-        file_name: of the file.
-        items: the pictures in order.
-        labels: their labels.
-        names: what to call them in messages.
-        digest: of all that decides what the file will hold.
+        split: name of the split.
+        file_name: name of the file.
+        items: images in order.
+        labels: label of each image.
+        names: name of each image for messages.
+        digest: digest of everything that determines the content of the file.
     """
 
     split: str
@@ -45,15 +47,15 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """What became of a shard.
+    """The result of writing a shard.
 
     Attributes:
-        digest: the shard's.
-        kept: pictures kept byte for byte.
-        converted: pictures converted to JPEG.
-        bytes: of the file.
-        sha256: of the file; empty if bad pictures stopped it, and there is none.
-        bad: (name, reason) of each picture that cannot be decoded.
+        digest: digest of the shard.
+        kept: number of images kept byte for byte.
+        converted: number of images converted to JPEG.
+        bytes: size of the file.
+        sha256: checksum of the file; empty if bad images prevented the file.
+        bad: (name, reason) of each image that cannot be decoded.
     """
 
     digest: str
@@ -70,7 +72,7 @@ class Written:
 
 
 def features(num_classes: int | None = None, class_names: Sequence[str] | None = None) -> Any:
-    """Returns the features of a record, as TFDS describes them."""
+    """Returns the TFDS features of a record."""
     import tensorflow_datasets as tfds
 
     return tfds.features.FeaturesDict(
@@ -83,26 +85,26 @@ def features(num_classes: int | None = None, class_names: Sequence[str] | None =
 
 
 def as_jpeg(image: bytes) -> tuple[bytes, bool]:
-    """Returns a picture as a gray or RGB JPEG, and whether it is the file as it was.
+    """Returns an image as a gray or RGB JPEG file, and whether the file is unchanged.
 
-    An EXIF orientation stays a tag: the pixels are turned when the picture is read, or not.
+    An EXIF orientation stays a tag; the reader decides whether to rotate the pixels.
 
     Raises:
-        BadImageError: the picture cannot be decoded, or is too large for JPEG.
+        BadImageError: the image cannot be decoded, or is too large for JPEG.
     """
-    picture = decode.open_picture(image)
-    if picture.format in ('JPEG', 'MPO') and picture.mode in ('L', 'RGB'):  # MPO: several JPEGs in a row
-        # At an eighth of the size all that is entropy-coded is still read, and less is computed.
-        picture.draft(None, (1, 1))
+    opened = decode.open_image(image)
+    if opened.format in ('JPEG', 'MPO') and opened.mode in ('L', 'RGB'):  # MPO: several JPEGs in one file
+        # Decoding at an eighth of the size still reads all entropy-coded data, and is faster.
+        opened.draft(None, (1, 1))
         try:
-            picture.load()
+            opened.load()
         except Exception:
-            decode.decode(image, exif_orientation=False)  # says what is wrong
+            decode.decode(image, exif_orientation=False)  # raises with the reason
         return image, True
     rgb = decode.decode(image, exif_orientation=False)
     if max(rgb.size) > _MOST_PIXELS:
         raise BadImageError(f'cannot convert the image: {rgb.width}x{rgb.height} is too large for JPEG')
-    exif, orientation = Image.Exif(), decode.orientation_of(picture)
+    exif, orientation = Image.Exif(), decode.orientation_of(opened)
     if orientation > 1:
         exif[ExifTags.Base.Orientation] = orientation
     jpeg = io.BytesIO()
@@ -113,14 +115,14 @@ def as_jpeg(image: bytes) -> tuple[bytes, bool]:
 def write_shard(
     shard: Shard, folder: str, on_bad: str, num_classes: int, tick: Callable[[], None]
 ) -> Written:
-    """Writes a shard; the file gets its name when it is complete, and the record of it follows.
+    """Writes a shard. The complete file is renamed to its final name, then its result is written.
 
     Args:
-        shard: what to write.
-        folder: of the data set.
-        on_bad: at pictures that cannot be decoded: 'skip' leaves them out, 'stop' writes no file.
-        num_classes: of the data set.
-        tick: called before each picture.
+        shard: shard to write.
+        folder: folder of the dataset.
+        on_bad: for images that cannot be decoded: 'skip' leaves them out, 'stop' writes no file.
+        num_classes: number of classes of the dataset.
+        tick: called before each image.
 
     Raises:
         InputError: the file cannot be written.
@@ -146,15 +148,14 @@ def write_shard(
 
 
 def record_path(folder: str, shard: Shard) -> str:
-    """Returns where it is noted that a shard is written."""
+    """Returns the path of the file that holds the result of writing a shard."""
     return os.path.join(folder, PROGRESS, f'{shard.file_name}.json')
 
 
 def write_json(path: str, content: Any) -> None:
-    """Writes a file that is there in full or not at all."""
-    with open(f'{path}.partial', 'w') as f:
-        json.dump(content, f, indent=2)
-    os.replace(f'{path}.partial', path)
+    """Writes a JSON file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2))
 
 
 def _write_records(shard: Shard, path: str, on_bad: str, num_classes: int, tick: Callable[[], None]) -> Any:
@@ -165,23 +166,23 @@ def _write_records(shard: Shard, path: str, on_bad: str, num_classes: int, tick:
     serializer = ExampleSerializer(encoder.get_serialized_info())
     kept, converted, bad = 0, 0, []
     with _Reader() as reader, warnings.catch_warnings(), _array_record_errors():
-        warnings.simplefilter('ignore')  # of odd metadata
+        warnings.simplefilter('ignore')  # about invalid metadata
         warnings.simplefilter('error', Image.DecompressionBombWarning)
         writer = ArrayRecordWriter(path, 'group_size:1')
         try:
             for item, label, name in zip(shard.items, shard.labels, shard.names, strict=True):
                 tick()
                 try:
-                    jpeg, as_it_was = as_jpeg(reader.read(item))
+                    jpeg, unchanged = as_jpeg(reader.read(item))
                 except BadImageError as e:
                     bad.append((name, str(e)))
                     continue
                 if bad and on_bad == 'stop':
-                    continue  # only looking for more of them
+                    continue  # only looks for more bad images
                 example = {'image': io.BytesIO(jpeg), 'label': label, 'file_name': os.fsencode(item.name)}
                 proto = serializer.get_tf_example(encoder.encode_example(example))
-                writer.write(proto.SerializeToString(deterministic=True))  # the same checksums every time
-                kept, converted = kept + as_it_was, converted + (not as_it_was)
+                writer.write(proto.SerializeToString(deterministic=True))  # for reproducible checksums
+                kept, converted = kept + unchanged, converted + (not unchanged)
         finally:
             if writer.is_open():
                 writer.close()
@@ -192,12 +193,12 @@ def _write_records(shard: Shard, path: str, on_bad: str, num_classes: int, tick:
 def _array_record_errors() -> Iterator[None]:
     try:
         yield
-    except RuntimeError as e:  # what its writer raises when the disk is full
+    except RuntimeError as e:  # raised by the writer when the disk is full
         raise OSError(one_line(e)) from e
 
 
 class _Reader:
-    """Reads pictures; the tar that the last one was in stays open."""
+    """Reads images, and keeps the tar of the last image open."""
 
     def __init__(self):
         self._path, self._tar = '', None
@@ -210,15 +211,14 @@ class _Reader:
             self._tar.close()
 
     def read(self, item: Item) -> bytes:
-        """Returns a picture's bytes.
+        """Returns the bytes of an image.
 
         Raises:
-            BadImageError: it cannot be read, or the tar ends within it.
+            BadImageError: the image cannot be read, or the tar ends within it.
         """
         try:
             if item.offset < 0:
-                with open(os.path.join(item.container, item.name), 'rb') as f:
-                    return f.read()
+                return read_file(os.path.join(item.container, item.name))
             tar = self._open(item.container)
             tar.seek(item.offset)
             image = tar.read(item.size)

@@ -1,12 +1,11 @@
-"""Shards written by several processes, which end with this one.
+"""Writes shards in several processes, which end with this one.
 
-Not a ProcessPoolExecutor: workers share locks there, and one that is killed may leave all waiting.
+This is not a ProcessPoolExecutor, whose workers share locks: a killed worker could block all others.
 """
 
 import functools
 import multiprocessing
 import multiprocessing.connection
-import os
 import signal
 import threading
 import traceback
@@ -17,9 +16,10 @@ from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from epsanet_jax.data.prepare.shards import Shard, Written, write_shard
+from epsanet_jax.data.worker import end_with_parent
 from epsanet_jax.errors import InputError
 
-_SECONDS = 0.3  # between looks at how far they are
+_SECONDS = 0.3  # between updates of the progress
 
 
 def write_shards(
@@ -30,17 +30,17 @@ def write_shards(
     workers: int,
     done: Callable[[int], None],
 ) -> Generator[tuple[Shard, Written]]:
-    """Writes shards and yields each as it is finished, in no order.
+    """Writes shards, and yields each shard with its result when it is finished, in any order.
 
-    After one with pictures that stop it no other is begun; those that have begun are finished.
+    After a shard that bad images stopped, no other shard is started; those in progress are finished.
 
     Args:
-        shards: to write.
-        folder: of the data set.
-        on_bad: 'stop' or 'skip'.
-        num_classes: of the data set.
-        workers: number of processes; 1: this one.
-        done: called now and then with the number of pictures that have been dealt with.
+        shards: shards to write.
+        folder: folder of the dataset.
+        on_bad: 'stop' or 'skip', see `shards.write_shard`.
+        num_classes: number of classes of the dataset.
+        workers: number of processes; 1: write in this process.
+        done: called repeatedly with the number of images processed so far.
 
     Raises:
         InputError: a file cannot be written, or a worker was killed.
@@ -55,12 +55,12 @@ def write_shards(
 def _write_here(
     shards: Sequence[Shard], write: Callable[..., Written], done: Callable[[int], None]
 ) -> Generator[tuple[Shard, Written]]:
-    pictures = 0
+    images = 0
 
     def tick() -> None:
-        nonlocal pictures
-        pictures += 1
-        done(pictures)
+        nonlocal images
+        images += 1
+        done(images)
 
     for shard in shards:
         written = write(shard, tick=tick)
@@ -73,17 +73,17 @@ def _write_in_processes(
     shards: Sequence[Shard], write: Callable[..., Written], workers: int, done: Callable[[int], None]
 ) -> Generator[tuple[Shard, Written]]:
     context = multiprocessing.get_context('spawn')
-    shared = context.RawArray('q', len(shards))  # pictures done of each
+    shared = context.RawArray('q', len(shards))  # images processed per shard
     crew: dict[Any, SpawnProcess] = {}
     waiting = list(enumerate(shards))[::-1]
     busy: dict[Any, Shard] = {}
     try:
-        with _interrupts_ignored():  # by the workers, from their first moment on
+        with _interrupts_ignored():  # inherited by the workers
             for _ in range(min(workers, len(shards))):
                 ours, theirs = context.Pipe()
                 crew[ours] = context.Process(target=_work, args=(theirs, shared, write), daemon=True)
                 crew[ours].start()
-                theirs.close()  # so that the worker's end is the end of the pipe
+                theirs.close()  # so that the pipe ends when the worker ends
         ready: list[Any] = list(crew)
         while busy or ready:
             for connection in ready:
@@ -101,8 +101,8 @@ def _write_in_processes(
                 yield shard, answer
     except (EOFError, ConnectionError) as e:
         raise InputError(
-            'a worker process was killed, for lack of memory perhaps: try fewer --workers; '
-            'the same command continues'
+            'a worker process was killed, perhaps because memory ran out: decrease --workers and run the '
+            'same command again; it continues'
         ) from e
     finally:
         for connection, process in crew.items():
@@ -126,10 +126,8 @@ def _interrupts_ignored() -> Iterator[None]:
 
 
 def _work(connection: Connection, shared: Any, write: Callable[..., Written]) -> None:
-    """Writes the shards that come through the pipe, until it is closed; answers with what became of each."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    """Writes the shards received through the pipe until it is closed, and sends each result back."""
+    end_with_parent()
     while True:
         try:
             slot, shard = connection.recv()
@@ -145,11 +143,5 @@ def _work(connection: Connection, shared: Any, write: Callable[..., Written]) ->
             if not isinstance(e, InputError):
                 e.add_note(traceback.format_exc())
             answer = e
-        with suppress(ConnectionError):  # this one is to be ended
+        with suppress(ConnectionError):  # the main process is ending
             connection.send(answer)
-
-
-def _end_with(sentinel: int) -> None:
-    """Ends this process when that of the sentinel ends, also if it was killed."""
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)

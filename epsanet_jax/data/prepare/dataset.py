@@ -1,8 +1,7 @@
-"""The command `epsanet prepare`: pictures into ArrayRecord, in TFDS's layout, without TensorFlow.
+"""Writes images as a TFDS dataset in ArrayRecord, without TensorFlow.
 
-A data set that is not finished has a folder .progress: plan.json says where the shards begin, and each
-finished shard has a record there. The same command takes up what is there; a shard whose pictures have
-changed is written again.
+An unfinished dataset has a folder .progress: plan.json says where each shard starts, and each finished shard
+has a file with its result. The same call continues; a shard whose images have changed is written again.
 """
 
 import contextlib
@@ -21,6 +20,7 @@ from tqdm import tqdm
 from epsanet_jax.data.prepare import layouts, plan, shards, workers
 from epsanet_jax.data.prepare.layouts import Listing
 from epsanet_jax.data.prepare.shards import Shard, Written
+from epsanet_jax.data.walk import skipped_line
 from epsanet_jax.errors import InputError, Interrupted, one_line
 
 _DESCRIPTION = ('dataset_info.json', 'features.json', 'label.labels.txt')
@@ -29,7 +29,15 @@ _SKIPPED, _CHECKSUMS = 'skipped.txt', 'checksums.sha256'
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """What became of a split's pictures; `bytes` are those of its `shards` files."""
+    """Counts of a split.
+
+    Attributes:
+        kept: images kept byte for byte.
+        converted: images converted to JPEG.
+        skipped: images left out because they cannot be decoded.
+        bytes: total size of the files.
+        shards: number of files.
+    """
 
     kept: int
     converted: int
@@ -40,20 +48,20 @@ class Counts:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A data set that is ready.
+    """A finished dataset.
 
     Attributes:
-        folder: where it lies.
-        name: what TFDS calls it.
-        splits: their counts.
-        pictures: dealt with by this call; 0 if it was there already.
-        seconds: this took.
+        folder: path of the dataset.
+        name: name of the dataset in TFDS.
+        splits: counts of each split.
+        images: number of images that this call processed; 0 if the dataset existed already.
+        seconds: duration of this call.
     """
 
     folder: str
     name: str
     splits: Mapping[str, Counts]
-    pictures: int
+    images: int
     seconds: float
 
 
@@ -66,67 +74,69 @@ def prepare(
     labels: str | None = None,
     shard_bytes: int | None = None,
 ) -> Prepared:
-    """Writes the pictures of a folder as a TFDS data set in ArrayRecord; progress goes to stderr.
+    """Writes the images of a source as a TFDS dataset in ArrayRecord, and shows the progress on stderr.
 
     Args:
-        source: image folders or tars, see `layouts.list_source`.
-        folder: of the data set: new, empty, or one that the same call has begun.
-        on_bad: at pictures that cannot be decoded: 'stop', or 'skip', which leaves them out and lists them.
-        num_workers: processes; None: as many as there are processors.
-        name: of the data set; None: 'imagenet2012' or 'image_folder'.
-        labels: of ImageNet's validation pictures, see `devkit.read_labels`.
-        shard_bytes: of pictures in a file; None: 256 MiB, less for small data sets.
+        source: path of image folders or tars, see `layouts.list_source`.
+        folder: path of the dataset: a new or empty folder, or one that the same call has started.
+        on_bad: for images that cannot be decoded: 'stop', or 'skip', which leaves them out and lists them.
+        num_workers: number of processes; None: one per processor.
+        name: name of the dataset; None: 'imagenet2012' or 'image_folder'.
+        labels: list of the labels of ImageNet's validation images, see `imagenet.list_tars`.
+        shard_bytes: bytes of images per file; None: 256 MiB, less for small datasets.
 
     Raises:
-        InputError: the source or the folder cannot be used, or a picture cannot be decoded.
-        Interrupted: SIGINT or SIGTERM came; the same call continues.
+        InputError: the source or the folder cannot be used, or an image cannot be decoded.
+        Interrupted: SIGINT or SIGTERM was received; the same call continues.
     """
     plan.check_arguments(source, folder, name)
     source, folder = (os.path.abspath(os.path.expanduser(path)) for path in (source, folder))
     begin = time.perf_counter()
     try:
         with _terminated_as_interrupted():
-            _say(f'listing {source} ...')
+            _report(f'listing {source} ...')
             listing = layouts.list_source(source, labels)
             listing = dataclasses.replace(listing, name=name or listing.name)
             if listing.left_alone:
                 more = ' ...' if listing.left_alone[5:] else ''
-                _say(f'left alone: {", ".join(listing.left_alone[:5])}{more}')
+                _report(f'not used: {", ".join(listing.left_alone[:5])}{more}')
+            if listing.skipped:
+                _report(skipped_line(source, listing.skipped))
             report = plan.read_report(folder, listing)
             if report is not None:
                 splits = {split: Counts(**counts) for split, counts in report['splits'].items()}
                 return Prepared(folder, listing.name, splits, 0, 0.0)
             with plan.locked(folder):
                 parts = plan.make_shards(folder, listing, shard_bytes)
-                written, pictures = _write(parts, listing, folder, on_bad, num_workers or os.cpu_count() or 1)
+                written, images = _write(parts, listing, folder, on_bad, num_workers or os.cpu_count() or 1)
                 splits = _finish(parts, written, listing, folder)
     except OSError as e:
         raise InputError(f'cannot write {folder}: {e.strerror or one_line(e)}') from e
     except KeyboardInterrupt as e:
-        raise Interrupted('stopped; the same command continues') from e
-    return Prepared(folder, listing.name, splits, pictures, time.perf_counter() - begin)
+        raise Interrupted('interrupted; the same command continues') from e
+    return Prepared(folder, listing.name, splits, images, time.perf_counter() - begin)
 
 
 def describe(prepared: Prepared) -> list[str]:
-    """Returns the lines that say what was done and how to train on it."""
+    """Returns the lines that report the result and how to train on it."""
     lines = []
     for split, count in prepared.splits.items():
         lines.append(
-            f'{split}: {count.kept + count.converted:,} pictures ({count.kept:,} kept byte for byte, '
+            f'{split}: {count.kept + count.converted:,} images ({count.kept:,} kept byte for byte, '
             f'{count.converted:,} converted), {count.skipped:,} skipped, {count.bytes / 1e6:,.1f} MB in '
             f'{count.shards:,} {"file" if count.shards == 1 else "files"}'
         )
-    if prepared.pictures:
-        rate = prepared.pictures / prepared.seconds
-        lines.append(f'{prepared.pictures:,} pictures in {prepared.seconds:,.1f} s, {rate:,.0f} a second')
+    if prepared.images:
+        rate = prepared.images / prepared.seconds
+        lines.append(f'{prepared.images:,} images in {prepared.seconds:,.1f} s, {rate:,.0f} per second')
     else:
-        lines.append(f'{prepared.folder} is there already; nothing was done')
-    held_out = [split for split in prepared.splits if split != 'train']
-    if 'train' in prepared.splits and held_out:
+        lines.append(f'{prepared.folder} exists already; nothing was done')
+    validation = [split for split in prepared.splits if split != 'train']
+    if 'train' in prepared.splits and validation:
         recipe, usual = ('image_folder', 'val')
         if prepared.name == 'imagenet2012':
             recipe, usual = ('imagenet', 'validation')
-        split = '' if usual in held_out else f' --config.data.eval_split={held_out[0]}'
+        split = '' if usual in validation else f' --config.data.eval_split={validation[0]}'
         lines.append(
             f'train on it: python train.py --config=configs/{recipe}.py --config.data.source=records '
             f'--config.data.dir={shlex.quote(prepared.folder)}{split} --workdir=runs/new'
@@ -136,7 +146,7 @@ def describe(prepared: Prepared) -> list[str]:
 
 @contextlib.contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Lets SIGTERM do what SIGINT does."""
+    """Raises KeyboardInterrupt on SIGTERM, as on SIGINT."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -150,21 +160,21 @@ def _terminated_as_interrupted() -> Iterator[None]:
 def _write(
     parts: list[Shard], listing: Listing, folder: str, on_bad: str, num_workers: int
 ) -> tuple[dict[str, Written], int]:
-    """Writes the shards that are not there yet; returns what became of all, by file, and pictures read.
+    """Writes the missing shards; returns the result of every shard by file name, and the number of images.
 
     Raises:
-        InputError: a picture cannot be decoded and none may be left out, or a file cannot be written.
+        InputError: a file cannot be written, or an image cannot be decoded and `on_bad` is 'stop'.
     """
     found = {part.file_name: plan.read_written(folder, part, on_bad) for part in parts}
     written = {name: record for name, record in found.items() if record is not None}
     missing = [part for part in parts if part.file_name not in written]
-    pictures = sum(len(part.items) for part in missing)
-    for part in missing:  # one that has become another
+    images = sum(len(part.items) for part in missing)
+    for part in missing:  # of images that have changed
         for path in (shards.record_path(folder, part), os.path.join(folder, part.file_name)):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
     seconds = 0.5 if sys.stderr.isatty() else 30
-    with tqdm(total=pictures, unit=' pictures', mininterval=seconds, disable=not missing) as bar:
+    with tqdm(total=images, unit=' images', mininterval=seconds, disable=not missing) as bar:
 
         def done(count: int) -> None:
             bar.update(count - bar.n)
@@ -176,25 +186,25 @@ def _write(
                 written[part.file_name] = record
     bad = [pair for part in parts if part.file_name in written for pair in written[part.file_name].bad]
     for name, reason in bad:
-        _say(f'{name}: {reason}')
+        _report(f'{name}: {reason}')
     if bad and on_bad == 'stop':
         raise InputError(
-            f'{len(bad)} of the pictures read cannot be decoded, the first {bad[0][0]}: {bad[0][1]}; mend or '
-            'remove them, or leave them out by --on-bad=skip; the same command continues'
+            f'{len(bad)} of the images read cannot be decoded, the first is {bad[0][0]}: {bad[0][1]}; fix or '
+            'remove them, or leave them out with --on-bad=skip; the same command continues'
         )
-    return written, pictures
+    return written, images
 
 
 def _finish(
     parts: list[Shard], written: dict[str, Written], listing: Listing, folder: str
 ) -> dict[str, Counts]:
-    """Writes everything but the shards, and removes what was kept for continuing."""
+    """Writes the metadata, the report and the checksums, and removes the progress folder."""
     splits = {}
     for split in listing.splits:
         own = [written[part.file_name] for part in parts if part.split == split]
         kept, converted = sum(w.kept for w in own), sum(w.converted for w in own)
         if not kept + converted:
-            raise InputError(f'no picture of {split!r} can be decoded: nothing is left of it')
+            raise InputError(f'no image of {split!r} can be decoded: the split would be empty')
         splits[split] = Counts(
             kept, converted, sum(len(w.bad) for w in own), sum(w.bytes for w in own), len(own)
         )
@@ -228,9 +238,9 @@ def _write_description(
         data_dir=folder,
         features=shards.features(class_names=listing.class_names),
         split_infos=infos,
-        check_data=False,  # with TensorFlow, it means
+        check_data=False,  # the check needs TensorFlow
         supervised_keys=('image', 'label'),
-        description='Pictures and their classes, written by `epsanet prepare`.',
+        description='Images and their classes, written by `epsanet prepare`.',
     )
 
 
@@ -239,5 +249,5 @@ def _sha256(path: str) -> str:
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
-def _say(line: str) -> None:
+def _report(line: str) -> None:
     print(line, file=sys.stderr)

@@ -1,0 +1,146 @@
+"""Images from files and folders, as they are named on a command line, read as a stream."""
+
+import collections
+import dataclasses
+import os
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+
+from epsanet_jax.data.decode import BadImageError, decode
+from epsanet_jax.data.transforms import CentreCrop
+from epsanet_jax.data.walk import is_there, no_image, read_file, skipped_line, walk
+from epsanet_jax.errors import InputError
+
+OnBad = Callable[[str], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFile:
+    """A file that may be an image.
+
+    Attributes:
+        path: path of the file.
+        argument: index of the given path by which the file was found.
+        below: path relative to the given folder, or the file's name if the file itself was given.
+    """
+
+    path: str
+    argument: int
+    below: str
+
+
+def stop_at_bad(message: str) -> None:
+    """Raises BadImageError with the message."""
+    raise BadImageError(message)
+
+
+def check_paths(paths: Sequence[str], without: str | None = None) -> None:
+    """Checks that every path exists, and that every folder holds an image.
+
+    Raises:
+        InputError: a path does not exist, or a folder holds no image outside of the folder `without`.
+    """
+    for path in paths:
+        if not is_there(path):
+            raise InputError(f'no such image or folder: {path}')
+        if os.path.isdir(path) and next(find_images([path], without=without), None) is None:
+            raise InputError(no_image(path, path, _skipped(path, without)))
+
+
+def find_images(
+    paths: Sequence[str],
+    on_bad: OnBad = lambda message: None,
+    without: str | None = None,
+) -> Iterator[ImageFile]:
+    """Yields the given files, whatever their names, and the images in and below the given folders.
+
+    Args:
+        paths: files and folders. The order within a folder, and what is skipped, are those of `walk.walk`.
+        on_bad: called with a message for each folder that cannot be read.
+        without: path of a folder to leave out, for example the folder of the results.
+    """
+    for argument, path in enumerate(paths):
+        if not os.path.isdir(path):
+            yield ImageFile(path, argument, os.path.basename(path))
+            continue
+        for folder in walk(path, on_bad, without=without):
+            for entry in folder.images:
+                yield ImageFile(entry.path, argument, os.path.join(folder.path, entry.name))
+
+
+def skipped_lines(paths: Sequence[str], without: str | None = None) -> list[str]:
+    """Returns one line for each given folder below which `find_images` skips anything."""
+    found = ((path, _skipped(path, without)) for path in paths if os.path.isdir(path))
+    return [skipped_line(path, skipped) for path, skipped in found if skipped]
+
+
+def _skipped(folder: str, without: str | None) -> list[str]:
+    skipped: list[str] = []
+    for _ in walk(folder, lambda message: None, skipped.append, without):
+        pass
+    return skipped
+
+
+def read_batches(
+    files: Iterable[ImageFile],
+    crop: CentreCrop,
+    batch_size: int,
+    threads: int,
+    exif_orientation: bool = True,
+    on_bad: OnBad = stop_at_bad,
+) -> Generator[tuple[list[ImageFile], np.ndarray], None, None]:
+    """Reads, decodes and crops images in threads and keeps their order; reads about two batches ahead.
+
+    Args:
+        files: image files; taken from the iterable as they are needed.
+        crop: crop to the size of the network.
+        batch_size: number of rows of every batch.
+        threads: number of threads that decode.
+        exif_orientation: see `decode`.
+        on_bad: called with 'PATH: reason' for each image that cannot be decoded; the image is left out.
+
+    Yields:
+        The files of a batch, at most `batch_size`, and their images, uint8 [batch_size, size, size, 3]. Zeros
+        fill the unused rows of the last batch.
+    """
+    batch, images = [], np.zeros((batch_size, crop.size, crop.size, 3), np.uint8)
+    for file, image in _in_threads(files, crop, exif_orientation, threads, batch_size + threads):
+        if isinstance(image, str):
+            on_bad(f'{file.path}: {image}')
+            continue
+        images[len(batch)] = image
+        batch.append(file)
+        if len(batch) == batch_size:
+            yield batch, images
+            batch, images = [], np.zeros_like(images)
+    if batch:
+        yield batch, images
+
+
+def _in_threads(
+    files: Iterable[ImageFile], crop: CentreCrop, exif_orientation: bool, threads: int, ahead: int
+) -> Iterator[tuple[ImageFile, np.ndarray | str]]:
+    """Yields each file with its image, or with the reason why it cannot be decoded."""
+    executor = ThreadPoolExecutor(threads)
+    waiting: collections.deque[tuple[ImageFile, Future[np.ndarray | str]]] = collections.deque()
+    try:
+        for file in files:
+            waiting.append((file, executor.submit(_read, file.path, crop, exif_orientation)))
+            if len(waiting) > ahead:
+                first, image = waiting.popleft()
+                yield first, image.result()
+        for first, image in waiting:
+            yield first, image.result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _read(path: str, crop: CentreCrop, exif_orientation: bool) -> np.ndarray | str:
+    try:
+        return crop(decode(read_file(path), exif_orientation))
+    except BadImageError as e:
+        return str(e)
+    except OSError as e:
+        return f'cannot read the image: {e.strerror or e}'

@@ -1,0 +1,39 @@
+"""Shards written in several processes."""
+
+import multiprocessing
+import threading
+import time
+
+import pytest
+
+from epsanet_jax import InputError
+from epsanet_jax.data.prepare import dataset
+from epsanet_jax.data.sources import ImageFolder
+
+from .helpers import SHARD, records
+
+
+def test_several_processes_write_the_same_files(images, tmp_path):
+    for n in (1, 2):
+        dataset.prepare(str(images), str(tmp_path / f'{n}'), num_workers=n, shard_bytes=SHARD)
+    files = sorted(p.name for p in (tmp_path / '1').iterdir())
+    assert sum('train.array_record' in name for name in files) == 4
+    assert sorted(p.name for p in (tmp_path / '2').iterdir()) == files
+    for name in files:
+        assert (tmp_path / '1' / name).read_bytes() == (tmp_path / '2' / name).read_bytes()
+    folder = ImageFolder(images / 'train')
+    assert [r[2] for r in records(tmp_path / '2', 'train')] == [folder[i]['image'] for i in range(7)]
+
+
+def test_killed_worker_is_an_error(images, tmp_path):
+    def kill_one():
+        while not (children := multiprocessing.active_children()):
+            time.sleep(0.01)
+        children[0].kill()
+
+    killer = threading.Thread(target=kill_one, daemon=True)
+    killer.start()
+    with pytest.raises(InputError, match='a worker process was killed'):
+        dataset.prepare(str(images), str(tmp_path / 'out'), num_workers=2, shard_bytes=SHARD)
+    killer.join(timeout=10)
+    assert not multiprocessing.active_children()
