@@ -181,3 +181,25 @@ import {script}
 from epsanet_jax.convert import torch_model
 """
     subprocess.run([sys.executable, '-c', program], check=True)
+
+
+@pytest.mark.usefixtures('scripts')
+def test_the_plot_groups_bars_by_network_and_compares_with_the_resnet_of_the_same_depth():
+    import plot
+
+    def line(model, conv, cycles):
+        line = {'benchmark': 'tpu_cost', 'topology': 'v5e:2x4', 'model': model, 'conv': conv}
+        return {**line, 'cycles_per_image': cycles}
+
+    lines = [
+        line('resnet101', 'auto', 5e6),
+        line('epsanet50_small', 'stock', 4e6),
+        line('epsanet50_small', 'auto', 3e6),
+        line('resnet50', 'auto', 2e6),
+        {**line('resnet50', 'auto', 1), 'block': 'layer1_0'},
+    ]
+    assert plot.tpu_groups(lines) == {
+        'ResNet-50': {'auto': (2, '2.00')},
+        'EPSANet-50 Small': {'auto': (3, '3.00 (1.50x ResNet)'), 'stock': (4, '4.00 (2.00x ResNet)')},
+        'ResNet-101': {'auto': (5, '5.00')},
+    }
