@@ -1,4 +1,4 @@
-"""Writes docs/variants.md: the networks' sizes beside the published figures, and what a stage of each costs.
+"""Writes docs/variants.md: the size and cost of each network next to the published figures.
 
 python benchmarks/variants.py docs/variants.md
 """
@@ -10,12 +10,13 @@ from pathlib import Path
 from epsanet_jax.analysis.summary import summarize
 from epsanet_jax.models import create_model, get_variant, list_models
 
-HEADER = """# The networks, ours beside the published figures
+HEADER = """# Networks: our figures and the published ones
 
-Written by `python benchmarks/variants.py docs/variants.md`. For 1000 classes and one picture of 224x224
-px. Multiply-adds are those of convolutions and linear layers; the paper adds 2 for each value that BatchNorm
-gives. Activations are what convolutions, BatchNorms and the classifier give, in float32. Published figures
-are of the paper (arXiv 2105.14447), top-1 on ImageNet in percent; it has not been reproduced here.
+Written by `python benchmarks/variants.py docs/variants.md`, for 1000 classes and one image of 224x224 pixels.
+Multiply-adds count convolutions and linear layers; the paper's count adds 2 for each output value of a
+BatchNorm. Activations are the outputs of convolutions, BatchNorms and the classifier, in float32. Published
+figures are from the paper (arXiv 2105.14447), with top-1 on ImageNet in percent. We have not reproduced the
+accuracy.
 """
 COLUMNS = (
     'network',
