@@ -5,10 +5,10 @@
 The cost of a convolution inside a block differs from its cost alone, because the compiler fuses neighbouring
 operations and layouts must agree. For each convolution of a pyramid, largest kernel first, and each
 direction, the script tries the algorithms that are cheapest alone. It keeps the one with which the block,
-forward and backward, takes the fewest cycles. Then it tries to join convolutions: the input gradients of two neighbours
-or, if all have equally many groups, all convolutions in every direction. The script rewrites the table that
-conv='auto' reads (epsanet_jax/ops/choices.json). It takes 10 to 20 minutes per block on 2 cores and needs
-libtpu, but no TPU.
+forward and backward, takes the fewest cycles. Then it tries to join convolutions: the input gradients of two
+neighbours or, if all have equally many groups, all convolutions in every direction. The script rewrites the
+table that conv='auto' reads (epsanet_jax/ops/choices.json). It takes 10 to 20 minutes per block on 2 cores
+and needs libtpu, but no TPU.
 """
 
 import argparse
