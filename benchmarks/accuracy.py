@@ -1,12 +1,12 @@
-"""Accuracy on real pictures: ours, a plain PyTorch loop, and a linear classifier on the pixels.
+"""Accuracy on real images: our trainer, a plain PyTorch loop, and a linear classifier on the pixels.
 
-    python benchmarks/accuracy.py DATA --out runs/accuracy     # DATA: train/ and val/, a folder a class
+    python benchmarks/accuracy.py DATA --out runs/accuracy     # DATA: train/ and val/, one folder per class
     epsanet plot runs/accuracy/*/ --out curves.png
 
-Each side trains with every seed on the same pictures by the same recipe: network, batch, BatchNorm groups,
-optimiser, schedule, and distribution of the crops. The PyTorch side shares no code with ours but the network
-in `convert/torch_model.py`. Every run is a folder with its metrics.jsonl; runs that are finished are not
-repeated. Prints a line of JSON for each run, and one a side with mean and standard error.
+Each side trains with every seed on the same images with the same recipe: network, batch size, BatchNorm
+groups, optimizer, schedule, and distribution of the crops. The PyTorch side shares only the network in
+`convert/torch_model.py` with ours. Every run has a folder with its metrics.jsonl; finished runs are not
+repeated. Prints one line of JSON per run, and one per side with mean and standard error.
 """
 
 import argparse
@@ -38,7 +38,7 @@ SIDES = ('linear', 'ours', 'torch')
 
 
 def recipe(args: argparse.Namespace, seed: int) -> Config:
-    """Returns the recipe of both sides: a small EPSANet of four stages, on the pictures as they come."""
+    """Returns the recipe of both sides: a small EPSANet with four stages."""
     return Config(
         seed=seed,
         batch_size=64,
@@ -60,7 +60,7 @@ def recipe(args: argparse.Namespace, seed: int) -> Config:
 
 
 def main() -> None:
-    """Trains what is asked for and prints the results."""
+    """Trains the chosen sides and prints the results."""
     args = _parse()
     use_persistent_cache()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def run(side: str, config: Config, workdir: Path) -> dict[str, Any]:
-    """Returns the last evaluation of a run, made now unless its folder holds a finished one."""
+    """Returns the last evaluation of a run; trains unless the folder holds a finished run."""
     if side == 'ours':
         return train(config, str(workdir)).last
     done = workdir / 'metrics.jsonl'
@@ -94,17 +94,17 @@ def run(side: str, config: Config, workdir: Path) -> dict[str, Any]:
     return json.loads(done.read_text().splitlines()[-1])
 
 
-def pictures(folder: Path) -> tuple[list[Image.Image], np.ndarray]:
-    """Returns the pictures of a folder of class folders, decoded, and their labels."""
+def load_images(folder: Path) -> tuple[list[Image.Image], np.ndarray]:
+    """Returns the decoded images of a folder of class folders, and their labels [N]."""
     names = sorted(path.name for path in folder.iterdir() if path.is_dir())
     files = [(path, i) for i, name in enumerate(names) for path in sorted((folder / name).iterdir())]
     decoded = [Image.open(path).convert('RGB') for path, _ in files]
     return decoded, np.array([label for _, label in files])
 
 
-def random_crop(picture: Image.Image, data: DataConfig, rng: np.random.Generator) -> Image.Image:
-    """RandomResizedCrop and a flip, as torchvision defines them."""
-    width, height = picture.size
+def random_crop(image: Image.Image, data: DataConfig, rng: np.random.Generator) -> Image.Image:
+    """Returns a random-resized crop, flipped in half of the cases, as torchvision defines them."""
+    width, height = image.size
     for _ in range(10):
         area = width * height * rng.uniform(*data.crop_scale)
         ratio = math.exp(rng.uniform(math.log(data.crop_ratio[0]), math.log(data.crop_ratio[1])))
@@ -115,17 +115,17 @@ def random_crop(picture: Image.Image, data: DataConfig, rng: np.random.Generator
         w = h = min(width, height)
     x, y = rng.integers(0, width - w + 1), rng.integers(0, height - h + 1)
     size = (data.image_size, data.image_size)
-    crop = picture.resize(size, Image.Resampling.BILINEAR, box=(x, y, x + w, y + h))
+    crop = image.resize(size, Image.Resampling.BILINEAR, box=(x, y, x + w, y + h))
     return crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if rng.random() < 0.5 else crop
 
 
-def centre_crop(picture: Image.Image, data: DataConfig) -> Image.Image:
-    """Resize of the shorter side and CenterCrop, as torchvision defines them."""
-    scale = data.resize_size / min(picture.size)
-    resized = picture.resize(
+def centre_crop(image: Image.Image, data: DataConfig) -> Image.Image:
+    """Returns the centre crop after a resize of the shorter side, as torchvision defines them."""
+    scale = data.resize_size / min(image.size)
+    resized = image.resize(
         (
-            max(data.resize_size, int(picture.width * scale)),
-            max(data.resize_size, int(picture.height * scale)),
+            max(data.resize_size, int(image.width * scale)),
+            max(data.resize_size, int(image.height * scale)),
         ),
         Image.Resampling.BILINEAR,
     )
@@ -134,34 +134,34 @@ def centre_crop(picture: Image.Image, data: DataConfig) -> Image.Image:
 
 
 def to_array(images: list[Image.Image], data: DataConfig) -> np.ndarray:
-    """Returns normalised float32 [N, H, W, 3]."""
+    """Returns the normalised images as float32 [N, H, W, 3]."""
     pixels = np.stack([np.asarray(image) for image in images]).astype(np.float32) / 255
     return (pixels - np.float32(data.mean)) / np.float32(data.std)
 
 
 def run_linear(config: Config) -> list[dict[str, Any]]:
-    """Fits softmax regression to the pixels; the best of several penalties, by the held-out pictures."""
+    """Fits softmax regression to the pixels; returns the evaluation with the best of several penalties."""
     from sklearn.linear_model import LogisticRegression
 
     folder, arrays = Path(config.data.dir), []
     for split in (config.data.train_split, config.data.eval_split):
-        images, labels = pictures(folder / split)
+        images, labels = load_images(folder / split)
         flat = to_array([centre_crop(image, config.data) for image in images], config.data)
         arrays.append((flat.reshape(len(flat), -1), labels))
-    (x, y), (held_out, truth) = arrays
+    (x, y), (validation, truth) = arrays
     best: dict[str, Any] = {}
     for penalty in (1e-5, 1e-4, 1e-3):
         fitted = LogisticRegression(C=penalty, max_iter=100).fit(x, y)
-        order = np.argsort(-fitted.decision_function(held_out), axis=1)
+        order = np.argsort(-fitted.decision_function(validation), axis=1)
         top1, top5 = ((order[:, :k] == truth[:, None]).any(axis=1).mean() for k in (1, 5))
-        common.say(f'linear, C {penalty}: top-1 {top1:.2%}')
+        common.log(f'linear, C {penalty}: top-1 {top1:.2%}')
         if not best or top1 > best['top1']:
             best = {'split': 'eval', 'step': 0, 'top1': top1, 'top5': top5, 'examples': len(truth)}
     return [best]
 
 
 def run_torch(config: Config) -> list[dict[str, Any]]:
-    """The loop that a PyTorch user writes, with our twin as the network."""
+    """Trains our PyTorch network in a plain PyTorch loop; returns the lines of its metrics.jsonl."""
     import torch
     from torch.nn.functional import cross_entropy
 
@@ -169,8 +169,8 @@ def run_torch(config: Config) -> list[dict[str, Any]]:
 
     torch.manual_seed(config.seed)
     data, rng = config.data, np.random.default_rng(config.seed)
-    images, labels = pictures(Path(data.dir) / data.train_split)
-    held_out, truth = pictures(Path(data.dir) / data.eval_split)
+    images, labels = load_images(Path(data.dir) / data.train_split)
+    validation, truth = load_images(Path(data.dir) / data.eval_split)
     model = EPSANet(build_model(config.model, len(set(labels))))
     settings = config.optimizer
     optimizer = torch.optim.SGD(
@@ -195,8 +195,8 @@ def run_torch(config: Config) -> list[dict[str, Any]]:
         with torch.no_grad():
             logits = torch.cat(
                 [
-                    model(tensor([centre_crop(p, data) for p in held_out[i : i + 100]]))
-                    for i in range(0, len(held_out), 100)
+                    model(tensor([centre_crop(image, data) for image in validation[i : i + 100]]))
+                    for i in range(0, len(validation), 100)
                 ]
             )
         model.train()
@@ -216,26 +216,26 @@ def run_torch(config: Config) -> list[dict[str, Any]]:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        rate = schedule.get_last_lr()[0]
+        lr = schedule.get_last_lr()[0]
         schedule.step()
         sums.append((float(loss), float((logits.argmax(dim=1) == targets).float().mean())))
         if step % config.log_every_steps == 0 or step == total:
             mean_loss, top1 = np.mean(sums, axis=0).tolist()
             speed = round(len(sums) * config.batch_size / (time.perf_counter() - began), 2)
-            line = {'split': 'train', 'step': step, 'loss': mean_loss, 'top1': top1, 'lr': rate}
+            line = {'split': 'train', 'step': step, 'loss': mean_loss, 'top1': top1, 'lr': lr}
             lines.append({**line, 'images_per_s': speed})
-            common.say(
+            common.log(
                 f'torch, seed {config.seed}, step {step}/{total}: loss {mean_loss:.4f}, {speed} images/s'
             )
             sums, began = [], time.perf_counter()
         if step % every == 0 or step == total:
             lines.append(evaluate(step))
-            common.say(f'torch, seed {config.seed}, step {step}/{total}: top-1 {lines[-1]["top1"]:.2%}')
+            common.log(f'torch, seed {config.seed}, step {step}/{total}: top-1 {lines[-1]["top1"]:.2%}')
     return lines
 
 
 def _shuffled(count: int, rng: np.random.Generator) -> Iterator[int]:
-    """Yields all numbers below `count` in random order, again and again."""
+    """Yields all numbers below `count` in random order, without end and in a new order each time."""
     while True:
         yield from rng.permutation(count).tolist()
 
@@ -244,13 +244,13 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('data', type=Path)
-    parser.add_argument('--out', type=Path, default=Path('runs/accuracy'))
+    parser.add_argument('data', type=Path, help='folder with train/ and val/, one folder per class in each')
+    parser.add_argument('--out', type=Path, default=Path('runs/accuracy'), help='folder of the runs')
     parser.add_argument('--sides', nargs='+', choices=SIDES, default=list(SIDES))
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--epochs', type=float, default=30)
-    parser.add_argument('--size', type=int, default=64, help='pixels')
-    parser.add_argument('--json', type=Path, help='file to which the lines are appended')
+    parser.add_argument('--size', type=int, default=64, help='image size in pixels')
+    parser.add_argument('--json', type=Path, help='append the lines to this file')
     return parser.parse_args()
 
 

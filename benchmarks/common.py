@@ -1,4 +1,4 @@
-"""What the benchmarks share: JSON lines with device and versions, and timing."""
+"""Shared by the benchmarks: JSON lines with device and versions, and timing."""
 
 import importlib.metadata
 import json
@@ -20,7 +20,7 @@ SETTINGS = ('GLIBC_TUNABLES', 'LD_PRELOAD', 'MALLOC_', 'OMP_', 'XLA_FLAGS')
 
 
 def describe_device() -> dict[str, Any]:
-    """Returns what the numbers depend on: device, versions, settings of the environment."""
+    """Returns what the measurements depend on: device, versions, and settings of the environment."""
     device = jax.devices()[0]
     count, kind = len(jax.devices()), device.device_kind
     if device.platform == 'cpu':
@@ -32,7 +32,7 @@ def describe_device() -> dict[str, Any]:
 
 
 def tpu_devices(topology: str) -> list[Any]:
-    """Returns the devices of a TPU topology such as 'v5e:2x4', to compile for; before JAX starts."""
+    """Returns the devices of a TPU topology such as 'v5e:2x4'; call it before JAX starts."""
     try:
         return open_topology(topology).devices
     except InputError as e:
@@ -40,7 +40,7 @@ def tpu_devices(topology: str) -> list[Any]:
 
 
 def emit(record: dict[str, Any], out: Path | None) -> None:
-    """Prints a record as one line of JSON, and appends it to a file if there is one."""
+    """Prints a record as one line of JSON and appends it to `out` if given."""
     line = json.dumps(record)
     print(line, flush=True)
     if out is not None:
@@ -48,19 +48,19 @@ def emit(record: dict[str, Any], out: Path | None) -> None:
             f.write(line + '\n')
 
 
-def say(text: str) -> None:
-    """Tells progress, apart from the results."""
+def log(text: str) -> None:
+    """Prints progress to stderr; results go to stdout."""
     print(text, file=sys.stderr, flush=True)
 
 
 def seconds(run: Callable[[], Any], wait: Callable[[Any], Any], budget: float = 0.2, most: int = 7) -> float:
-    """Returns the median time of `run`, after a first run that is not counted.
+    """Returns the median time of `run` in seconds, after one run that is not timed.
 
     Args:
-        run: the work.
-        wait: called with its result, returns when it is there.
-        budget: seconds after which no further repetition begins.
-        most: repetitions.
+        run: function to measure.
+        wait: called with the result of `run`; returns when the result is computed.
+        budget: seconds after which no further repetition starts.
+        most: largest number of repetitions.
     """
     wait(run())
     times: list[float] = []

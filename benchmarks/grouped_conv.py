@@ -1,12 +1,12 @@
-"""Which algorithm is the fastest for each convolution of the networks, in each direction.
+"""Finds the fastest algorithm for each convolution of the networks, in each direction.
 
     python benchmarks/grouped_conv.py --batch 8 --dtype float32 --write --out results.jsonl
     python benchmarks/grouped_conv.py --batch 128 --dtype bfloat16 --write --kernels 9          # a GPU
     python benchmarks/grouped_conv.py --batch 128 --dtype bfloat16 --topology v5e:2x4   # needs libtpu
 
-Times every algorithm on this machine's device or, with --topology, asks the TPU compiler for its cost (batch
-is then that of one chip). With --write the fastest ones replace those of the same convolution in the table
-that conv='auto' reads, epsanet_jax/ops/choices.json.
+Times every algorithm on this machine's device. With --topology it takes the TPU compiler's cost estimate
+instead, with --batch images per chip. With --write the fastest algorithms replace those of the same
+convolution in epsanet_jax/ops/choices.json, the table that conv='auto' reads.
 """
 
 import argparse
@@ -35,7 +35,7 @@ TABLE = Path(choice.__file__).with_name(choice.TABLE)
 
 
 def main() -> None:
-    """Measures, prints, and writes the table if asked."""
+    """Measures, prints, and with --write updates the table."""
     args = _parse()
     target = common.tpu_devices(args.topology)[0] if args.topology else None
     device = {'platform': 'tpu', 'device': args.topology} if args.topology else common.describe_device()
@@ -45,7 +45,7 @@ def main() -> None:
     for i, problem in enumerate(wanted):
         spent = time.perf_counter() - start
         left = f', {spent / i * (len(wanted) - i) / 60:.0f} min left' if i else ''
-        common.say(f'{i + 1} of {len(wanted)}{left}: {problem}')
+        common.log(f'{i + 1} of {len(wanted)}{left}: {problem}')
         best = {}
         for direction in DIRECTIONS:
             costs = measure(problem, direction, device['platform'], target, args.limit)
@@ -71,17 +71,15 @@ def _parse() -> argparse.Namespace:
     parser.add_argument('--kernels', type=int, nargs='*', help='only these kernel sizes')
     parser.add_argument('--topology', help="such as v5e:2x4: the TPU compiler's cost instead of time")
     parser.add_argument(
-        '--limit', type=float, default=6, help='leave out what multiplies the products by more'
+        '--limit', type=float, default=6, help='skip algorithms with more than LIMIT times the products'
     )
-    parser.add_argument(
-        '--write', action='store_true', help='write the fastest into the table of the package'
-    )
+    parser.add_argument('--write', action='store_true', help="update the package's table")
     parser.add_argument('--out', type=Path, help='append the lines to this file')
     return parser.parse_args()
 
 
 def problems(name: str, batch: int, dtype: str, image_size: int) -> list[Problem]:
-    """Returns the different convolutions of a network, without the tiny ones on 1x1 images."""
+    """Returns the distinct convolutions of a network, without those on 1x1 images, which take no time."""
     found = {}
 
     def note(call, args, kwargs, context):
@@ -100,7 +98,7 @@ def problems(name: str, batch: int, dtype: str, image_size: int) -> list[Problem
 
 
 def candidates(problem: Problem, platform: str, limit: float) -> Iterator[Algorithm]:
-    """Yields the algorithms worth a try: those that multiply the products by at most `limit`."""
+    """Yields the algorithms to measure: those with at most about `limit` times the products."""
     yield Algorithm('stock')
     if problem.kernel == 1:
         yield Algorithm('matmul')
@@ -112,12 +110,12 @@ def candidates(problem: Problem, platform: str, limit: float) -> Iterator[Algori
         if problem.stride > 1 and not split and merge <= 2 * limit:
             yield Algorithm('merged', merge, phases=True)
         if problem.groups == 1 and problem.channels > 3:
-            continue  # nothing to win: one convolution is wide enough
+            continue  # one dense convolution is already wide enough
         for tile in TILES:
             window = math.prod((t - 1) * problem.stride + problem.kernel for t in tile)
             if merge * window / problem.kernel**2 <= limit and tile[1] <= problem.size // problem.stride:
                 yield Algorithm('tiled', merge, tile, split)
-                if platform != 'tpu':  # which pads what is folded at a higher price than all else
+                if platform != 'tpu':  # padding the folded images is too expensive there
                     yield Algorithm('folded', merge, tile, split)
     for columns in (2, 4):
         window = (1 + sum(bands(problem.kernel, problem.stride, columns))) * columns * problem.stride
@@ -127,11 +125,11 @@ def candidates(problem: Problem, platform: str, limit: float) -> Iterator[Algori
 
 
 def measure(problem: Problem, direction: str, platform: str, target: Any, limit: float) -> dict:
-    """Returns the cost of each algorithm that compiles: {'ms': ..} or {'cycles': ..} with 'bytes'."""
+    """Returns the cost of each algorithm that compiles: {'ms': ..} or {'cycles': .., 'bytes': .., ..}."""
     costs: dict[Algorithm, dict[str, float]] = {}
     for algorithm in candidates(problem, platform, limit):
         if platform == 'cpu' and algorithm.name == 'stock' and problem.groups > 1 and direction != 'forward':
-            continue  # seconds each
+            continue  # takes seconds
         function, shapes = direction_of(problem, algorithm, direction)
         try:
             if target is not None:
@@ -144,12 +142,12 @@ def measure(problem: Problem, direction: str, platform: str, target: Any, limit:
                 took = common.seconds(lambda c=compiled, a=arrays: c(*a), jax.block_until_ready)
                 costs[algorithm] = {'ms': round(1e3 * took, 3)}
         except jax.errors.JaxRuntimeError as e:
-            common.say(f'left out: {algorithm}: {" ".join(str(e).split())[:200]}')
+            common.log(f'skipped {algorithm}: {" ".join(str(e).split())[:200]}')
     return costs
 
 
 def direction_of(problem: Problem, algorithm: Algorithm, direction: str):
-    """Returns the function of one direction, and the shapes of its two arguments."""
+    """Returns the function that computes one direction, and the shapes of its two arguments."""
     p = problem
     x = jax.ShapeDtypeStruct((p.batch, p.size, p.size, p.channels), p.dtype)
     kernel = jax.ShapeDtypeStruct((p.kernel, p.kernel, p.channels // p.groups, p.features), p.dtype)
@@ -166,7 +164,7 @@ def direction_of(problem: Problem, algorithm: Algorithm, direction: str):
 
 
 def tpu_cost(function, shapes, device) -> dict[str, float]:
-    """Returns the TPU compiler's cost of a function on one chip."""
+    """Returns the TPU compiler's cost estimate of a function on one chip."""
     place = jax.sharding.SingleDeviceSharding(device)
     args = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place) for s in shapes]
     start = time.perf_counter()
@@ -200,7 +198,7 @@ def write(platform: str, problem: Problem, best: dict[str, Algorithm]) -> None:
 
 
 def shorten(algorithm: Algorithm) -> dict[str, Any]:
-    """Returns an algorithm's fields that are not the default."""
+    """Returns the fields of an algorithm that differ from the default."""
     default = Algorithm('')
     fields = algorithm._asdict().items()
     return {k: v for k, v in fields if v != getattr(default, k)}

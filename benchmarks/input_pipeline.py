@@ -1,12 +1,12 @@
-"""How fast pictures become batches: our pipeline against a PyTorch DataLoader of the same work.
+"""Speed of the input pipeline, compared with a PyTorch DataLoader that does the same work.
 
-    python benchmarks/input_pipeline.py --data PICTURES/train --workers 1 --out results.jsonl
-    python benchmarks/input_pipeline.py --data PICTURES/train --enlarge 500x375 --workers 2
+    python benchmarks/input_pipeline.py --data IMAGES/train --workers 1 --out results.jsonl
+    python benchmarks/input_pipeline.py --data IMAGES/train --enlarge 500x375 --workers 2
 
-Both read the same files, cut them as random-resized crops to 224 pixels and mirror half of them. The PyTorch
-side is the usual data set of Pillow pictures, once up to uint8 tensors as ours ('torch') and once up to
-normalised floats, as recipes have it ('torch-float'). Both have the same number of worker processes;
-'ours-threads' has as many threads in this process instead. They take turns, each after its first batches.
+Both sides read the same files, take random-resized crops of 224 pixels and mirror half of them. The PyTorch
+side is a common dataset of Pillow images. It returns uint8 tensors like ours ('torch') or normalised floats
+as in most recipes ('torch-float'). Both sides use the same number of worker processes; 'ours-threads' uses as
+many threads in this process instead. The sides take turns, and their first batches are not timed.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from epsanet_jax.data import decode, pipeline, sources, transforms
 
-SIZE, WARM_UP = 224, 2  # pixels; batches before the clock starts
+SIZE, WARM_UP = 224, 2  # pixels; batches that are not timed
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -42,18 +42,18 @@ def main() -> None:
             'torch': lambda: torch_loader(source, args, floats=False),
             'torch-float': lambda: torch_loader(source, args, floats=True),
         }
-        rates: dict[str, list[float]] = {name: [] for name in sides}
+        speeds: dict[str, list[float]] = {name: [] for name in sides}
         for _ in tqdm(range(args.rounds), desc='rounds'):
             for name, batches in sides.items():
-                rates[name].append(rate(batches(), args))
-    best = {name: statistics.median(found) for name, found in rates.items()}
+                speeds[name].append(images_per_second(batches(), args))
+    medians = {name: statistics.median(found) for name, found in speeds.items()}
     about = common.describe_device()
-    for name, found in best.items():
+    for name, found in medians.items():
         record = {'benchmark': 'input_pipeline', 'side': name, 'workers': args.workers, 'batch': args.batch}
         record |= {'pictures': args.enlarge or 'as they are', 'images_per_s': round(found, 1)}
         record |= {
-            'ratio': round(found / best['torch'], 3),
-            'ratio_float': round(found / best['torch-float'], 3),
+            'ratio': round(found / medians['torch'], 3),
+            'ratio_float': round(found / medians['torch-float'], 3),
         }
         record |= {'simplejpeg': decode.simplejpeg is not None, 'pillow': Image.__version__, **about}
         common.emit(record, args.out)
@@ -61,19 +61,19 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument('--data', type=Path, required=True, help='a folder of class folders')
-    parser.add_argument('--enlarge', metavar='WxH', help='first make JPEGs of that size of the pictures')
-    parser.add_argument('--pictures', type=int, default=400, help='how many, if they are made')
+    parser.add_argument('--data', type=Path, required=True, help='folder of class folders')
+    parser.add_argument('--enlarge', metavar='WxH', help='first resize the images to JPEGs of this size')
+    parser.add_argument('--pictures', type=int, default=400, help='number of images to resize')
     parser.add_argument('--workers', type=int, default=1)
     parser.add_argument('--batch', type=int, default=64)
-    parser.add_argument('--batches', type=int, default=20, help='to be timed, each turn')
+    parser.add_argument('--batches', type=int, default=20, help='batches timed in each round')
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--out', type=Path, help='append the lines to this file')
     return parser.parse_args()
 
 
-def rate(batches: Iterator[Any], args: argparse.Namespace) -> float:
-    """Returns pictures per second after the first batches."""
+def images_per_second(batches: Iterator[Any], args: argparse.Namespace) -> float:
+    """Returns images per second after the first batches."""
     for _ in itertools.islice(batches, WARM_UP + args.workers):
         pass
     start = time.perf_counter()
@@ -87,7 +87,7 @@ def rate(batches: Iterator[Any], args: argparse.Namespace) -> float:
 
 
 def ours(source: sources.Source, args: argparse.Namespace, reading: pipeline.Reading) -> Iterator[Any]:
-    """Returns the batches of the trainer's own pipeline."""
+    """Returns the batches of the trainer's input pipeline."""
     return pipeline.train_batches(
         source,
         transforms.TrainTransform(transforms.RandomCrop(SIZE)),
@@ -97,8 +97,8 @@ def ours(source: sources.Source, args: argparse.Namespace, reading: pipeline.Rea
     )
 
 
-class Pictures:
-    """The same files as a PyTorch data set, with torchvision's transforms in Pillow's terms."""
+class Dataset:
+    """The same files as a PyTorch dataset, with torchvision's transforms by Pillow."""
 
     def __init__(self, source: sources.Source, floats: bool):
         self._source, self._floats = source, floats
@@ -111,9 +111,9 @@ class Pictures:
         import torch
 
         record = self._source[index]
-        picture = Image.open(io.BytesIO(record['image'])).convert('RGB')  # pyright: ignore[reportArgumentType]
-        image = self._crop(picture, np.random.default_rng(index))
-        tensor = torch.from_numpy(image.copy()).permute(2, 0, 1).contiguous()
+        image = Image.open(io.BytesIO(record['image'])).convert('RGB')  # pyright: ignore[reportArgumentType]
+        crop = self._crop(image, np.random.default_rng(index))
+        tensor = torch.from_numpy(crop.copy()).permute(2, 0, 1).contiguous()
         if self._floats:
             mean, std = (torch.tensor(v).view(3, 1, 1) for v in (MEAN, STD))
             tensor = tensor.float().div(255).sub_(mean).div_(std)
@@ -121,11 +121,11 @@ class Pictures:
 
 
 def torch_loader(source: sources.Source, args: argparse.Namespace, floats: bool) -> Iterator[Any]:
-    """Returns the batches of a DataLoader, epoch after epoch."""
+    """Yields the batches of a DataLoader without end."""
     from torch.utils.data import DataLoader
 
     loader = DataLoader(
-        Pictures(source, floats),  # pyright: ignore[reportArgumentType]
+        Dataset(source, floats),  # pyright: ignore[reportArgumentType]
         batch_size=args.batch,
         shuffle=True,
         drop_last=True,
@@ -137,14 +137,14 @@ def torch_loader(source: sources.Source, args: argparse.Namespace, floats: bool)
 
 
 def enlarged(data: Path, size: str, folder: Path, count: int) -> Path:
-    """Writes JPEGs of that size, the classes kept."""
+    """Writes `count` images as JPEGs of this size into class folders; returns the folder."""
     width, height = map(int, size.split('x'))
     source = sources.ImageFolder(data)
-    for i in tqdm(range(0, len(source), max(1, len(source) // count)), desc=f'pictures of {size}'):
-        picture = decode.decode(source[i]['image']).resize((width, height), Image.Resampling.BICUBIC)
+    for i in tqdm(range(0, len(source), max(1, len(source) // count)), desc=f'images of {size}'):
+        image = decode.decode(source[i]['image']).resize((width, height), Image.Resampling.BICUBIC)
         place = folder / source.class_names[source[i]['label']]
         place.mkdir(exist_ok=True)
-        picture.save(place / f'{i}.jpg', quality=90)
+        image.save(place / f'{i}.jpg', quality=90)
     return folder
 
 

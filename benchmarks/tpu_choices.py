@@ -1,14 +1,14 @@
-"""Chooses the convolutions' algorithms for a TPU by the cost of the whole block that they are part of.
+"""Chooses the convolution algorithms for a TPU by the cost of the whole residual block.
 
     python benchmarks/tpu_choices.py --model epsanet50_small --topology v5e:2x4 --layers layer2_1
 
-Beside others a convolution costs something else than alone: the compiler fuses what comes before and after,
-and layouts must agree. So each pyramid's convolutions, the largest kernel first, take in turn the algorithms
-that are cheap on their own, direction by direction, and keep the one with which the block, forward and
-backward, costs the fewest cycles. Then some are computed as one convolution where that is cheaper still: the
-input gradients of neighbours, or, where all have as many groups, all of them in every direction. The table
-that conv='auto' reads (epsanet_jax/ops/choices.json) is rewritten on the way, and can be kept or not. Takes
-10 to 20 minutes a block on 2 cores; needs libtpu, no TPU.
+The cost of a convolution inside a block differs from its cost alone, because the compiler fuses neighbouring
+operations and layouts must agree. For each convolution of a pyramid, largest kernel first, and each
+direction, the script tries the algorithms that are cheapest alone. It keeps the one with which the block,
+forward and backward, takes the fewest cycles. Then it tries to join convolutions: the input gradients of two
+neighbours or, if all have equally many groups, all convolutions in every direction. The script rewrites the
+table that conv='auto' reads (epsanet_jax/ops/choices.json). It takes 10 to 20 minutes per block on 2 cores
+and needs libtpu, but no TPU.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from epsanet_jax.models import create_model
 from epsanet_jax.ops import choice
 from epsanet_jax.ops.algorithms import Algorithm, divisors
 
-BATCH = 128  # the lanes of a TPU
+BATCH = 128  # the number of lanes of a TPU
 
 
 def main() -> None:
-    """Improves the table, block by block."""
+    """Improves the table block by block."""
     args = _parse()
     device = common.tpu_devices(args.topology)[0]
     model = create_model(args.model, dtype=jnp.bfloat16)
@@ -58,8 +58,8 @@ def main() -> None:
 
 
 def improve(problem: choice.Problem, cost, device: Any, args: argparse.Namespace) -> dict[str, Any]:
-    """Tries what is cheap alone in each direction of a convolution; returns the block's cycles per image."""
-    before = fewest = cost()  # which reads the table as it is now
+    """Tries the cheapest algorithms in each direction; returns the block's cycles per image."""
+    before = fewest = cost()  # with the current table
     best = choice.choose('tpu', problem)
     for direction in choice.DIRECTIONS:
         alone = grouped_conv.measure(problem, direction, 'tpu', device, args.limit)
@@ -70,7 +70,7 @@ def improve(problem: choice.Problem, cost, device: Any, args: argparse.Namespace
                 continue
             grouped_conv.write('tpu', problem, trial._asdict())
             cycles = cost()
-            common.say(f'{direction} {grouped_conv.shorten(algorithm)}: {cycles} cycles, best {fewest}')
+            common.log(f'{direction} {grouped_conv.shorten(algorithm)}: {cycles} cycles, best {fewest}')
             if cycles < fewest:
                 best, fewest = trial, cycles
     grouped_conv.write('tpu', problem, best._asdict())
@@ -79,7 +79,7 @@ def improve(problem: choice.Problem, cost, device: Any, args: argparse.Namespace
 
 
 def together(pyramid: Sequence[choice.Problem]) -> Iterator[tuple[Sequence[choice.Problem], Sequence[str]]]:
-    """Yields convolutions that are worth a try as one, with the directions to try."""
+    """Yields convolutions to try as one convolution, with the directions to try."""
     if len({problem.groups for problem in pyramid}) == 1:
         yield pyramid, ('input_gradient', 'forward', 'weight_gradient')
     else:
@@ -88,15 +88,15 @@ def together(pyramid: Sequence[choice.Problem]) -> Iterator[tuple[Sequence[choic
 
 
 def join(members: Sequence[choice.Problem], directions: Sequence[str], cost) -> dict[str, Any]:
-    """Tries convolutions as one, direction by direction; returns the block's cycles per image."""
-    before = fewest = cost()  # which reads the table as it is now
+    """Tries to join convolutions, direction by direction; returns the block's cycles per image."""
+    before = fewest = cost()  # with the current table
     rows = {problem: choice.choose('tpu', problem) for problem in members}
 
     def write(rows: dict[choice.Problem, choice.Choice]) -> None:
         for problem, row in rows.items():
             grouped_conv.write('tpu', problem, row._asdict())
 
-    kept: dict[str, int] = {}  # in how many groups
+    kept: dict[str, int] = {}  # direction -> number of groups of the joint convolution
     counts = divisors(math.gcd(*(problem.groups for problem in members)))
     ways = list(itertools.product(reversed(counts), (False, True) if members[0].stride > 1 else (False,)))
     for direction in directions:
@@ -107,7 +107,7 @@ def join(members: Sequence[choice.Problem], directions: Sequence[str], cost) -> 
             write(trial)
             cycles = cost()
             by_phase = ' by phase' if phases else ''
-            common.say(f'{direction} joint in {groups} groups{by_phase}: {cycles} cycles, best {fewest}')
+            common.log(f'{direction} joint in {groups} groups{by_phase}: {cycles} cycles, best {fewest}')
             if cycles < fewest:
                 rows, fewest, kept[direction] = trial, cycles, groups
     write(rows)
@@ -124,10 +124,10 @@ def _parse() -> argparse.Namespace:
     parser.add_argument('--model', default='epsanet50_small')
     parser.add_argument('--topology', default='v5e:2x4')
     parser.add_argument('--image-size', type=int, default=224)
-    parser.add_argument('--layers', nargs='*', help='layer1_0, layer1_1, ..; all that differ')
+    parser.add_argument('--layers', nargs='*', help='layer1_0, layer1_1, ..; by default all distinct blocks')
     parser.add_argument('--candidates', type=int, default=3, help='algorithms tried for each direction')
     parser.add_argument(
-        '--limit', type=float, default=6, help='leave out what multiplies the products by more'
+        '--limit', type=float, default=6, help='skip algorithms with more than LIMIT times the products'
     )
     parser.add_argument('--out', type=Path, help='append the lines to this file')
     return parser.parse_args()

@@ -1,15 +1,15 @@
-"""What the TPU compiler expects of a training step, without a TPU.
+"""The TPU compiler's cost estimate of a training step; needs no TPU.
 
     pip install libtpu
     python benchmarks/tpu_cost.py --models epsanet50_small resnet50 --topology v5e:2x4
     python benchmarks/tpu_cost.py --models epsanet50_small resnet50 --blocks     # block by block
 
-Compiles the step for all chips of the topology as one program and prints the sum of the compiler's own
-estimates for one chip: cycles and bytes per image, temporary memory, time to compile. Bodies of loops count
-as often as they run. Collectives carry no estimate and custom calls say what their author says: both are
-listed apart. The compiler puts the batch into the 128 lanes: compare at 128 images a chip.
---blocks compiles the blocks that differ on their own instead, forward and backward, in seconds; --by-op N
-then lists the N dearest operations.
+Compiles the step for all chips of the topology as one program. Prints the sum of the compiler's estimates for
+one chip: cycles and bytes per image, temporary memory, compile time. The body of a loop counts as often as it
+runs. Collectives have no estimate, and that of a custom call is written by its author: both are listed
+separately. The compiler puts the batch into the 128 lanes: compare at 128 images per chip. --blocks compiles
+each distinct block alone instead, forward and backward, in seconds. --by-op N also lists the N most expensive
+operations.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from epsanet_jax.training.config import DataConfig, OptimizerConfig
 from epsanet_jax.training.optimizer import make_optimizer
 from epsanet_jax.training.state import create_state
 
-DATA = DataConfig()  # mean and std of the pictures
+DATA = DataConfig()  # mean and std of the images
 
 
 def main() -> None:
@@ -51,20 +51,22 @@ def main() -> None:
                 record = block_cost(block, shape, devices[0], args.by_op)
                 common.emit({**where, 'block': layer, **record}, args.out)
         else:
-            common.say(f'{name}: compiling for {len(devices)} chips')
+            common.log(f'{name}: compiling for {len(devices)} chips')
             common.emit({**where, **step_cost(model, devices, args)}, args.out)
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--models', nargs='+', default=['epsanet50_small', 'resnet50'])
-    parser.add_argument('--conv', default='auto', help="the convolutions' algorithm")
+    parser.add_argument('--conv', default='auto', help='convolution algorithm')
     parser.add_argument('--topology', default='v5e:2x4', help='v4:2x2x1, v5p:2x2x1, v6e:2x4, ...')
     parser.add_argument('--batch-per-chip', type=int, default=128)
     parser.add_argument('--dtype', default='bfloat16')
     parser.add_argument('--image-size', type=int, default=224)
-    parser.add_argument('--blocks', action='store_true', help='single blocks instead of the step')
-    parser.add_argument('--by-op', type=int, default=0, metavar='N', help='list the dearest operations')
+    parser.add_argument('--blocks', action='store_true', help='separate blocks instead of the step')
+    parser.add_argument(
+        '--by-op', type=int, default=0, metavar='N', help='list the most expensive operations'
+    )
     parser.add_argument('--out', type=Path, help='append the lines to this file')
     return parser.parse_args()
 
@@ -76,12 +78,12 @@ def _versions() -> dict[str, str]:
     try:
         versions['libtpu'] = importlib.metadata.version('libtpu')
     except importlib.metadata.PackageNotFoundError:
-        common.say('libtpu has no metadata here: its version is not noted')
+        common.log('libtpu has no package metadata: its version is not recorded')
     return versions
 
 
 def step_cost(model: EPSANet, devices: list[Any], args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the cost of the training step over all devices, BatchNorm over the whole batch."""
+    """Returns the cost of the training step on all devices, with BatchNorm over the whole batch."""
     batch = args.batch_per_chip * len(devices)
     mesh = sharding.make_mesh(batch, None, devices)
     optimizer = make_optimizer(OptimizerConfig(), lambda step: 0.1)
@@ -93,7 +95,7 @@ def step_cost(model: EPSANet, devices: list[Any], args: argparse.Namespace) -> d
 
 
 def blocks(model: EPSANet, batch: int, image_size: int) -> dict[str, tuple[EPSABlock, tuple[int, ...]]]:
-    """Returns the blocks of a network that differ: by layer, the module and the shape of its input."""
+    """Returns the distinct blocks of a network: module and input shape by the name of the layer."""
     found = {}
     make = functools.partial(EPSABlock, settings=settings_of(model), middle=model.middle)
     channels, size = STEM_WIDTH, image_size // 4
@@ -131,7 +133,7 @@ def _compile(step: Any, arguments: tuple[Any, ...], images: int, by_op: int) -> 
     compile_s = round(time.perf_counter() - start, 1)
     text = compiled.as_text()
     if by_op:
-        _list_dearest(text, by_op)
+        _list_most_expensive(text, by_op)
     found = hlo.analyze(text)
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     return {
@@ -144,17 +146,17 @@ def _compile(step: Any, arguments: tuple[Any, ...], images: int, by_op: int) -> 
     }
 
 
-def _list_dearest(text: str, count: int) -> None:
+def _list_most_expensive(text: str, count: int) -> None:
     """Prints the operations with the largest estimates, in thousand cycles."""
-    dearest: Counter[str] = Counter()
+    costs: Counter[str] = Counter()
     for line in text.splitlines():
         cycles = re.search(r'"estimated_cycles":"(\d+)"', line)
         if cycles:
             name = re.search(r'op_name="([^"]*)"', line)
             shape = re.search(r'= \(?(\S+?\])', line)
             label = re.sub(r'jit\(\w+\)/|jvp\((\w*)\)/', '', name.group(1) if name else '?')[-90:]
-            dearest[f'{shape.group(1) if shape else "":28} {label}'] += int(cycles.group(1))
-    for label, cycles in dearest.most_common(count):
+            costs[f'{shape.group(1) if shape else "":28} {label}'] += int(cycles.group(1))
+    for label, cycles in costs.most_common(count):
         print(f'{cycles / 1e3:10.0f}  {label}', file=sys.stderr)
 
 

@@ -1,13 +1,14 @@
-"""The speed of training step and inference, ours against PyTorch's best.
+"""Speed of the training step and of inference, compared with PyTorch.
 
     python benchmarks/train_step.py --model epsanet50_small --batch 8 --dtype float32
     python benchmarks/train_step.py --model epsanet50_small --batch 256 --dtype bfloat16 --compile   # a GPU
 
-The sides take turns in one process, on uint8 images that lie on the device, and each prints a line with the
-median. PyTorch runs NCHW and channels_last, eager and with --compile compiled; autocast if dtype is
-bfloat16. A train step is forward, backward and the update by SGD with momentum; inference is the forward
-pass of evaluation, ours with BatchNorm folded into the convolutions, as `epsanet predict` has it. 'ratio' is
-our images per second divided by those of the best PyTorch.
+The sides take turns in one process, with uint8 images that are already on the device. Each side prints a line
+with its median. PyTorch runs with NCHW and with channels_last, eager and, with --compile, compiled; with
+autocast if the dtype is bfloat16. 'train' is forward pass, backward pass and the update by SGD with momentum.
+'forward' is the evaluation step. 'inference' is the same forward pass, on our side with BatchNorm folded into
+the convolutions as in `epsanet predict`. 'ratio' is a side's images per second divided by those of the
+fastest PyTorch side.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from typing import Any
 
 import common
 
-os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # leave PyTorch its part of the GPU
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # leave GPU memory for PyTorch
 
 import jax
 import jax.numpy as jnp
@@ -35,11 +36,11 @@ from epsanet_jax.training.malloc import allocate_in_main_thread, keep_freed_memo
 from epsanet_jax.training.optimizer import make_optimizer
 from epsanet_jax.training.state import create_state
 
-DATA = DataConfig()  # mean and std of the pictures
+DATA = DataConfig()  # mean and std of the images
 SMOOTHING = 0.1
 LR = 1e-3
 MODES = ('forward', 'inference', 'train')
-Step = Callable[[], Any]  # runs once and returns when the result is there
+Step = Callable[[], Any]  # runs once and returns when the result is computed
 
 
 def main() -> None:
@@ -54,7 +55,7 @@ def main() -> None:
         sides['ours'] = ours(args, mode, facts['ours'])
         if args.torch:
             for name, make in torch_sides(args, mode):
-                common.say(f'{mode}: preparing {name}')
+                common.log(f'{mode}: preparing {name}')
                 facts[name] = {}
                 sides[name] = make(facts[name])
         if args.keep_memory and jax.devices()[0].platform == 'cpu':
@@ -76,29 +77,32 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--model', default='epsanet50_small')
-    parser.add_argument('--conv', default='auto', help="our convolutions' algorithm")
+    parser.add_argument('--conv', default='auto', help='convolution algorithm of our side')
     parser.add_argument('--batch', type=int, default=8)
     parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
     parser.add_argument('--image-size', type=int, default=224)
     parser.add_argument('--modes', nargs='+', choices=MODES, default=['forward', 'train'])
-    parser.add_argument('--rounds', type=int, default=7, help='turns that each side takes')
-    parser.add_argument('--compile', action='store_true', help='torch.compile too')
+    parser.add_argument('--rounds', type=int, default=7, help='number of rounds')
+    parser.add_argument('--compile', action='store_true', help='also measure torch.compile')
     parser.add_argument(
-        '--keep-memory', action='store_true', help='keep freed memory, as train.py does; for all sides'
+        '--keep-memory', action='store_true', help='keep freed memory as train.py does, for all sides'
     )
-    parser.add_argument('--no-torch', dest='torch', action='store_false', help='ours alone')
+    parser.add_argument('--no-torch', dest='torch', action='store_false', help='do not measure PyTorch')
     parser.add_argument(
-        '--bandwidth', type=float, metavar='TB/S', help="of the device's memory, for the floor"
+        '--bandwidth',
+        type=float,
+        metavar='TB/S',
+        help="device's memory bandwidth: also print the share of it used",
     )
     parser.add_argument('--out', type=Path, help='append the lines to this file')
     return parser.parse_args()
 
 
 def in_turn(sides: dict[str, Step], rounds: int) -> dict[str, float]:
-    """Returns the median seconds of each side; they take turns, so that all see the same machine.
+    """Returns the median seconds of each side; they take turns, so that a slow moment affects all of them.
 
-    The first of the two steps of a turn is not timed: it brings back what a run of steps would have kept,
-    caches, and memory that a virtual machine has given back to its host meanwhile.
+    Each turn runs two steps and times the second one. The first restores what consecutive steps would have
+    kept: caches, and memory that a virtual machine has returned to its host in between.
     """
     times: dict[str, list[float]] = {name: [] for name in sides}
     for run in sides.values():
@@ -110,7 +114,7 @@ def in_turn(sides: dict[str, Step], rounds: int) -> dict[str, float]:
             start = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - start)
-        common.say(f'round {i + 1} of {rounds}: ' + ', '.join(f'{n} {t[-1]:.3f} s' for n, t in times.items()))
+        common.log(f'round {i + 1} of {rounds}: ' + ', '.join(f'{n} {t[-1]:.3f} s' for n, t in times.items()))
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -123,7 +127,7 @@ def make_batch(args: argparse.Namespace) -> dict[str, np.ndarray]:
 
 
 def ours(args: argparse.Namespace, mode: str, facts: dict[str, Any]) -> Step:
-    """Compiles our step; `facts` is told its compile time and memory."""
+    """Compiles our step and writes its compile time and memory into `facts`."""
     model = create_model(args.model, dtype=jnp.dtype(args.dtype), conv=args.conv)
     mesh = sharding.make_mesh(args.batch)
     optimizer = make_optimizer(OptimizerConfig(), lambda step: LR)
@@ -134,9 +138,9 @@ def ours(args: argparse.Namespace, mode: str, facts: dict[str, Any]) -> Step:
     if mode == 'forward':
         batch['mask'] = np.ones(args.batch, bool)
         step: Any = steps.make_eval_step(model, mesh, smoothing=SMOOTHING, mean=DATA.mean, std=DATA.std)
-        held: Any = state.variables
+        carried: Any = state.variables
     elif mode == 'inference':
-        folded, held = fold_batch_norm(model, state.variables)
+        folded, carried = fold_batch_norm(model, state.variables)
 
         @jax.jit
         def step(variables: Any, batch: Any) -> jax.Array:
@@ -146,11 +150,11 @@ def ours(args: argparse.Namespace, mode: str, facts: dict[str, Any]) -> Step:
         step = steps.make_train_step(
             model, optimizer, mesh, smoothing=SMOOTHING, mean=DATA.mean, std=DATA.std
         )
-        held = state
+        carried = state
     on_device = sharding.to_devices(batch, mesh)
-    common.say(f'{mode}: compiling ours')
+    common.log(f'{mode}: compiling ours')
     start = time.perf_counter()
-    compiled = step.lower(held, on_device).compile()
+    compiled = step.lower(carried, on_device).compile()
     facts['compile_s'] = round(time.perf_counter() - start, 1)
     facts['conv'] = args.conv
     memory = compiled.memory_analysis()
@@ -158,18 +162,18 @@ def ours(args: argparse.Namespace, mode: str, facts: dict[str, Any]) -> Step:
     facts['bytes'] = compiled.cost_analysis()['bytes accessed']
 
     def run() -> None:
-        nonlocal held
+        nonlocal carried
         if mode != 'train':
-            jax.block_until_ready(compiled(held, on_device))
+            jax.block_until_ready(compiled(carried, on_device))
         else:
-            held, sums = compiled(held, on_device)
-            jax.block_until_ready((held, sums))
+            carried, sums = compiled(carried, on_device)
+            jax.block_until_ready((carried, sums))
 
     return run
 
 
 def torch_sides(args: argparse.Namespace, mode: str):
-    """Yields the PyTorch sides: names, and functions that prepare a step."""
+    """Yields the name of each PyTorch side and a function that prepares its step."""
     for layout in ('nchw', 'channels-last'):
         yield f'torch-{layout}', lambda facts, layout=layout: torch_step(args, mode, layout, False, facts)
         if args.compile:
@@ -180,7 +184,7 @@ def torch_sides(args: argparse.Namespace, mode: str):
 def torch_step(
     args: argparse.Namespace, mode: str, layout: str, compiled: bool, facts: dict[str, Any]
 ) -> Step:
-    """Prepares the same step in PyTorch; `facts` is told version and memory."""
+    """Prepares the same step in PyTorch and writes version and memory into `facts`."""
     import torch
 
     from epsanet_jax.convert import torch_model

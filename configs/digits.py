@@ -1,8 +1,8 @@
-"""Handwritten digits: a small EPSANet with all four stages and full pyramids, on any CPU, in minutes.
+"""Handwritten digits: trains a small EPSANet with four stages and full pyramids in minutes on any CPU.
 
 Command: python train.py --config=configs/digits.py --workdir=runs/digits
 Hardware: 2 CPU cores.
-Expected result: at least 97 % top-1 on the 360 pictures held out.
+Expected result: at least 97 % top-1 on the 360 test images.
 """
 
 from epsanet_jax.training.config import (
@@ -36,7 +36,7 @@ def get_config() -> Config:
             image_size=32,
             resize_size=32,
             crop_scale=(0.6, 1.0),
-            flip=False,  # a mirrored 2 is no 2
+            flip=False,  # a mirrored 2 is not a 2
             mean=(0.3, 0.3, 0.3),
             std=(0.35, 0.35, 0.35),
         ),

@@ -1,17 +1,17 @@
-"""Your own pictures: a folder with train/ and val/, in each a folder of pictures a class.
+"""Your own images: a folder with train/ and val/, each with one folder of images per class.
 
 Command: python train.py --config=configs/image_folder.py --config.data.dir=DIR --workdir=runs/mine
-         from weights that are there, a PyTorch or safetensors file or another workdir:
+         fine-tuning of existing weights (a PyTorch or safetensors file, or another workdir):
          python train.py --config=configs/image_folder.py:finetune --config.data.dir=DIR --workdir=runs/mine
              --config.init_from=FILE [--config.model.name=epsanet50_large] [--config.freeze='^(?!fc)']
-Hardware: a GPU or TPU for whole trainings at 224 px. On a CPU small networks at 64 px train in minutes.
-Expected result: depends on the pictures. From scratch, 4,000 pictures of ten ImageNet classes, a small
-         network at 64 px: docs/results.md. Neither run yet with epsanet50_small at 224 px.
+Hardware: a GPU or TPU for full training at 224 px. On a CPU small networks at 64 px train in minutes.
+Expected result: depends on the images. docs/results.md has a small network trained from scratch at 64 px on
+         4,000 images of ten ImageNet classes. Not yet run with epsanet50_small at 224 px.
 
-From scratch: SGD with momentum, label smoothing and crops are the reference's. Cosine with warm-up
-instead of steps, and a smaller batch with the learning rate scaled along (0.1 a 256 pictures), suit small
-data sets. Fine-tuning: a tenth of that rate, fewer epochs and less severe crops, as is usual for weights
-that are good already.
+From scratch: SGD with momentum, label smoothing and crops are those of the reference. A cosine schedule with
+warm-up, and a smaller batch with the learning rate scaled to it (0.1 per 256 images), suit small datasets.
+Fine-tuning: a tenth of that learning rate, fewer epochs and less severe crops, as usual for pretrained
+weights.
 """
 
 from epsanet_jax.training.config import Config, DataConfig, OptimizerConfig, ScheduleConfig

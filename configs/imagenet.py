@@ -1,15 +1,16 @@
-"""ImageNet by the reference's recipe (arXiv 2105.14447, section 4.1, and its training script).
+"""ImageNet with the recipe of the reference (arXiv 2105.14447, section 4.1, and its training script).
 
 Command: python train.py --config=configs/imagenet.py:epsanet50_small --config.data.dir=DIR --workdir=gs://...
-         DIR holds imagenet2012 as TFDS prepares it in ArrayRecord; for image folders with train/ and val/:
+         DIR holds imagenet2012 prepared by TFDS in ArrayRecord; for image folders with train/ and val/:
          --config.data.source=folder --config.data.eval_split=val --config.data.dir=DIR
-Hardware: the reference's were 8 GPUs.
-Expected result: 77.49 / 93.54 % top-1 / top-5 were published for epsanet50_small (78.64 / 94.18 for 50 large,
-         78.43 / 94.11 and 79.38 / 94.58 for 101). Not yet run here.
+Hardware: the reference used 8 GPUs.
+Expected result: the paper reports 77.49 / 93.54 % top-1 / top-5 for epsanet50_small (78.64 / 94.18 for 50
+         large, 78.43 / 94.11 and 79.38 / 94.58 for 101 small and large). Not yet run by us.
 
-From the reference: 120 epochs, batch 256 with BatchNorm over 32 pictures each, SGD with momentum 0.9, rate
-0.1 times 0.1 every 30 epochs, no warm-up, weight decay 1e-4 on all parameters, label smoothing 0.1,
-random-resized crops of 224 with flips; evaluation at 256 with a centre crop of 224.
+From the reference: 120 epochs, batch size 256 with BatchNorm over groups of 32 images, SGD with momentum 0.9,
+learning rate 0.1, multiplied by 0.1 every 30 epochs, no warm-up, weight decay 1e-4 on all parameters, label
+smoothing 0.1, random-resized crops of 224 pixels with flips; evaluation with resize to 256 and a centre crop
+of 224.
 """
 
 from epsanet_jax.training.config import Config, DataConfig, ModelConfig, OptimizerConfig, ScheduleConfig

@@ -1,16 +1,16 @@
-"""ImageNet at a batch of 4,096 on a TPU slice: what changes at large batch.
+"""ImageNet with a batch size of 4,096 on a TPU slice.
 
 Command, on every host of the slice (docs/tpu_pod.md): python train.py --config=configs/tpu_pod.py
          --config.data.source=records --config.data.dir=/mnt/BUCKET/imagenet --workdir=gs://BUCKET/runs/pod
-Hardware: meant for 16 to 256 chips, as v5e-64; what a chip needs:
+Hardware: intended for 16 to 256 chips, for example v5e-64. To print the memory and time that a chip needs:
          epsanet plan --config=configs/tpu_pod.py --topology=v5e:8x8
-Expected result: not yet run. The aim is what configs/imagenet.py reaches at a batch of 256.
+Expected result: not yet run. The aim is the accuracy of configs/imagenet.py with a batch size of 256.
 
-Sources: "Accurate, Large Minibatch SGD" (arXiv 1706.02677): the rate of 0.1 at 256 is scaled with the
-batch, 5 epochs of warm-up, BatchNorm over 32 pictures whatever the batch. Cosine instead of steps (arXiv
-1812.01187), no decay on BatchNorm and biases (the same). Beyond batches of about 8,192 take LARS (arXiv
-1708.03888): --config.optimizer.name=lars --config.optimizer.lr=10 --config.optimizer.lr_batch=0, and tune
-the rate.
+Sources: "Accurate, Large Minibatch SGD" (arXiv 1706.02677): the learning rate of 0.1 at batch size 256 is
+scaled with the batch size, 5 epochs of warm-up, BatchNorm over groups of 32 images for any batch size. Cosine
+schedule instead of steps, and no weight decay on BatchNorm and biases (arXiv 1812.01187). For batch sizes
+above about 8,192 use LARS (arXiv 1708.03888): --config.optimizer.name=lars --config.optimizer.lr=10
+--config.optimizer.lr_batch=0, and tune the learning rate.
 """
 
 from epsanet_jax.training.config import (

@@ -1,12 +1,12 @@
-"""Ablation of the pyramid in one table: kernels, groups, shared or separate SE, softmax or not.
+"""Ablation of the pyramid in one table: kernels, groups, shared or separate SE, with and without softmax.
 
     python examples/ablation.py [--steps 100] [--seeds 3]
 
-Kernels and groups are settings of `PSAModule`; the rest takes a variant of it, 20 lines here, in a network
-of one block. Whether a difference in top-1 means anything is to be judged by the spread between seeds, and
-by the standard error of 0.9 points that 360 pictures leave. Put your own pictures into `digits.load` for
-more. Mean of three seeds after 100 steps, with the spread between them: as published 73.1 (3.3), kernels
-3 3 3 3 49.2 (6.4), 9 9 9 9 80.4 (5.0), no attention 71.6 (6.1).
+Kernels and groups are settings of `PSAModule`. The other variants use a module of 20 lines, in a network with
+one block. Compare differences in top-1 with the spread between seeds and with the standard error of 0.9
+points for 360 test images. For better statistics load your own images in `digits.load`. Mean of three seeds
+after 100 steps, with the spread between them: as published 73.1 (3.3), kernels 3 3 3 3 49.2 (6.4), 9 9 9 9
+80.4 (5.0), no attention 71.6 (6.1).
 """
 
 import argparse
@@ -37,13 +37,14 @@ VARIANTS = {
 
 
 class Pyramid(nn.Module):
-    """`PSAModule` with more to choose; the choices of the paper give what that gives.
+    """`PSAModule` with more options; the default options give the module of the paper.
 
     Attributes:
         planes: number of output channels.
-        kernels, groups: of each branch.
-        se: 'shared' by the branches, 'separate' or 'none'.
-        softmax: whether the branches' weights compete, or are sigmoids each on its own.
+        kernels: kernel size of each branch.
+        groups: number of groups of each branch.
+        se: squeeze-and-excitation: one module 'shared' by the branches, 'separate' modules, or 'none'.
+        softmax: whether a softmax over the branches follows the sigmoid.
     """
 
     planes: int
@@ -71,7 +72,7 @@ class Pyramid(nn.Module):
 
 
 class Network(nn.Module):
-    """A stem, one pyramid with a shortcut, and a classifier of ten classes."""
+    """A stem, one pyramid with a shortcut, and a classifier for ten classes."""
 
     pyramid: Pyramid
 
@@ -86,19 +87,19 @@ class Network(nn.Module):
 def main(argv: list[str] | None = None) -> None:
     """Trains every variant with every seed and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument('--steps', type=int, default=100, help='of training')
-    parser.add_argument('--seeds', type=int, default=3, help='runs of each variant')
-    parser.add_argument('--only', nargs='*', default=list(VARIANTS), help='names of variants')
+    parser.add_argument('--steps', type=int, default=100, help='number of training steps')
+    parser.add_argument('--seeds', type=int, default=3, help='number of runs of each variant')
+    parser.add_argument('--only', nargs='*', default=list(VARIANTS), help='names of the variants to train')
     options = parser.parse_args(argv)
 
-    data, held_out = digits.load()
+    data, test = digits.load()
     print('| variant | parameters of the pyramid | top-1, % | spread over seeds | CPU seconds |')
     print('|---|---:|---:|---:|---:|')
     for name in options.only:
         model = Network(Pyramid(32, **VARIANTS[name]))
         start = time.process_time()
         runs = [digits.train(model, data, options.steps, seed) for seed in range(options.seeds)]
-        top1 = np.array([digits.top1(model, variables, held_out) for variables in runs])
+        top1 = np.array([digits.top1(model, variables, test) for variables in runs])
         seconds = time.process_time() - start
         size = digits.count(runs[0]['params']['pyramid'])
         print(f'| {name} | {size:,} | {top1.mean():.1f} | {np.ptp(top1):.1f} | {seconds:.0f} |', flush=True)

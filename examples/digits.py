@@ -1,7 +1,7 @@
-"""What the examples share: handwritten digits as arrays, a small EPSANet, a plain training loop.
+"""Shared by the examples: handwritten digits as arrays, a small EPSANet, a plain training loop.
 
-The pictures are scikit-learn's 1,797 digits, 8x8 pixels, each pixel enlarged to 4x4. Every fifth one is
-held out; with 360 of them the standard error of a top-1 near 97 % is 0.9 points.
+The images are scikit-learn's 1,797 digits of 8x8 pixels, each pixel enlarged to 4x4. Every fifth image is in
+the test set. With its 360 images the standard error of a top-1 near 97 % is 0.9 points.
 """
 
 import functools
@@ -20,17 +20,17 @@ Arrays = tuple[np.ndarray, np.ndarray]
 
 
 def load() -> tuple[Arrays, Arrays]:
-    """Returns (images, labels) for training, [1437, 32, 32, 3] and [1437], and 360 held out."""
+    """Returns (images, labels) for training, [1437, 32, 32, 3] and [1437], and 360 images for testing."""
     data: Any = load_digits()
     images = data.images.repeat(4, axis=1).repeat(4, axis=2)[..., None].repeat(3, axis=3)  # [1797, 32, 32, 3]
     images = ((images / 16 - 0.3) / 0.35).astype(np.float32)
     labels = data.target.astype(np.int32)
-    held_out = np.arange(len(labels)) % 5 == 0
-    return (images[~held_out], labels[~held_out]), (images[held_out], labels[held_out])
+    test = np.arange(len(labels)) % 5 == 0
+    return (images[~test], labels[~test]), (images[test], labels[test])
 
 
 def small_model(**changes: Any) -> EPSANet:
-    """Makes an EPSANet with two stages of one block each, 20,047 parameters."""
+    """Returns an EPSANet with two stages of one block each, 20,047 parameters."""
     settings = {
         'num_classes': 10,
         'layers': (1, 1),
@@ -43,14 +43,14 @@ def small_model(**changes: Any) -> EPSANet:
 
 
 def rows(step: int, batch: int, of: int, seed: int = 0) -> np.ndarray:
-    """Returns which pictures are in the batch of a step: [batch], without repetition."""
+    """Returns the distinct indices [batch] of the images in the batch of a step."""
     return np.random.default_rng((seed, step)).choice(of, batch, replace=False)
 
 
 def train(
     model: nn.Module, data: Arrays, steps: int, seed: int = 0, lr: float = 0.05, batch: int = 64
 ) -> Any:
-    """Trains any network `model(images, train=...)` with BatchNorm by SGD; returns its variables."""
+    """Trains any network `model(images, train=...)` with BatchNorm by SGD and returns its variables."""
     images, labels = data
     optimizer = _sgd(lr, steps)
     variables = init(model, jax.random.key(seed), images[:1])
@@ -63,15 +63,14 @@ def train(
     return {'params': params, 'batch_stats': batch_stats}
 
 
-@functools.partial(
-    jax.jit, static_argnums=0
-)  # one compilation for all seeds: networks compare by their settings
+# One compilation for all seeds: networks with equal settings compare equal.
+@functools.partial(jax.jit, static_argnums=0)
 def init(model: nn.Module, key: jax.Array, images: jax.Array) -> Any:
-    """Draws a network's variables."""
+    """Returns the initial variables of a network."""
     return model.init(key, images)
 
 
-@functools.cache  # the same object for all seeds, for the same reason
+@functools.cache  # the same object for all seeds, so that `_step` is compiled once
 def _sgd(lr: float, steps: int) -> optax.GradientTransformation:
     return optax.sgd(optax.cosine_decay_schedule(lr, max(1, steps)), momentum=0.9)
 
@@ -91,7 +90,7 @@ def _step(model, optimizer, state, images, labels):
 
 
 def top1(model: nn.Module, variables: Any, data: Arrays) -> float:
-    """Returns the share of pictures whose class has the largest logit, in percent."""
+    """Returns the percentage of images whose class has the largest logit."""
     images, labels = data
     logits = predict(model, variables, images)  # [N, K]
     return 100 * float((np.asarray(logits).argmax(axis=1) == labels).mean())
@@ -99,7 +98,7 @@ def top1(model: nn.Module, variables: Any, data: Arrays) -> float:
 
 @functools.partial(jax.jit, static_argnums=0)
 def predict(model: nn.Module, variables: Any, images: np.ndarray) -> Any:
-    """Returns what a network says in inference mode."""
+    """Returns the outputs of a network in inference mode."""
     return model.apply(variables, images)
 
 

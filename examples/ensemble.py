@@ -1,12 +1,12 @@
-"""Eight networks from eight seeds, trained together: `vmap` turns the step for one into the step for all.
+"""Trains eight networks from eight seeds together: `vmap` turns the step of one into the step of all.
 
     python examples/ensemble.py [--steps 150] [--seeds 8]
 
-Each member has its own initial weights and its own order of the pictures. Nothing in the network knows of
-the ensemble: parameters, running statistics and optimizer state get an axis in front, [seeds, ...]; so
-does the batch.
+Each member has its own initial weights and its own order of the images. The network needs no change:
+parameters, running statistics, optimizer state and batch get a leading axis, [seeds, ...].
 
-Printed with 150 steps (on a CPU grouped convolutions, which `vmap` makes of several members', are slow):
+Output with 150 steps (`vmap` turns the convolutions of several members into grouped convolutions, which are
+slow on a CPU):
 
     a step of 8 members at once: 1.289 CPU s; of one alone: 0.089
     after 5 steps, member 0 against one trained alone: parameters differ by 6.8e-06
@@ -31,13 +31,13 @@ OPTIMIZER = optax.sgd(0.05, momentum=0.9)
 
 
 def init(model: Any, seed: jax.Array) -> Any:
-    """Returns one member's state: parameters, running statistics, optimizer state."""
+    """Returns the initial state of one member: parameters, running statistics, optimizer state."""
     variables = model.init(jax.random.key(seed), np.zeros((1, 32, 32, 3), np.float32))
     return variables['params'], variables['batch_stats'], OPTIMIZER.init(variables['params'])
 
 
 def step(model: Any, state: Any, images: jax.Array, labels: jax.Array) -> Any:
-    """Returns one member's next state; images [N, 32, 32, 3], labels [N]."""
+    """Returns the next state of one member; images [N, 32, 32, 3], labels [N]."""
     params, batch_stats, opt_state = state
     targets = smoothed_targets(labels, model.num_classes, 0.1, images.dtype)
     gradient = jax.grad(loss_and_updates, argnums=1, has_aux=True)
@@ -48,7 +48,7 @@ def step(model: Any, state: Any, images: jax.Array, labels: jax.Array) -> Any:
 
 @functools.cache
 def compiled(model: Any, together: bool) -> tuple[Any, Any]:
-    """Returns `init` and `step` of this network, for one member or for all."""
+    """Returns `init` and `step` of this network, for one member or for all of them."""
     one_init, one_step = functools.partial(init, model), functools.partial(step, model)
     if together:
         return jax.jit(jax.vmap(one_init)), jax.jit(jax.vmap(one_step))
@@ -56,9 +56,9 @@ def compiled(model: Any, together: bool) -> tuple[Any, Any]:
 
 
 def train(model: Any, data: digits.Arrays, steps: int, seeds: np.ndarray) -> tuple[Any, float]:
-    """Trains one member (seeds: a number) or several at once (seeds [S]).
+    """Trains one member (seeds: a number) or several members at once (seeds [S]).
 
-    Returns the state, with S in front of each leaf if there are several, and the CPU seconds of a later step.
+    Returns the state, whose leaves have a leading axis S for several members, and the CPU seconds per step.
     """
     images, labels = data
     start, one_more = compiled(model, seeds.ndim > 0)
@@ -73,7 +73,7 @@ def train(model: Any, data: digits.Arrays, steps: int, seeds: np.ndarray) -> tup
 
 
 def predict(model: Any, states: Any, images: np.ndarray) -> np.ndarray:
-    """Returns each member's probabilities, [S, N, K]."""
+    """Returns the probabilities of each member, [S, N, K]."""
 
     def one(params, batch_stats):
         return jax.nn.softmax(model.apply({'params': params, 'batch_stats': batch_stats}, images))
@@ -82,15 +82,15 @@ def predict(model: Any, states: Any, images: np.ndarray) -> np.ndarray:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains the members together and one alone, and prints how good and how fast they are."""
+    """Trains the members together and one alone, and prints accuracy and speed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument('--steps', type=int, default=150, help='of training')
-    parser.add_argument('--seeds', type=int, default=8, help='members')
+    parser.add_argument('--steps', type=int, default=150, help='number of training steps')
+    parser.add_argument('--seeds', type=int, default=8, help='number of members')
     options = parser.parse_args(argv)
 
     data, (images, labels) = digits.load()
     model, seeds = digits.small_model(), np.arange(options.seeds)
-    few = min(5, options.steps)  # rounding grows from step to step, until the paths part
+    few = min(5, options.steps)  # rounding differences grow with every step
     (states, _), (alone, seconds) = (train(model, data, few, which) for which in (seeds, seeds[0]))
     pairs = zip(*map(jax.tree.leaves, (states[0], alone[0])), strict=True)
     error = max(np.abs(member[0] - single).max() for member, single in pairs)

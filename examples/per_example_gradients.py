@@ -1,19 +1,19 @@
-"""The gradient of each picture's loss, by `vmap` of `grad`: wrong labels, and how large a batch should be.
+"""The gradient of the loss of each image, by `vmap` of `grad`: finds wrong labels and a good batch size.
 
     python examples/per_example_gradients.py [--steps 200]
 
-A small EPSANet is trained on digits of which one in twenty carries a wrong label. Then 256 training
-pictures get a gradient each. With BatchNorm in inference mode pictures do not see each other, so the mean
-of these is the batch's gradient. Their lengths point at the wrong labels, and their spread gives the
-gradient noise scale tr(covariance) / |mean|^2, the batch size beyond which averaging gains little (arXiv
-1812.06162).
+Trains a small EPSANet on digits of which one in twenty has a wrong label. Then it computes a gradient for
+each of 256 training images. With BatchNorm in inference mode images do not influence each other, so the mean
+of these gradients is the gradient of the batch. The longest gradients point to wrong labels. The spread of
+the gradients gives the gradient noise scale tr(covariance) / |mean|^2, the batch size above which averaging
+gains little (arXiv 1812.06162).
 
-Printed with 200 steps:
+Output with 200 steps:
 
-    step 0: noise scale 121.5 pictures
+    step 0: noise scale 121.5 images
     step 0: wrong labels among the longest gradients: 1/13
     step 200: mean of 256 gradients against the batch gradient: error 5.7e-07
-    step 200: noise scale 383.6 pictures
+    step 200: noise scale 383.6 images
     step 200: wrong labels among the longest gradients: 12/13
 """
 
@@ -25,11 +25,11 @@ import jax
 import numpy as np
 import optax
 
-WRONG = 20  # one label in so many
+WRONG = 20  # one label in 20 is wrong
 
 
 def mislabel(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns labels of which every twentieth is wrong, and where: [N] int32 and [N] bool."""
+    """Returns labels [N] of which every twentieth is wrong, and a mask [N] of the wrong ones."""
     rng = np.random.default_rng(0)
     wrong = np.arange(len(labels)) % WRONG == 0
     other = (labels + rng.integers(1, 10, len(labels))) % 10
@@ -37,16 +37,16 @@ def mislabel(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def loss(model: Any, params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
-    """Returns the mean loss of a batch, BatchNorm in inference mode."""
+    """Returns the mean loss of a batch, with BatchNorm in inference mode."""
     logits = model.apply({'params': params, 'batch_stats': batch_stats}, images, train=False)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
 def per_example_gradients(model: Any, variables: Any, images: Any, labels: Any) -> Any:
-    """Returns a tree like the parameters with an axis for the pictures in front: [N, ...] each."""
+    """Returns a tree like the parameters whose leaves have a leading axis for the images, [N, ...]."""
 
     def one(image, label):
-        # A batch of one picture: the network wants [1, H, W, 3].
+        # A batch with one image: the network needs [1, H, W, 3].
         return jax.grad(loss, argnums=1)(
             model, variables['params'], variables['batch_stats'], image[None], label[None]
         )
@@ -55,7 +55,7 @@ def per_example_gradients(model: Any, variables: Any, images: Any, labels: Any) 
 
 
 def flatten(gradients: Any) -> np.ndarray:
-    """Puts per-example gradients into one matrix, [N, parameters]."""
+    """Returns per-example gradients as one matrix, [N, parameters]."""
     leaves = jax.tree.leaves(gradients)
     return np.concatenate([np.asarray(leaf).reshape(len(leaf), -1) for leaf in leaves], axis=1)
 
@@ -68,10 +68,10 @@ def noise_scale(gradients: np.ndarray) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains, takes the gradients and prints what they say."""
+    """Trains, computes the gradients and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument('--steps', type=int, default=200, help='of training')
-    parser.add_argument('--pictures', type=int, default=256, help='whose gradients are taken')
+    parser.add_argument('--steps', type=int, default=200, help='number of training steps')
+    parser.add_argument('--pictures', type=int, default=256, help='number of images with a gradient')
     options = parser.parse_args(argv)
 
     (images, labels), _ = digits.load()
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
         print(
             f'step {count}: mean of {len(gradients)} gradients against the batch gradient: error {error:.1e}'
         )
-        print(f'step {count}: noise scale {noise_scale(gradients):.1f} pictures')
+        print(f'step {count}: noise scale {noise_scale(gradients):.1f} images')
         print(
             f'step {count}: wrong labels among the longest gradients: {wrong[longest].sum()}/{len(longest)}'
         )

@@ -1,12 +1,11 @@
-"""PSA inside another network: a small MobileNetV2 whose depthwise convolutions become pyramids.
+"""PSA in another network: a small MobileNetV2 whose depthwise convolutions are replaced by pyramids.
 
     python examples/psa_elsewhere.py [--steps 150]
 
-`PSAModule` is an ordinary flax module: it maps [N, H, W, C] to [N, H / stride, W / stride, planes],
-rounded up, and sows its attention into 'intermediates', whatever network it is in. Here it stands beside
-flax's own layers.
+`PSAModule` is an ordinary Flax module: it maps [N, H, W, C] to [N, H / stride, W / stride, planes], rounded
+up, and sows its attention into 'intermediates' in any network. Here it is combined with Flax's own layers.
 
-Printed with 150 steps (the pyramid has ten times the parameters; its attention has hardly left 1 / 4):
+Output with 150 steps (the pyramid has ten times the parameters; its attention is still close to 1 / 4):
 
     depthwise 3x3: 7,674 parameters, top-1 95.3 %
     pyramid: 74,146 parameters, top-1 99.4 %
@@ -28,12 +27,12 @@ PADDING = ((1, 1), (1, 1))
 
 
 class InvertedResidual(nn.Module):
-    """MobileNetV2's block: widen by a 1x1 convolution, look around, narrow again.
+    """MobileNetV2's block: widen by a 1x1 convolution, convolve in space, narrow by a 1x1 convolution.
 
     Attributes:
         features: number of output channels.
-        stride: of the middle.
-        pyramid: whether the middle is a PSA module instead of a depthwise 3x3 convolution.
+        stride: step of the spatial convolution in both directions.
+        pyramid: whether the spatial convolution is a PSA module instead of a depthwise 3x3 convolution.
     """
 
     features: int
@@ -61,7 +60,7 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNet(nn.Module):
-    """A stem, three blocks and a classifier of ten classes."""
+    """A stem, three blocks and a classifier for ten classes."""
 
     pyramid: bool = False
 
@@ -75,18 +74,18 @@ class MobileNet(nn.Module):
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains the network with both middles and prints how they do, and where the attention goes."""
+    """Trains the network with both kinds of block; prints accuracy and mean attention."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument('--steps', type=int, default=150, help='of training')
+    parser.add_argument('--steps', type=int, default=150, help='number of training steps')
     steps = parser.parse_args(argv).steps
 
-    data, held_out = digits.load()
+    data, test = digits.load()
     for name, model in (('depthwise 3x3', MobileNet()), ('pyramid', MobileNet(pyramid=True))):
         variables = digits.train(model, data, steps)
-        accuracy = digits.top1(model, variables, held_out)
+        accuracy = digits.top1(model, variables, test)
         print(f'{name}: {digits.count(variables["params"]):,} parameters, top-1 {accuracy:.1f} %')
     observe = jax.jit(functools.partial(model.apply, mutable=['intermediates']))
-    state: Any = observe(variables, held_out[0])[1]
+    state: Any = observe(variables, test[0])[1]
     for block, sown in state['intermediates'].items():
         (attention,) = sown['PSAModule_0']['attention']  # [N, 4, C]
         shares = np.asarray(attention).mean(axis=(0, 2))

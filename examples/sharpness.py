@@ -1,13 +1,13 @@
-"""Sharpness along training: the largest eigenvalue of the loss's Hessian, from Hessian-vector products.
+"""Sharpness during training: the largest eigenvalue of the Hessian, from Hessian-vector products.
 
     python examples/sharpness.py [--steps 60] [--lr 0.1]
 
-A product with the Hessian is a `jvp` through a `grad`, at the price of two or three gradients; power
-iteration on it finds the eigenvalue. Plain gradient descent on 128 digits, BatchNorm in training mode. On a
-quadratic it diverges where the sharpness is above 2 / lr; networks may go on along that edge (arXiv
-2103.00065).
+A product with the Hessian is a `jvp` through a `grad` and costs two or three gradients. Power iteration with
+it finds the eigenvalue. Training is plain gradient descent on 128 digits with BatchNorm in training mode. On
+a quadratic function gradient descent diverges if the sharpness is above 2 / lr; networks can continue to
+train at that edge (arXiv 2103.00065).
 
-Printed with 60 steps: sharpness 0.51, 45.62, 38.97 and 28.57 at steps 0, 20, 40 and 60; 2 / lr: 20.00.
+Output with 60 steps: sharpness 0.51, 45.62, 38.97 and 28.57 at steps 0, 20, 40 and 60; 2 / lr: 20.00.
 """
 
 import argparse
@@ -52,8 +52,8 @@ def random_direction(key: jax.Array, params: Any) -> Any:
 def largest_eigenvalue(times_hessian: Any, params: Any, start: Any, iterations: int) -> tuple[jax.Array, Any]:
     """Returns the Hessian's largest eigenvalue and its direction, by power iteration from `start`.
 
-    That finds the eigenvalue of largest magnitude. If it is negative, it is subtracted from all, which leaves
-    none negative, and the largest is looked for once more.
+    Power iteration finds the eigenvalue of largest magnitude. If that is negative, it is subtracted from all
+    eigenvalues, so that none is negative, and the iteration is repeated.
     """
     shift = eigenvalue = jnp.zeros(())
     for _ in range(2):
@@ -69,13 +69,13 @@ def largest_eigenvalue(times_hessian: Any, params: Any, start: Any, iterations: 
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Descends, and prints loss and sharpness on the way."""
+    """Trains by gradient descent and prints loss and sharpness."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument('--steps', type=int, default=60, help='of gradient descent')
-    parser.add_argument('--lr', type=float, default=0.1, help='its learning rate')
-    parser.add_argument('--pictures', type=int, default=128, help='in the loss')
-    parser.add_argument('--iterations', type=int, default=20, help='of the power method')
-    parser.add_argument('--dtype', default='float32', help='float64 needs JAX_ENABLE_X64=1')
+    parser.add_argument('--steps', type=int, default=60, help='number of steps of gradient descent')
+    parser.add_argument('--lr', type=float, default=0.1, help='learning rate')
+    parser.add_argument('--pictures', type=int, default=128, help='number of images in the loss')
+    parser.add_argument('--iterations', type=int, default=20, help='iterations of the power method')
+    parser.add_argument('--dtype', default='float32', help='float32 or float64, which needs JAX_ENABLE_X64=1')
     options = parser.parse_args(argv)
 
     model = digits.small_model(dtype=options.dtype, param_dtype=options.dtype)
@@ -89,12 +89,12 @@ def main(argv: list[str] | None = None) -> None:
     def loss(params: Any) -> jax.Array:
         return loss_and_updates(model, params, variables['batch_stats'], images, targets)[0]
 
-    # A loop in Python around compiled functions: XLA's convolutions are slow within loops on a CPU.
+    # A Python loop around compiled functions: convolutions inside XLA loops are slow on a CPU.
     value_and_grad = jax.jit(jax.value_and_grad(loss))
     times_hessian = jax.jit(functools.partial(hvp, loss))
     direction = random_direction(jax.random.key(1), params)
     sharpness = jnp.nan
-    if options.dtype == 'float64':  # float32 would need steps so large that they cross many of ReLU's kinks
+    if options.dtype == 'float64':  # float32 would need differences so large that they cross kinks of ReLU
         ahead, behind = (
             value_and_grad(jax.tree.map(lambda p, d, s=size: p + s * d, params, direction))[1]
             for size in (1e-8, -1e-8)
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
     for step in range(options.steps + 1):
         value, gradient = value_and_grad(params)
         if step in (0, options.steps // 3, 2 * options.steps // 3, options.steps):
-            # From the direction found before, which changes slowly.
+            # Start from the previous direction, which changes slowly.
             sharpness, direction = largest_eigenvalue(times_hessian, params, direction, options.iterations)
             print(f'step {step}: loss {value:.4f}, sharpness {sharpness:.2f}')
         params = jax.tree.map(lambda p, g: p - options.lr * g, params, gradient)

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Runs a training command again until it has ended: launch/keep_going.sh python train.py --config=... --workdir=...
-#   0    it has ended
-#   2    bad input, which another try would not mend
-#   75   it was asked to stop and has saved: again at once, unless this script was asked too
-#   else a failure, of this process or of another one of the run: again after a pause, MAX_FAILURES times in a row;
-#        one that comes after half an hour of work is the first of its row
-# The same on every host of a run: whoever comes back first waits for the others.
+# Restarts a training command until it has finished: launch/keep_going.sh python train.py --config=... --workdir=...
+# What happens depends on the exit status of the command:
+#   0      finished: this script ends
+#   2      bad input, which a restart would not fix: this script ends
+#   75     stopped by a signal, after saving a checkpoint: restart at once, unless this script got the signal too
+#   other  failure of this process or of another process of the run: restart after PAUSE seconds, at most
+#          MAX_FAILURES times in a row; a failure after more than half an hour of work starts a new row
+# Run the same command on every host of a run: a process that restarts first waits for the others.
 set -u
 max_failures=${MAX_FAILURES:-5} pause=${PAUSE:-10} failures=0 stopping='' child=''
 trap 'stopping=yes; [ -n "$child" ] && kill -TERM "$child" 2>/dev/null' TERM INT
@@ -15,7 +16,7 @@ while true; do
     "$@" &
     child=$!
     wait "$child"; status=$?
-    if [ -n "$stopping" ]; then # a trapped signal ends `wait` before the command has ended
+    if [ -n "$stopping" ]; then # a trapped signal interrupts `wait` before the command ends
         wait "$child"; again=$?
         if [ "$again" -ne 127 ]; then status=$again; fi
         while kill -0 "$child" 2>/dev/null; do wait "$child"; status=$?; done
@@ -25,10 +26,10 @@ while true; do
         if [ $((SECONDS - began)) -gt 1800 ]; then failures=0; fi
         failures=$((failures + 1))
         if [ "$failures" -gt "$max_failures" ]; then
-            echo "keep_going: gave up after $failures failures, the last with status $status" >&2
+            echo "keep_going: stopping after $failures failures in a row, the last with status $status" >&2
             exit "$status"
         fi
         sleep "$pause"
     fi
-    echo "keep_going: status $status; starting again" >&2
+    echo "keep_going: status $status; restarting" >&2
 done

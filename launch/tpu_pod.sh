@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# A training on a Cloud TPU slice, step by step; docs/tpu_pod.md explains. Untested: no TPU was at hand.
+# Trains on a Cloud TPU slice, step by step; see docs/tpu_pod.md. Not yet tested on a TPU.
 #
 #   export NAME=epsanet ZONE=us-west4-a TYPE=v5litepod-256 RUNTIME=v2-alpha-tpuv5-lite
 #   export WORKDIR=gs://BUCKET/runs/first DATA=/mnt/disks/data/tensorflow_datasets
-#   launch/tpu_pod.sh create [--spot]        the slice
-#   launch/tpu_pod.sh install GIT_URL        Python packages on all workers
-#   launch/tpu_pod.sh start OPTIONS...       train.py on all workers; OPTIONS as --config=configs/imagenet.py:...
-#   launch/tpu_pod.sh watch                  worker 0's log, followed
-#   launch/tpu_pod.sh stop                   SIGTERM: saves and ends; `start` with the same options continues
-#   launch/tpu_pod.sh delete
+#   launch/tpu_pod.sh create [--spot]        creates the slice
+#   launch/tpu_pod.sh install GIT_URL        installs Python packages on all workers
+#   launch/tpu_pod.sh start OPTIONS...       runs train.py on all workers; OPTIONS: --config=configs/imagenet.py:...
+#   launch/tpu_pod.sh watch                  follows the log of worker 0
+#   launch/tpu_pod.sh stop                   sends SIGTERM: saves and exits; `start` with the same options continues
+#   launch/tpu_pod.sh delete                 deletes the slice
 set -euo pipefail
 : "${NAME:?}" "${ZONE:?}"
 command=${1:?create, install, start, watch, stop or delete}
@@ -23,7 +23,7 @@ create)
     gcloud compute tpus tpu-vm create "$NAME" --zone="$ZONE" --accelerator-type="${TYPE:?}" --version="${RUNTIME:?}" "$@"
     ;;
 install)
-    # The images' own Python may be older than 3.11; uv brings one.
+    # Python on the VM images may be older than 3.11; uv installs a newer one.
     on all "([ -d epsanet_jax ] || git clone ${1:?the address of the repository} epsanet_jax) && cd epsanet_jax &&
         python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --allow-existing --python 3.11 .venv &&
         python3 -m uv pip install --quiet --python .venv/bin/python 'jax[tpu]' gcsfs --editable ."
@@ -43,7 +43,7 @@ delete)
     gcloud compute tpus tpu-vm delete "$NAME" --zone="$ZONE"
     ;;
 *)
-    echo "error: no command $command; create, install, start, watch, stop or delete" >&2
+    echo "error: unknown command $command; use create, install, start, watch, stop or delete" >&2
     exit 2
     ;;
 esac

@@ -1,6 +1,6 @@
-"""Every example in a short form: it runs, and the numbers it prints are right.
+"""Runs every example for a few steps and checks the numbers that it prints.
 
-Their accuracy after so few steps says nothing, so what is tested is what must hold from the first step on.
+Accuracy after so few steps means nothing, so the tests check what must hold from the first step.
 """
 
 import pathlib
@@ -19,19 +19,19 @@ import sharpness
 from PIL import Image
 
 EXAMPLES = pathlib.Path(digits.__file__).parent
-pytestmark = pytest.mark.slow  # nearly all of it compilation
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True, scope='module')
 def _quick_compilation():
-    """Nearly all of the time is compilation."""
+    """Compiles without optimization, because compilation takes nearly all of the time."""
     jax.config.update('jax_disable_most_optimizations', True)
     yield
     jax.config.update('jax_disable_most_optimizations', False)
 
 
 @pytest.fixture
-def said(capsys):
+def printed(capsys):
     """Runs an example and returns the numbers that follow a phrase in what it prints."""
 
     def run(example, *arguments):
@@ -42,27 +42,27 @@ def said(capsys):
     return run
 
 
-def test_gradients_of_pictures_average_to_that_of_the_batch(said):
-    numbers = said(per_example_gradients, '--steps', 1, '--pictures', 8)
+def test_gradients_of_images_average_to_the_gradient_of_the_batch(printed):
+    numbers = printed(per_example_gradients, '--steps', 1, '--pictures', 8)
     assert len(numbers('error')) == 2
     assert max(numbers('error')) < 1e-5
     assert min(numbers('noise scale')) > 0
 
 
-def test_the_noise_scale_is_that_of_known_gradients():
+def test_the_noise_scale_of_known_gradients():
     rng = np.random.default_rng(0)
     gradients = np.array([3.0, 4.0]) + rng.normal(0, [2.0, 1.0], (100_000, 2))  # trace 5, |mean|^2 25
     assert per_example_gradients.noise_scale(gradients) == pytest.approx(0.2, rel=0.02)
 
 
-def test_members_of_the_ensemble_are_what_each_would_be_alone(said):
-    numbers = said(ensemble, '--steps', 2, '--seeds', 2)
+def test_members_of_the_ensemble_equal_networks_trained_alone(printed):
+    numbers = printed(ensemble, '--steps', 2, '--seeds', 2)
     assert numbers('parameters differ by')[0] < 1e-6
     assert 0 <= numbers('ensemble: top-1')[0] <= 100
 
 
-def test_hessian_vector_products_are_differences_of_gradients(said):
-    numbers = said(
+def test_hessian_vector_products_equal_differences_of_gradients(printed):
+    numbers = printed(
         sharpness, '--steps', 1, '--pictures', 8, '--iterations', 2, '--lr', 0.5, '--dtype', 'float64'
     )
     assert numbers('gradients: error')[0] < 1e-5
@@ -70,7 +70,7 @@ def test_hessian_vector_products_are_differences_of_gradients(said):
     assert len(numbers('loss')) == 2
 
 
-def test_the_largest_eigenvalue_is_found_beside_a_more_negative_one():
+def test_the_largest_eigenvalue_is_found_despite_a_negative_one_of_larger_magnitude():
     def loss(x):
         return (x**2 * np.array([-5.0, 1.0, 3.0])).sum() / 2
 
@@ -83,14 +83,14 @@ def test_the_largest_eigenvalue_is_found_beside_a_more_negative_one():
     np.testing.assert_allclose(np.abs(direction), [0, 0, 1], atol=1e-2)
 
 
-def test_the_ablation_counts_what_each_variant_has(said):
+def test_the_ablation_counts_the_parameters_of_each_variant(printed):
     names = ('as published', 'separate SE, no softmax')
-    numbers = said(ablation, '--steps', 1, '--seeds', 1, '--only', *names)
+    numbers = printed(ablation, '--steps', 1, '--seeds', 1, '--only', *names)
     shared, separate = (int(numbers(rf'\| {name} \|')[0]) for name in names)
     assert separate - shared == 3 * (8 * 2 + 2 + 2 * 8 + 8)  # three more SE modules, 8 -> 2 -> 8 with biases
 
 
-def test_separate_se_modules_with_the_same_weights_are_the_shared_one(rng):
+def test_separate_se_modules_with_equal_weights_equal_the_shared_one(rng):
     x = rng.standard_normal((2, 8, 8, 32)).astype(np.float32)
     shared, separate = ablation.Pyramid(32), ablation.Pyramid(32, se='separate')
     params = jax.jit(shared.init)(jax.random.key(0), x)['params']['PSAModule_0']
@@ -101,15 +101,15 @@ def test_separate_se_modules_with_the_same_weights_are_the_shared_one(rng):
     np.testing.assert_allclose(ours, published, rtol=1e-5, atol=1e-6)
 
 
-def test_psa_in_another_network_sows_its_attention(said):
-    numbers = said(psa_elsewhere, '--steps', 1)
+def test_psa_in_another_network_sows_its_attention(printed):
+    numbers = printed(psa_elsewhere, '--steps', 1)
     assert all(0 <= top1 <= 100 for top1 in numbers('top-1'))
     first = numbers('kernels 3, 5, 7, 9:')
     assert len(first) == 3
     assert all(0 < share < 1 for share in first)
 
 
-def test_the_dense_head_learns_while_the_statistics_stay(said, monkeypatch, tmp_path):
+def test_the_dense_head_learns_while_the_running_statistics_stay_frozen(printed, monkeypatch, tmp_path):
     seen, train = [], dense_prediction.train
 
     def watched(model, variables, *rest):
@@ -118,13 +118,13 @@ def test_the_dense_head_learns_while_the_statistics_stay(said, monkeypatch, tmp_
         return result
 
     monkeypatch.setattr(dense_prediction, 'train', watched)
-    numbers = said(dense_prediction, '--steps', 4, '--out', tmp_path / 'out.png')
+    numbers = printed(dense_prediction, '--steps', 4, '--out', tmp_path / 'out.png')
     (first,), (last,) = numbers('loss'), numbers('->')
     assert last < first
     assert 0 <= numbers('classes:')[0] <= 1
     jax.tree.map(np.testing.assert_array_equal, *seen[0])
-    with Image.open(tmp_path / 'out.png') as picture:
-        assert picture.size == (900, 460)
+    with Image.open(tmp_path / 'out.png') as image:
+        assert image.size == (900, 460)
 
 
 @pytest.mark.parametrize('path', sorted(EXAMPLES.glob('*.py')), ids=lambda path: path.stem)

@@ -1,4 +1,4 @@
-"""The launch scripts, as far as they can be run without a pod or a cluster."""
+"""The parts of the launch scripts that run without a pod or a cluster."""
 
 import signal
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 LAUNCH = Path(__file__).parents[1] / 'launch'
 
-# Ends with one status after the other, as a file lists them; 'wait' waits for SIGTERM and ends with 75.
+# Exits with the next status of a file; for 'wait' it waits for SIGTERM and exits with 75.
 COMMAND = """
 read -r status < statuses; sed -i 1d statuses; echo "$status" >> log
 [ "$status" != wait ] && exit "$status"
@@ -39,14 +39,14 @@ def start(folder, statuses, **settings):
         ([1, 75, 137, 1, 0], 4, 1),
     ],
 )
-def test_a_training_is_kept_going_until_it_ends_or_fails_too_often(tmp_path, statuses, runs, status):
+def test_training_is_restarted_until_it_finishes_or_fails_too_often(tmp_path, statuses, runs, status):
     process = start(tmp_path, statuses, MAX_FAILURES='2')
     process.communicate(timeout=60)
     assert process.returncode == status
     assert len((tmp_path / 'log').read_text().split()) == runs
 
 
-def test_who_stops_the_script_stops_the_training(tmp_path):
+def test_a_signal_to_the_script_stops_the_training(tmp_path):
     process = start(tmp_path, ['wait', 0])
     assert process.stdout.readline() == 'waiting\n'
     process.send_signal(signal.SIGTERM)
@@ -56,11 +56,11 @@ def test_who_stops_the_script_stops_the_training(tmp_path):
 
 
 @pytest.mark.parametrize('script', sorted(LAUNCH.iterdir()), ids=lambda p: p.name)
-def test_scripts_are_bash(script):
+def test_scripts_are_valid_bash(script):
     subprocess.run(['bash', '-n', script], check=True)
 
 
-def test_the_pods_script_says_what_is_missing():
+def test_the_pod_script_reports_missing_settings_and_unknown_commands():
     done = subprocess.run(
         [LAUNCH / 'tpu_pod.sh'], capture_output=True, text=True, env={'PATH': '/usr/bin:/bin'}
     )
@@ -69,4 +69,4 @@ def test_the_pods_script_says_what_is_missing():
     settings = {'PATH': '/usr/bin:/bin', 'NAME': 'a', 'ZONE': 'b'}
     done = subprocess.run([LAUNCH / 'tpu_pod.sh', 'fly'], capture_output=True, text=True, env=settings)
     assert (done.returncode, done.stdout) == (2, '')
-    assert 'no command fly' in done.stderr
+    assert 'unknown command fly' in done.stderr

@@ -1,4 +1,4 @@
-"""Every recipe is built, checked, and its training step lowered without data."""
+"""Every recipe is built and validated, and its training step is lowered without data."""
 
 import pathlib
 import re
@@ -33,13 +33,13 @@ def load(recipe):
     name, _, argument = recipe.partition(':')
     get_config = runpy.run_path(str(ROOT / 'configs' / name))['get_config']
     config = get_config(argument) if argument else get_config()
-    config.data.dir = config.data.dir or 'pictures'
+    config.data.dir = config.data.dir or 'images'
     return config
 
 
 @pytest.mark.parametrize('shortened', [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('recipe', LOWERED)
-def test_the_step_of_a_recipe_is_lowered(recipe, shortened):
+def test_the_training_step_of_a_recipe_can_be_lowered(recipe, shortened):
     config = load(recipe)
     validate(config)
     if shortened:
@@ -55,12 +55,12 @@ def test_the_step_of_a_recipe_is_lowered(recipe, shortened):
     assert sums['loss'].shape == ()
 
 
-def test_every_recipe_is_among_them():
+def test_every_recipe_is_tested():
     assert {name.partition(':')[0] for name in LOWERED if isinstance(name, str)} == set(RECIPES)
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
-def test_a_recipe_says_how_to_run_it_and_what_to_expect(recipe):
+def test_a_recipe_names_its_command_hardware_and_expected_result(recipe):
     header = (ROOT / 'configs' / recipe).read_text().split('"""')[1]
     assert re.search(rf'Command.*: python train\.py --config=configs/{recipe}', header)
     for field in ('Hardware: ', 'Expected result: '):

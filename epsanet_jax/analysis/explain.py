@@ -20,7 +20,7 @@ from epsanet_jax.weights.files import as_network
 from epsanet_jax.weights.network import Network
 
 if TYPE_CHECKING:
-    from epsanet_jax.data.image_files import OnBad, ImageFile
+    from epsanet_jax.data.image_files import ImageFile, OnBad
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from epsanet_jax.data import image_files
 from epsanet_jax.data.augment import normalize
-from epsanet_jax.data.image_files import OnBad, ImageFile
+from epsanet_jax.data.image_files import ImageFile, OnBad
 from epsanet_jax.data.pipeline import Reading
 from epsanet_jax.data.transforms import CentreCrop
 from epsanet_jax.errors import InputError

@@ -11,19 +11,19 @@ from epsanet_jax.ops import grouped_conv
 
 
 def conv_kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
-    """Draws from N(0, sqrt(2 / (k * k * C_out))), C_out not divided by the number of groups.
+    """Returns a kernel drawn from N(0, sqrt(2 / (k * k * C_out))); C_out is not divided by the groups.
 
     Args:
         key: random key.
         shape: [k, k, C_in / groups, C_out].
-        dtype: of the result.
+        dtype: type of the result.
     """
     std = math.sqrt(2.0 / (shape[0] * shape[1] * shape[3]))
     return jax.random.normal(key, shape, dtype) * jnp.asarray(std, dtype)
 
 
 def uniform_init(fan_in: int):
-    """PyTorch's default for biases and linear weights: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
+    """Returns PyTorch's initialiser of biases and linear weights: U(-1/sqrt(fan_in), 1/sqrt(fan_in))."""
     bound = 1.0 / math.sqrt(fan_in)
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
@@ -37,14 +37,14 @@ class Conv(nn.Module):
 
     Attributes:
         features: number of output channels.
-        kernel_size: odd.
+        kernel_size: height and width of the kernel, an odd number.
         stride: step in both directions.
         groups: number of groups.
-        dilation: distance of the pixels that neighbouring values of the kernel see.
+        dilation: distance in pixels between neighbouring values of the kernel.
         use_bias: whether to add a bias.
-        conv: algorithm, see `epsanet_jax.ops.grouped_conv`.
-        dtype: of the computation and the result.
-        param_dtype: of the parameters.
+        conv: convolution algorithm, see `epsanet_jax.ops.grouped_conv`.
+        dtype: type of the computation and the result.
+        param_dtype: type of the parameters.
     """
 
     features: int
@@ -73,7 +73,7 @@ class Conv(nn.Module):
 
         Args:
             x: images.
-            convolved: x convolved with the kernel, where that was computed along with something else.
+            convolved: x convolved with the kernel, if that was already computed together with other branches.
         """
         kernel, bias = self.parameters(x.shape[-1])
         if convolved is None:
@@ -93,8 +93,8 @@ class Linear(nn.Module):
 
     Attributes:
         features: number of outputs.
-        dtype: of the computation and the result.
-        param_dtype: of the parameters.
+        dtype: type of the computation and the result.
+        param_dtype: type of the parameters.
     """
 
     features: int

@@ -1,4 +1,4 @@
-"""Floating-point types: which is wide enough for sums."""
+"""Floating-point types that are wide enough for sums."""
 
 from typing import Any
 
@@ -8,5 +8,5 @@ Dtype = Any
 
 
 def at_least_float32(*dtypes: Dtype) -> Dtype:
-    """Returns the widest of the types and float32; unlike `jnp.promote_types`, under strict promotion too."""
+    """Returns the widest of the types and float32, also under strict dtype promotion."""
     return max((jnp.dtype(jnp.float32), *map(jnp.dtype, dtypes)), key=lambda d: jnp.finfo(d).bits)

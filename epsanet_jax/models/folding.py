@@ -1,4 +1,4 @@
-"""Inference without BatchNorm: what it does is folded into the convolutions before it."""
+"""Inference without BatchNorm: each BatchNorm is folded into the convolution before it."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,33 +11,32 @@ from epsanet_jax.models.dtypes import at_least_float32
 from epsanet_jax.models.epsanet import EPSANet
 from epsanet_jax.models.norm import EPSILON
 
-# A convolution and the BatchNorm behind it, where there are both.
+# Each convolution and the BatchNorm after it.
 _PAIRS = {'conv1': 'bn1', 'conv2': 'bn2', 'conv3': 'bn3', 'downsample_0': 'downsample_1'}
 
 
 def fold_batch_norm(model: EPSANet, variables: Mapping[str, Any]) -> tuple[EPSANet, dict[str, Any]]:
-    """Turns a network into one without BatchNorm that gives the same, but for rounding; for inference only.
+    """Returns a network without BatchNorm that gives the same outputs up to rounding, for inference only.
 
-    Each BatchNorm's factor goes into the kernel of the convolution before it and its offset becomes a bias.
-    Behind a pyramid there is attention between the two: there the factor goes into the attention, which
-    costs nothing either.
+    The factor of each BatchNorm is multiplied into the kernel of the convolution before it, and its offset
+    becomes a bias. After a pyramid the factor is multiplied into the attention instead, at no cost.
 
     Args:
         model: the network.
-        variables: its 'params' and 'batch_stats'; may be traced.
+        variables: 'params' and 'batch_stats' of the network; may be traced.
 
     Returns:
-        The network with `folded` set, and its variables: 'params' alone.
+        The network with `folded` set, and its variables, which hold only 'params'.
 
     Raises:
-        InputError: the network is folded already.
+        InputError: the network is already folded.
     """
     if model.folded:
-        raise InputError('fold_batch_norm: the network is folded already')
+        raise InputError('fold_batch_norm: the network is already folded')
     return model.clone(folded=True), {'params': _fold_tree(variables['params'], variables['batch_stats'])}
 
 
-@jax.jit  # one compilation, not one for each kernel
+@jax.jit  # one compilation instead of one for each kernel
 def _fold_tree(params: Mapping[str, Any], stats: Mapping[str, Any]) -> dict[str, Any]:
     blocks = {name: _fold(params[name], stats[name]) for name in params if name.startswith('layer')}
     return _fold(params, stats) | blocks

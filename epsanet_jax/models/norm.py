@@ -16,12 +16,12 @@ EPSILON = 1e-5  # PyTorch's
 
 
 class Weighted(NamedTuple):
-    """An activation [N, H, W, C] that is not computed yet: parts side by side, times weights.
+    """An activation [N, H, W, C] that is not computed yet: the concatenated parts times their weights.
 
     Attributes:
         parts: arrays [N, H, W, C_i] whose channels add up to C.
-        means: of each image's channels, before the weights, [N, C], at least float32.
-        weights: one for each image and channel, [N, C], at least float32.
+        means: mean of each channel of each image, before the weights; [N, C], at least float32.
+        weights: weight of each channel of each image; [N, C], at least float32.
     """
 
     parts: tuple[jax.Array, ...]
@@ -29,11 +29,11 @@ class Weighted(NamedTuple):
     weights: jax.Array
 
     def value(self) -> jax.Array:
-        """Returns the activation, of the dtype of the parts."""
+        """Returns the activation [N, H, W, C] with the dtype of the parts."""
         return self.affine(self.weights, jnp.zeros_like(self.weights)).astype(self.parts[0].dtype)
 
     def affine(self, factor: jax.Array, offset: jax.Array) -> jax.Array:
-        """Returns parts * factor + offset for factors and offsets [N, C], in their dtype: [N, H, W, C]."""
+        """Returns parts * factor + offset, [N, H, W, C], in the dtype of factor and offset [N, C]."""
 
         def piecewise(parts: tuple[jax.Array, ...], factor: jax.Array, offset: jax.Array) -> jax.Array:
             cut = zip(parts, *(self.by_part(a[:, None, None]) for a in (factor, offset)), strict=True)
@@ -43,37 +43,39 @@ class Weighted(NamedTuple):
             x = jnp.concatenate(parts, axis=-1)
             return x.astype(factor.dtype) * factor[:, None, None] + offset[:, None, None]
 
-        # The TPU's compiler computes the first inside the convolution that reads it, at up to a sixth more
-        # cycles for the block; on a CPU the second is another pass over memory.
+        # The TPU compiler would fuse `piecewise` into the convolution that reads it, for up to a sixth
+        # more cycles per block. On a CPU `whole` would be another pass over memory.
         return lax.platform_dependent(self.parts, factor, offset, tpu=whole, default=piecewise)
 
     def by_part(self, values: jax.Array) -> list[jax.Array]:
-        """Cuts [..., C] into what belongs to each part, [..., C_i]."""
+        """Splits [..., C] into the channels of each part, [..., C_i]."""
         widths = [part.shape[-1] for part in self.parts]
         ends = itertools.accumulate(widths)
         return [values[..., end - width : end] for width, end in zip(widths, ends, strict=True)]
 
 
 class BatchNorm(nn.Module):
-    """PyTorch's BatchNorm2d, its statistics taken over groups of consecutive examples.
+    """PyTorch's BatchNorm2d with statistics over groups of consecutive examples.
 
-    In training, the batch is cut into groups of `group` consecutive rows and each is normalised by its own
-    mean and (biased) variance. The running statistics take the mean over the groups, of the unbiased
-    variance n / (n - 1) as PyTorch keeps it. With one group this is PyTorch's BatchNorm2d; with groups of 32
-    it is PyTorch's DataParallel with 32 images a device, however many devices there are.
+    In training, the batch is split into groups of `group` consecutive rows. Each group is normalised by its
+    own mean and (biased) variance. The running statistics are updated with the mean over the groups; like
+    PyTorch's, they keep the unbiased variance, times n / (n - 1). With one group this is PyTorch's
+    BatchNorm2d. With groups of 32 it is PyTorch's DataParallel with 32 images per device, for any number of
+    devices.
 
     Statistics and normalisation are computed in at least float32.
 
     Attributes:
-        group: examples in a group; None: the whole batch.
-        axis_name: mesh axis over whose devices the rows of ONE group are spread; the batch seen here is then
-            this device's part of it.
-        momentum: share of the old running statistics that is kept (PyTorch's momentum is 1 - this).
-        epsilon: added to the variance.
-        dtype: of the result.
-        param_dtype: of scale and bias. The running statistics are float32, or wider if this is.
-        frozen: regular expression; where it is found in the name of the scale, 'layer1_0/bn1/scale' say,
-            training normalises by the running statistics too, and keeps them.
+        group: number of examples in a group; None for the whole batch.
+        axis_name: mesh axis whose devices share the rows of ONE group; the batch given to the layer is then
+            this device's part of the group.
+        momentum: fraction of the old running statistics that is kept (1 - PyTorch's momentum).
+        epsilon: number added to the variance.
+        dtype: type of the result.
+        param_dtype: type of scale and bias; the running statistics have at least float32.
+        frozen: regular expression that is searched in the name of the scale, for example
+            'layer1_0/bn1/scale'. If it matches, training normalises by the running statistics and does not
+            change them.
     """
 
     group: int | None = None
@@ -86,14 +88,15 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array | Weighted, train: bool = False) -> jax.Array:
-        """Normalises [N, H, W, C] per channel; with `train`, by the batch and with new running statistics.
+        """Normalises [N, H, W, C] per channel.
 
-        What is `Weighted` is normalised without being computed: the weights go into scale and bias, and the
-        statistics come from those of each image. That saves several passes over memory.
+        With `train`, statistics are those of the batch, and the running statistics are updated. A `Weighted`
+        input is normalised without computing it: its weights are multiplied into scale and bias, and its
+        statistics come from those of each image. This saves several passes over memory.
 
         Raises:
-            InputError: the batch is empty or does not divide into groups, or a group holds one value a
-                channel, whose variance is not defined.
+            InputError: the batch is empty, does not divide into groups, or has groups with one value per
+                channel, for which the variance is undefined.
         """
         parts = x.parts if isinstance(x, Weighted) else (x,)
         rows, height, width, _ = parts[0].shape
@@ -107,7 +110,7 @@ class BatchNorm(nn.Module):
         running_var = self.variable('batch_stats', 'var', jnp.ones, (channels,), stats_dtype)
 
         wide = at_least_float32(parts[0].dtype, stats_dtype)
-        # Near to the mean: E[x^2] - E[x]^2 takes one pass over memory, but cancels where the mean is large.
+        # Close to the mean. E[x^2] - E[x]^2 takes one pass over memory, but loses precision for large means.
         shift = lax.stop_gradient(running_mean.value.astype(wide))  # [C]
         if train:
             groups = self._groups(rows)
@@ -121,7 +124,7 @@ class BatchNorm(nn.Module):
         else:
             mean, var = jnp.zeros((1, channels), wide), running_var.value.astype(wide)[None]
 
-        # One multiplication and one addition an element: the backward pass then takes two sums, not three.
+        # One multiplication and one addition per element: the backward pass then takes two sums, not three.
         factor = lax.rsqrt(var + self.epsilon) * scale.astype(wide)  # [G, C]
         offset = bias.astype(wide) - mean * factor
         if isinstance(x, Weighted):
@@ -133,14 +136,15 @@ class BatchNorm(nn.Module):
         return (grouped * factor + offset).reshape(x.shape).astype(self.dtype)
 
     def _groups(self, rows: int) -> int:
-        """Returns the number of groups among `rows` rows."""
+        """Returns the number of groups in `rows` rows."""
         spanning = 1 if self.axis_name is None else lax.axis_size(self.axis_name)
         if rows == 0:
-            raise InputError('BatchNorm: training needs at least one example, got a batch of none')
+            raise InputError('BatchNorm: training needs at least one example, got an empty batch')
         group = self.group or rows * spanning
         if spanning > 1 and group != rows * spanning:
             raise InputError(
-                f'BatchNorm: a group of {group} examples is not what {spanning} devices with {rows} rows hold'
+                f'BatchNorm: {spanning} devices with {rows} rows each must hold one group, '
+                f'but a group has {group} examples'
             )
         if spanning == 1 and rows % group:
             raise InputError(
@@ -151,12 +155,12 @@ class BatchNorm(nn.Module):
     def _statistics(
         self, x: jax.Array | Weighted, shift: jax.Array, shape: tuple[int, ...]
     ) -> tuple[jax.Array, jax.Array, int]:
-        """Returns mean - shift and biased variance, [G, C], and the number of values in each.
+        """Returns mean - shift and biased variance of each group, [G, C], and the number of values in each.
 
         Args:
-            x: the activation.
-            shift: [C], near to its mean.
-            shape: groups, images in a group, height, width.
+            x: the activation, [N, H, W, C].
+            shift: [C], close to the mean.
+            shape: groups, images per group, height, width.
         """
         groups, images, height, width = shape
         n = images * height * width
@@ -171,19 +175,19 @@ class BatchNorm(nn.Module):
             first, square = lax.pmean((first, square), self.axis_name)
         if n <= 1 and not self.is_initializing():
             raise InputError(
-                'BatchNorm: training needs more than one value a channel in a group, '
-                f'got {n} from a group of shape {(*shape[1:], first.shape[-1])}; '
+                'BatchNorm: training needs more than one value per channel in a group, '
+                f'got {n} from a group of shape {(*shape[1:], first.shape[-1])}: '
                 'use larger groups (bn_group) or images'
             )
         return first, jnp.maximum(square - jnp.square(first), 0), n
 
 
 class Affine(nn.Module):
-    """What is left of a BatchNorm behind a pyramid in inference: a factor and an offset for each channel.
+    """The rest of a folded BatchNorm after a pyramid: a factor and an offset for each channel.
 
     Attributes:
-        dtype: of the result.
-        param_dtype: of the parameters.
+        dtype: type of the result.
+        param_dtype: type of the parameters.
     """
 
     dtype: Dtype = jnp.float32
@@ -191,7 +195,7 @@ class Affine(nn.Module):
 
     @nn.compact
     def __call__(self, x: Weighted, train: bool = False) -> jax.Array:
-        """Returns x * scale + bias, [N, H, W, C]; `train` makes no difference."""
+        """Returns x * scale + bias, [N, H, W, C]; `train` has no effect."""
         shape = (x.weights.shape[1],)
         scale = self.param('scale', nn.initializers.ones, shape, self.param_dtype)
         bias = self.param('bias', nn.initializers.zeros, shape, self.param_dtype)
@@ -202,7 +206,8 @@ class Affine(nn.Module):
 
 def _moments(x: Weighted, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns each image's means of (x - shift) and (x - shift)^2, [N, C], in one pass over the parts."""
-    near = shift * len(x.parts)  # to the parts' means: the weights of a softmax are 1 / len(parts) on average
+    # Close to the means of the parts: the weights of a softmax are 1 / len(parts) on average.
+    near = shift * len(x.parts)
     means, weights = x.means.astype(shift.dtype), x.weights.astype(shift.dtype)
     shifted = (part.astype(shift.dtype) - n for part, n in zip(x.parts, x.by_part(near), strict=True))
     squares = [jnp.square(part).mean(axis=(1, 2)) for part in shifted]
@@ -212,7 +217,7 @@ def _moments(x: Weighted, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _each(per_group: jax.Array, rows: int) -> jax.Array:
-    """Repeats [G, C] for the rows of each group: [N, C]."""
+    """Repeats values [G, C] for the rows of each group, to [N, C]."""
     groups, channels = per_group.shape
     shape = (groups, rows // groups, channels)
     return jnp.broadcast_to(per_group[:, None], shape).reshape(rows, channels)

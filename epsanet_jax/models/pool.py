@@ -9,9 +9,9 @@ from jax import lax
 
 
 def max_pool(x: jax.Array) -> jax.Array:
-    """3x3 max-pooling with stride 2 and one row of padding on every side: [N, H, W, C] to half the size.
+    """Returns the 3x3 max-pooling of [N, H, W, C] with stride 2 and one pixel of padding on every side.
 
-    Where several places of a window share the maximum, the gradient goes to the first of them, as in PyTorch.
+    If several positions of a window share the maximum, the gradient goes to the first one, as in PyTorch.
     """
     return lax.platform_dependent(x, cpu=_max_of_slices, default=_max_window)
 
@@ -22,7 +22,7 @@ def _max_window(x: jax.Array) -> jax.Array:
 
 
 def _max_of_slices(x: jax.Array) -> jax.Array:
-    """The same, by nine slices: on the CPU the gradient of a window takes several times as long."""
+    """Returns the same from nine slices; on the CPU the gradient of `_max_window` is several times slower."""
     n, h, w, c = x.shape
     rows, columns = -(-h // 2), -(-w // 2)
     low = jnp.asarray(-jnp.inf, x.dtype)

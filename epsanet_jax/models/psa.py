@@ -16,10 +16,10 @@ class SEWeightModule(nn.Module):
     """Squeeze-and-excitation weights: one number in (0, 1) for each image and channel.
 
     Attributes:
-        channels: of the input.
-        reduction: the hidden layer has `channels // reduction` units.
-        dtype: of the computation; at least float32, since there is next to nothing to compute.
-        param_dtype: of the parameters.
+        channels: number of input channels.
+        reduction: divisor that gives the `channels // reduction` units of the hidden layer.
+        dtype: type of the computation; float32 is used instead of narrower types, because it is cheap here.
+        param_dtype: type of the parameters.
     """
 
     channels: int
@@ -31,7 +31,7 @@ class SEWeightModule(nn.Module):
         hidden = self.channels // self.reduction
         if hidden < 1:
             raise InputError(
-                f'SEWeightModule: {self.channels} channels / reduction {self.reduction} leave no hidden unit'
+                f'SEWeightModule: {self.channels} channels / reduction {self.reduction} leaves no hidden unit'
             )
         dtypes = {'dtype': at_least_float32(self.dtype), 'param_dtype': self.param_dtype}
         self.fc1 = Conv(hidden, 1, use_bias=True, **dtypes)
@@ -43,33 +43,34 @@ class SEWeightModule(nn.Module):
         return self.excite(x.mean(axis=(1, 2), keepdims=True, dtype=wide))
 
     def excite(self, means: jax.Array) -> jax.Array:
-        """Maps channel means [N, A, B, C] to weights of the same shape, each position on its own."""
+        """Maps channel means [N, A, B, C] to weights of the same shape, separately for each position."""
         return nn.sigmoid(self.fc2(nn.relu(self.fc1(means))))
 
 
 class PSAModule(nn.Module):
-    """A pyramid of grouped convolutions, weighted against each other channel by channel.
+    """A pyramid of grouped convolutions with attention over its branches in each channel.
 
-    S convolutions (S = 4 in the paper) of growing kernel size each read ALL input channels and give
-    planes / S. One squeeze-and-excitation module, shared by the branches, weighs the channels of each; a
-    softmax over the branches turns its sigmoids into attention. The weighted branches are concatenated in
-    REVERSE order, largest kernel first, as the reference does.
+    S convolutions (S = 4 in the paper) of growing kernel size each read ALL input channels and produce
+    planes / S channels. One squeeze-and-excitation module, shared by the branches, gives a sigmoid weight to
+    each channel of each branch. A softmax over the branches turns these weights into attention. The weighted
+    branches are concatenated in REVERSE order, largest kernel first, as in the reference.
 
-    Raises InputError if the planes do not divide among the branches.
+    Raises InputError if the number of planes is not a multiple of the number of branches.
 
     The attention is sown as 'attention' into 'intermediates': [N, S, planes / S], in the order of `kernels`.
 
     Attributes:
         planes: number of output channels.
-        stride: of every branch.
+        stride: step of every branch in both directions.
         kernels: kernel size of each branch.
         groups: number of groups of each branch.
-        reduction: of the squeeze-and-excitation module.
-        use_bias: whether the branches have biases (the paper's listing; the reference repository has none).
-        dilation: of every branch.
-        conv: algorithm, see `epsanet_jax.ops.grouped_conv`.
-        dtype: of the computation and the result.
-        param_dtype: of the parameters.
+        reduction: reduction of the squeeze-and-excitation module.
+        use_bias: whether the branches have biases (as in the paper's listing; the reference repository has
+            none).
+        dilation: distance in pixels between neighbouring values of each kernel.
+        conv: convolution algorithm, see `epsanet_jax.ops.grouped_conv`.
+        dtype: type of the computation and the result.
+        param_dtype: type of the parameters.
     """
 
     planes: int
@@ -86,7 +87,7 @@ class PSAModule(nn.Module):
     def setup(self):
         if self.planes % len(self.kernels):
             raise InputError(
-                f'PSAModule: {self.planes} planes do not divide among {len(self.kernels)} branches'
+                f'PSAModule: planes must be a multiple of the {len(self.kernels)} branches, got {self.planes}'
             )
         width = self.planes // len(self.kernels)
         dtypes = {'dtype': self.dtype, 'param_dtype': self.param_dtype}
@@ -109,7 +110,7 @@ class PSAModule(nn.Module):
         return self.weighted(x).value()
 
     def weighted(self, x: jax.Array) -> Weighted:
-        """Returns the branches and their attention, for a BatchNorm that need not see their product."""
+        """Returns the branches and their attention, for a BatchNorm that does not need their product."""
         convs = [getattr(self, f'conv_{i + 1}') for i in range(len(self.kernels))]
         outputs = pyramid_conv(
             x.astype(self.dtype),
@@ -119,7 +120,7 @@ class PSAModule(nn.Module):
             dilation=self.dilation,
             algorithm=self.conv,
         )
-        # Called all the same, so that whoever intercepts or captures calls of modules sees every branch.
+        # Call each module too, so that code that intercepts or captures module calls sees every branch.
         branches = [conv(x, convolved=y) for conv, y in zip(convs, outputs, strict=True)]
         wide = at_least_float32(self.dtype)
         means = jnp.stack([b.mean(axis=(1, 2), dtype=wide) for b in branches], axis=1)  # [N, S, C]

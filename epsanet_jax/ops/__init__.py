@@ -1,4 +1,4 @@
-"""Array functions without parameters of their own."""
+"""Grouped convolutions as functions of arrays; they hold no parameters."""
 
 from epsanet_jax.ops.algorithms import NAMES as ALGORITHMS
 from epsanet_jax.ops.grouped_conv import grouped_conv, pyramid_conv

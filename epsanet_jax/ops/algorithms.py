@@ -1,29 +1,30 @@
 """Ways to compute a grouped convolution.
 
-XLA's own lowering of a grouped convolution (`feature_group_count`) is at its worst on thin groups with large
-kernels, which is what the pyramid of EPSANet consists of. These things mend that, alone or together:
+XLA's own lowering of a grouped convolution (`feature_group_count`) is slowest for groups of few channels with
+large kernels. The pyramid of EPSANet consists of such convolutions. These techniques make them faster, alone
+or combined:
 
-    merging   Neighbouring groups become one, with a block-diagonal kernel: more products, in fewer and wider
-              matrix multiplications.
-    tiling    A tile of output pixels is computed at once. Its pixels become output channels, the kernel grows
-              to the window that the whole tile sees, and the stride to the size of the tile: a convolution
-              with many output channels at few places. A 9x9 kernel and tiles of 4x4 pixels make a 12x12
-              kernel with stride 4, 16 times the channels and 1.8 times the products, where merging 16 groups
-              takes 16 times the products.
-    folding   As tiling, with the tiles of the *input* moved into channels beforehand (space to depth), so
-              that the window becomes small and the stride 1.
-    banding   As folding, of columns alone: neighbouring columns are neighbours in memory already, so that
-              they become channels, and outputs columns, without a copy. For all groups merged into one.
-    phases    The images of every second row and column, for stride 2, are four: the kernel's values that meet
-              each are convolved with it without stride, and the results added. So the gradient of the input
-              has no zeros between the values that it convolves.
+    merging   Several neighbouring groups become one group with a block-diagonal kernel. This takes more
+              products, but in fewer and wider matrix multiplications.
+    tiling    A tile of output pixels is computed at once. The pixels of the tile become output channels, the
+              kernel grows to the window that the whole tile reads, and the stride grows to the size of the
+              tile. The result is a convolution with many output channels at few positions. A 9x9 kernel with
+              tiles of 4x4 pixels becomes a 12x12 kernel with stride 4 and 16 times the output channels. It
+              takes 1.8 times the products; merging 16 groups takes 16 times the products.
+    folding   Like tiling, but the tiles of the *input* are first moved into channels (space to depth). The
+              window becomes small and the stride becomes 1.
+    banding   Like folding, but for columns only. Neighbouring columns are neighbours in memory, so they
+              become channels without a copy. All groups are merged into one.
+    phases    For stride 2 the input is split into four images, one for each combination of even or odd rows
+              and columns. Each is convolved without stride with the kernel values that meet it, and the
+              results are added. The gradient of the input then convolves no inserted zeros.
 
-And where several convolutions read the same input, as the branches of a pyramid do:
+When several convolutions read the same input, as the branches of a pyramid do:
 
-    joining   They become one, with as many groups and the largest kernel, into which the others are padded:
-              few output channels cost a matrix unit as much as many.
+    joining   They become one convolution with the same number of groups. Smaller kernels are padded to the
+              largest. On a matrix unit few output channels cost as much as many.
 
-All of them equal the plain convolution up to rounding, in value and in both gradients.
+All of them equal the plain convolution up to rounding, in the output and in both gradients.
 """
 
 import itertools
@@ -42,13 +43,15 @@ class Algorithm(NamedTuple):
     """How to compute a grouped convolution.
 
     Attributes:
-        name: 'stock', 'merged', 'joint' (alone the same as 'merged'), 'tiled', 'folded', 'banded', or, for
-            1x1 kernels, 'matmul'.
-        merge: how many neighbouring groups are merged into one; divides the number of groups. 'banded'
-            merges all in any case.
-        tile: rows and columns of output pixels that are computed at once; 'banded' takes the columns alone.
-        split: one convolution for each group that remains, instead of one with `feature_group_count`.
-        phases: of 'merged' and 'joint': the phases of the stride are convolved one by one; not with split.
+        name: 'stock', 'merged', 'joint' (for a single convolution the same as 'merged'), 'tiled', 'folded',
+            'banded' or, for 1x1 kernels, 'matmul'.
+        merge: number of neighbouring groups that are merged into one; divides the number of groups. 'banded'
+            always merges all groups.
+        tile: rows and columns of output pixels that are computed at once; 'banded' uses only the columns.
+        split: whether each remaining group is a separate convolution, instead of one convolution with
+            `feature_group_count`.
+        phases: for 'merged' and 'joint' without `split`: whether the phases of the stride are convolved
+            separately.
     """
 
     name: str
@@ -59,7 +62,7 @@ class Algorithm(NamedTuple):
 
 
 NAMES = ('stock', 'merged', 'dense', 'tiled', 'folded', 'banded', 'phases', 'matmul')
-MERGED_CHANNELS = 64  # below this many input channels a dense convolution leaves vector units idle
+MERGED_CHANNELS = 64  # a dense convolution with fewer input channels leaves vector units idle
 
 
 def check_name(name: str) -> None:
@@ -72,20 +75,20 @@ def check_name(name: str) -> None:
 
 
 def by_name(name: str, kernel_shape: tuple[int, ...], groups: int) -> Algorithm:
-    """Returns the algorithm of a name with the parameters that its idea suggests for a shape.
+    """Returns the algorithm with this name, with parameters that suit the shape.
 
-    stock, and whatever does not apply: one convolution with `feature_group_count = groups`
-    merged: neighbouring groups merged until each has `MERGED_CHANNELS` input channels
-    dense: all groups merged
-    tiled, folded: groups as they are, tiles of 4x4 pixels for the large kernels, of 2x2 for the others
-    banded: all groups merged, two columns at once
-    phases: groups as they are, each phase of the stride by itself
+    stock: one convolution with `feature_group_count = groups`; used if the named one does not apply
+    merged: neighbouring groups are merged until each has `MERGED_CHANNELS` input channels
+    dense: all groups are merged
+    tiled, folded: groups are not merged; tiles have 4x4 pixels for large kernels, 2x2 for small ones
+    banded: all groups are merged; two columns at once
+    phases: groups are not merged; each phase of the stride is a separate convolution
     matmul: a matrix product, for 1x1 kernels
 
     Args:
         name: one of `NAMES`.
         kernel_shape: [k, k, C_in / groups, C_out].
-        groups: of the convolution.
+        groups: number of groups.
     """
     size, _, channels, _ = kernel_shape
     if name == 'matmul':
@@ -116,22 +119,22 @@ def convolve_all(
     groups: Sequence[int],
     algorithms: Sequence[Algorithm],
 ) -> tuple[jax.Array, ...]:
-    """Convolves the same images with each kernel as `convolve` does, in one go where that is 'joint'.
+    """Convolves the same images with several kernels; those whose algorithm is 'joint' are computed together.
 
     Args:
         x: images, [N, H, W, C_in].
-        kernels: [k, k, C_in / groups, C_out]; k is odd; all three may differ.
-        stride: step in both directions, of all.
-        groups: number of groups, for each kernel.
-        algorithms: how, for each kernel.
+        kernels: arrays [k, k, C_in / groups, C_out] with odd k; k, groups and C_out may differ.
+        stride: step in both directions.
+        groups: number of groups for each kernel.
+        algorithms: algorithm for each kernel.
 
     Returns:
         [N, ceil(H / stride), ceil(W / stride), C_out] for each kernel.
     """
-    # Taken once, so that the gradients of each phase are added before they are interleaved.
+    # Split once for all kernels: the gradients of each phase are then added before they are interleaved.
     by_phase = rewrites.split_phases(x, stride) if any(a.phases for a in algorithms) else None
     outputs: dict[int, jax.Array] = {}
-    joint: dict[tuple[int, bool], list[int]] = {}  # one convolution has one number of groups
+    joint: dict[tuple[int, bool], list[int]] = {}  # only equal numbers of groups can be one convolution
     for i, algorithm in enumerate(algorithms):
         if algorithm.name == 'joint':
             joint.setdefault((groups[i] // algorithm.merge, algorithm.phases), []).append(i)
@@ -145,14 +148,14 @@ def convolve_all(
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, groups: int, algorithm: Algorithm) -> jax.Array:
-    """Convolves [N, H, W, C_in] with [k, k, C_in / groups, C_out], `k // 2` zeros on every side.
+    """Convolves images with a kernel, with `k // 2` zeros of padding on every side.
 
     Args:
-        x: images.
-        kernel: k is odd.
+        x: images, [N, H, W, C_in].
+        kernel: [k, k, C_in / groups, C_out] with odd k.
         stride: step in both directions.
         groups: number of groups.
-        algorithm: how; the result does not depend on it, but for rounding.
+        algorithm: how to compute it; changes the result by rounding only.
 
     Returns:
         [N, ceil(H / stride), ceil(W / stride), C_out].
@@ -178,7 +181,7 @@ def _convolve(x, by_phase, kernel, stride, groups, algorithm):
 
 
 def _joint(x, by_phase, kernels, stride):
-    """Convolves with each of [k, k, I, B, O], the k and the O of each its own, in one convolution."""
+    """Convolves with several kernels [k, k, I, B, O], whose k and O may differ, in one convolution."""
     size = max(k.shape[0] for k in kernels)
     blocks, widths = kernels[0].shape[3], [k.shape[4] for k in kernels]
     margins = [(size - k.shape[0]) // 2 for k in kernels]
@@ -196,17 +199,17 @@ def _joint(x, by_phase, kernels, stride):
 
 
 def _merge(kernel: jax.Array, groups: int, merge: int) -> jax.Array:
-    """Turns [k, k, I, C_out] into [k, k, merge * I, B, C_out / B], block-diagonal; B is groups / merge."""
+    """Turns [k, k, I, C_out] into block-diagonal [k, k, merge * I, B, C_out / B]; B is groups / merge."""
     kh, kw, inputs, outputs = kernel.shape
     each = outputs // groups
     if merge == 1:
         return kernel.reshape(kh, kw, inputs, groups, each)
-    # Selections, not products: an infinite weight must not put NaN into other groups.
+    # `where` instead of a product with 0: an infinite weight must not put NaN into other groups.
     zero = jnp.zeros((), kernel.dtype)
-    if merge == groups:  # the form below makes weight gradients four times as dear on a TPU here
+    if merge == groups:  # here the form below makes weight gradients four times as slow on a TPU
         k = kernel.reshape(kh, kw, inputs, groups, 1, each).transpose(0, 1, 3, 2, 4, 5)
         same_group = jnp.eye(groups, dtype=bool)[:, None, :, None]  # [groups, 1, groups, 1]
         return jnp.where(same_group, k, zero).reshape(kh, kw, groups * inputs, 1, outputs)
-    member = np.arange(outputs) // each % merge  # which of the groups that become one an output is of
+    member = np.arange(outputs) // each % merge  # [C_out]: place of the output's group in its merged group
     k = jnp.concatenate([jnp.where(member == i, kernel, zero) for i in range(merge)], axis=2)
     return k.reshape(kh, kw, merge * inputs, groups // merge, merge * each)

@@ -1,7 +1,7 @@
-"""Which algorithm is the fastest: a table of measurements, looked up by platform and shape.
+"""The fastest algorithm for a platform and shape, from a table of measurements.
 
-`choices.json` is written by `benchmarks/grouped_conv.py` and, for TPUs, `benchmarks/tpu_choices.py`. For a
-shape that was not measured the nearest one that was decides.
+`choices.json` is written by `benchmarks/grouped_conv.py` and, for TPUs, by `benchmarks/tpu_choices.py`. A
+shape that is not in the table uses the algorithms of the most similar shape in it.
 """
 
 import functools
@@ -23,14 +23,14 @@ class Problem(NamedTuple):
     """A convolution of [batch, size, size, channels] with a square kernel.
 
     Attributes:
-        kernel: its height and width.
+        kernel: height and width of the kernel.
         stride: step in both directions.
         groups: number of groups.
-        channels: input channels, of all groups.
-        features: output channels, of all groups.
-        size: height (or width) of the images.
-        batch: number of images; in an export it may be a symbol, and then does not count.
-        dtype: name of their type.
+        channels: input channels of all groups together.
+        features: output channels of all groups together.
+        size: height or width of the images, the larger one.
+        batch: number of images; a symbolic size, as in an export, is ignored.
+        dtype: name of the images' type.
     """
 
     kernel: int
@@ -44,7 +44,7 @@ class Problem(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The algorithm for each direction; a gradient's is the transpose of the algorithm named."""
+    """The algorithm for each direction; a gradient is computed by the transpose of its algorithm."""
 
     forward: Algorithm
     input_gradient: Algorithm
@@ -53,9 +53,9 @@ class Choice(NamedTuple):
 
 @functools.cache
 def choose(platform: str, problem: Problem) -> Choice:
-    """Returns the algorithms that 'auto' takes on a platform: those of the nearest convolution measured.
+    """Returns the algorithms that 'auto' uses on a platform: those of the most similar measured convolution.
 
-    Platforms that were not measured take XLA's own lowering.
+    Platforms without measurements use XLA's own lowering.
     """
     rows = _table().get(platform, ())
     if not rows:
@@ -65,13 +65,13 @@ def choose(platform: str, problem: Problem) -> Choice:
 
 
 def _distance(known: Problem, problem: Problem) -> float:
-    """How unlike two convolutions are, in octaves; another kind of kernel is further than any size."""
+    """Returns how much two convolutions differ, in octaves; the kind of kernel counts more than any size."""
 
     def octaves(a: float, b: float) -> float:
         return abs(math.log2(max(a, 1) / max(b, 1)))  # there may be no images, or no pixels
 
     def kinds(p: Problem) -> tuple[bool, ...]:
-        """Whether 1x1, which is a product of matrices; dense; 1x1 with a stride, which leaves pixels out."""
+        """Returns whether it is 1x1 (a matrix product), dense, and 1x1 with a stride (which skips pixels)."""
         return p.kernel == 1, p.groups == 1, p.kernel == 1 and p.stride > 1
 
     return (
@@ -88,20 +88,20 @@ def _distance(known: Problem, problem: Problem) -> float:
 
 
 def _fit(algorithm: Algorithm, known: Problem, problem: Problem) -> Algorithm:
-    """Fits an algorithm measured on `known` to another convolution."""
+    """Adapts an algorithm measured on `known` to another convolution."""
     if algorithm.name == 'matmul' and (problem.kernel, problem.groups) != (1, 1):
         return Algorithm('stock')
     merge = max(d for d in divisors(problem.groups) if d <= algorithm.merge)
-    alike = known[:3] == problem[:3]  # kernel, stride, groups
+    similar = known[:3] == problem[:3]  # kernel, stride, groups
     same = known[:5] == problem[:5]  # and channels, features
-    # Joint ones were measured beside others, which may not be there; bands merge all groups there are.
-    if (algorithm.name == 'joint' and not alike) or (algorithm.name == 'banded' and not same):
+    # 'joint' was measured together with other kernels, which may be absent; 'banded' merges all groups.
+    if (algorithm.name == 'joint' and not similar) or (algorithm.name == 'banded' and not same):
         return Algorithm('merged', merge) if merge > 1 else Algorithm('stock')
     return algorithm._replace(merge=merge, phases=algorithm.phases and same)
 
 
 def reload() -> None:
-    """Reads the table again, for benchmarks that write it."""
+    """Reads the table again; for benchmarks that write it."""
     _table.cache_clear()
     choose.cache_clear()
     jax.clear_caches()

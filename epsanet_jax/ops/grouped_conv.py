@@ -1,7 +1,7 @@
-"""Grouped 2-D convolutions, with the algorithm chosen for the platform that is compiled for.
+"""Grouped 2-D convolutions whose algorithm is chosen for the target platform at compile time.
 
-Each of forward pass, input gradient and weight gradient has its own algorithm (`algorithms`), chosen by
-platform, shape, batch and dtype from a table of measurements (`choice`).
+The forward pass, the input gradient and the weight gradient each have their own algorithm (`algorithms`). It
+is chosen by platform, shape, batch and dtype from a table of measurements (`choice`).
 """
 
 import functools
@@ -36,16 +36,16 @@ def grouped_conv(
             the input channels of group `j // (C_out / groups)`.
         stride: step in both directions.
         groups: number of groups; divides C_in and C_out.
-        dilation: distance of the pixels that neighbouring values of the kernel see; beyond 1 the convolution
-            is XLA's own, whatever the algorithm.
+        dilation: distance in pixels between neighbouring values of the kernel; with more than 1 the
+            convolution is XLA's own and `algorithm` has no effect.
         algorithm: 'auto', or one of `algorithms.NAMES` for all directions (`algorithms.by_name`).
 
     Returns:
-        [N, ceil(H / stride), ceil(W / stride), C_out], of the dtype of `x`.
+        [N, ceil(H / stride), ceil(W / stride), C_out], with the dtype of `x`.
 
     Raises:
-        InputError: the shapes do not fit together, the stride or dilation is no whole number above 0, or the
-            algorithm is unknown.
+        InputError: the shapes do not fit together, the stride or the dilation is not a positive integer, or
+            the algorithm is unknown.
     """
     kwargs = {'stride': stride, 'dilation': dilation, 'algorithm': algorithm}
     return pyramid_conv(x, (kernel,), groups=(groups,), **kwargs)[0]
@@ -60,28 +60,30 @@ def pyramid_conv(
     dilation: int = 1,
     algorithm: str = 'auto',
 ) -> tuple[jax.Array, ...]:
-    """Convolves the same images with several kernels: equal to `grouped_conv` with each, and may be faster.
+    """Convolves the same images with several kernels.
+
+    The results equal those of `grouped_conv` with each kernel. Computing them together can be faster.
 
     Args:
         x: images, [N, H, W, C_in].
-        kernels: each [k, k, C_in / groups, C_out], with a k and a C_out of its own.
-        groups: number of groups, for each kernel.
-        stride: step in both directions, of all.
-        dilation: of all.
+        kernels: arrays [k, k, C_in / groups, C_out]; k, groups and C_out may differ.
+        groups: number of groups for each kernel.
+        stride: step in both directions, for all kernels.
+        dilation: distance in pixels between neighbouring values of each kernel.
         algorithm: as in `grouped_conv`.
 
     Returns:
         [N, ceil(H / stride), ceil(W / stride), C_out] for each kernel.
 
     Raises:
-        InputError: the shapes do not fit together, the stride or dilation is no whole number above 0, or the
-            algorithm is unknown.
+        InputError: the shapes do not fit together, the stride or the dilation is not a positive integer, or
+            the algorithm is unknown.
     """
     if len(kernels) != len(groups):
-        raise InputError(f'pyramid_conv: {len(kernels)} kernels and {len(groups)} numbers of groups')
+        raise InputError(f'pyramid_conv: {len(kernels)} kernels need as many groups, got {len(groups)}')
     for name, value in {'stride': stride, 'dilation': dilation}.items():
         if not isinstance(value, numbers.Integral) or value < 1:
-            raise InputError(f'grouped_conv: {name} must be a whole number above 0, got {value!r}')
+            raise InputError(f'grouped_conv: {name} must be a positive integer, got {value!r}')
     for kernel, g in zip(kernels, groups, strict=True):
         _check(x, kernel, g, algorithm)
     if dilation > 1 and any(kernel.shape[0] > 1 for kernel in kernels):
@@ -94,13 +96,13 @@ def pyramid_conv(
     return algorithms.convolve_all(x, kernels, stride, groups, chosen)
 
 
-# A jit, so that equal layers are traced once; inlined, because XLA:CPU brings the convolutions of gradients
-# into the form that it has a fast path for only where they are part of the main computation.
+# jit, so that equal layers are traced once. inline, because XLA:CPU rewrites the convolutions of gradients to
+# the form that its fast path needs only if they are part of the main computation.
 @functools.partial(jax.jit, static_argnums=(2, 3, 4), inline=True)
 def _for_platform(
     x: jax.Array, kernels: tuple[jax.Array, ...], stride: int, groups: tuple[int, ...], direction: str
 ) -> tuple[jax.Array, ...]:
-    """Computes the convolutions by the algorithms chosen for `direction` on the platform compiled for."""
+    """Computes the convolutions with the algorithms chosen for `direction` on the target platform."""
     n, h, w, channels = x.shape
     problems = [
         choice.Problem(k.shape[0], stride, g, channels, k.shape[3], max(h, w), n, x.dtype.name)
@@ -116,16 +118,16 @@ def _for_platform(
 
     if len(set(by_platform.values())) == 1:
         return run(by_platform['cpu'])(x, kernels)
-    # For whatever else, and for exports to several platforms at once, the lowering that all of them know.
+    # Other platforms, and exports to several platforms at once, use the lowering that all of them support.
     default = run((algorithms.Algorithm('stock'),) * len(kernels))
     branches = {platform: run(chosen) for platform, chosen in by_platform.items()}
     return lax.platform_dependent(x, kernels, default=default, **branches)
 
 
-# A custom JVP instead of a custom VJP: the convolution is linear in each argument, so each tangent may be
-# computed by the algorithm whose *transpose* is the gradient wanted, and every mode of differentiation
-# (jvp, vjp, jacfwd, Hessian-vector products, vmap of them) goes on working. It also keeps the residuals to
-# x and kernels: differentiating through platform_dependent would store those of every platform's branch.
+# A custom JVP instead of a custom VJP: the convolution is linear in each argument, so each tangent can be
+# computed by the algorithm whose *transpose* is the wanted gradient. Every mode of differentiation (jvp, vjp,
+# jacfwd, Hessian-vector products, vmap of them) keeps working. The only residuals are x and the kernels:
+# differentiating through platform_dependent would store those of every platform's branch.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _auto(
     x: jax.Array, kernels: tuple[jax.Array, ...], stride: int, groups: tuple[int, ...]
@@ -147,7 +149,7 @@ def _auto_jvp(stride, groups, primals, tangents):
 
 
 def _images_last(x: jax.Array) -> jax.Array:
-    """Returns x, by way of the order in which XLA:CPU's weight gradients read it: once for all of them."""
+    """Returns x, stored once in the order [C, H, W, N] that all weight gradients of XLA:CPU read."""
     return materialize(x.transpose(3, 1, 2, 0)).transpose(3, 1, 2, 0)
 
 
@@ -160,9 +162,9 @@ def _check(x: jax.Array, kernel: jax.Array, groups: int, algorithm: str) -> None
         )
     kh, kw, inputs, outputs = kernel.shape
     if kh != kw or kh % 2 == 0:
-        raise InputError(f'grouped_conv: the kernel must be square and of odd size, got {kh}x{kw}')
+        raise InputError(f'grouped_conv: the kernel must be square with odd size, got {kh}x{kw}')
     if groups < 1 or x.shape[3] != inputs * groups or outputs % groups or not inputs or not outputs:
         raise InputError(
             f'grouped_conv: {groups} groups do not fit {x.shape[3]} input channels and a kernel of '
-            f'{inputs} inputs a group and {outputs} outputs'
+            f'{inputs} inputs per group and {outputs} outputs'
         )

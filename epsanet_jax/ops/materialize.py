@@ -1,4 +1,4 @@
-"""Arrays that XLA:CPU computes once."""
+"""Makes XLA:CPU compute an array only once."""
 
 import jax
 from jax import lax
@@ -6,12 +6,13 @@ from jax.experimental.xla_metadata import set_xla_metadata
 
 
 def materialize(x: jax.Array) -> jax.Array:
-    """Returns x; where it is compiled for a CPU, x and its gradient are each written to memory once.
+    """Returns x; on a CPU, x and its gradient are each computed once and written to memory.
 
-    XLA:CPU merges elementwise operations into everything that reads their result, slices and transposes
-    included, and computes them anew in each: the backward pass of BatchNorm for each group of a convolution,
-    the sum of all residual blocks before a block for each of its readers. It removes
-    `lax.optimization_barrier` before it does so, but leaves calls alone that are marked not to be inlined.
+    XLA:CPU fuses elementwise operations into every operation that reads their result, also into slices and
+    transposes, and computes them again in each. Examples: the backward pass of BatchNorm is computed for each
+    group of a convolution, and the sum of all previous residual blocks for each operation that reads it.
+    XLA:CPU removes `lax.optimization_barrier` before this fusion, but keeps calls that are marked as not
+    inlineable.
     """
     return lax.platform_dependent(x, cpu=_called, default=lambda x: x)
 
@@ -23,4 +24,4 @@ def _called(x: jax.Array) -> jax.Array:
 
 @jax.jit
 def _identity(x: jax.Array) -> jax.Array:
-    return lax.optimization_barrier(x)  # without it JAX would leave out the call
+    return lax.optimization_barrier(x)  # without it JAX would drop the call

@@ -1,6 +1,6 @@
-"""The convolutions that `algorithms` are made of: each equal to a plain one, in a form that hardware likes.
+"""The convolutions that `algorithms` uses: each equals a plain convolution, in a form that runs faster.
 
-Kernels are [kh, kw, I, B, O]: the input and output channels belong to B groups of I and O channels.
+Kernels have the shape [kh, kw, I, B, O]: B groups, each with I input and O output channels.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-Phases = Mapping[tuple[int, int], jax.Array]  # by the first row and column
+Phases = Mapping[tuple[int, int], jax.Array]  # (first row, first column) -> every stride-th row and column
 
 
 def conv(
@@ -20,7 +20,7 @@ def conv(
     groups: int = 1,
     dilation: int = 1,
 ) -> jax.Array:
-    """XLA's convolution of [N, H, W, C_in] with [kh, kw, C_in / groups, C_out]."""
+    """Returns XLA's convolution of [N, H, W, C_in] with [kh, kw, C_in / groups, C_out]."""
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -33,34 +33,34 @@ def conv(
 
 
 def pad(x: jax.Array, padding: Sequence[tuple[int, int]]) -> jax.Array:
-    """Pads with zeros, or cuts where the padding is negative."""
+    """Pads with zeros; negative padding crops."""
     return lax.pad(x, jnp.zeros((), x.dtype), [(low, high, 0) for low, high in padding])
 
 
 def stock(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
-    """XLA's own lowering, `k // 2` zeros on every side."""
+    """Convolves by XLA's own lowering, with `k // 2` zeros of padding on every side."""
     return dilated(x, kernel, stride, groups, 1)
 
 
 def dilated(x: jax.Array, kernel: jax.Array, stride: int, groups: int, dilation: int) -> jax.Array:
-    """Convolves with `dilation - 1` zeros between the kernel's values, padding `dilation * (k // 2)`."""
+    """Convolves with a dilated kernel and `dilation * (k // 2)` zeros of padding on every side."""
     margin = dilation * (kernel.shape[0] // 2)
     return conv(x, kernel, (stride, stride), ((margin, margin),) * 2, groups, dilation)
 
 
 def matmul(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """A convolution with a 1x1 kernel, as one product of matrices."""
+    """Convolves with a 1x1 kernel by one matrix product."""
     x = x[:, ::stride, ::stride]
     n, h, w, inputs = x.shape
     return (x.reshape(n * h * w, inputs) @ kernel[0, 0]).reshape(n, h, w, kernel.shape[-1])
 
 
 def merged(x: jax.Array, kernels: jax.Array, stride: int, split: bool) -> jax.Array:
-    """Convolves as it is; `split`: one convolution for each group."""
+    """Convolves with merged kernels: by one convolution or, with `split`, by one for each group."""
     size = kernels.shape[0]
     margin = size // 2
     _, h, w, _ = x.shape
-    # XLA's fast path on the CPU wants a kernel no larger than the image, for the gradient as well.
+    # XLA's fast path on the CPU needs images at least as large as the kernel, for the gradient too.
     grown = max(h, size), max(w, size)
     if split and grown != (h, w):
         x = jnp.pad(x, ((0, 0), (0, grown[0] - h), (0, grown[1] - w), (0, 0)))
@@ -69,7 +69,7 @@ def merged(x: jax.Array, kernels: jax.Array, stride: int, split: bool) -> jax.Ar
 
 
 def split_phases(x: jax.Array, stride: int) -> Phases:
-    """Returns the images of every stride-th row and column, by the first ones of each."""
+    """Returns the images with every stride-th row and column, by the first row and column."""
     _, h, w, _ = x.shape
     rows, columns = (max(1, min(stride, size)) for size in (h, w))
     firsts = [(a, b) for a in range(rows) for b in range(columns)]
@@ -77,17 +77,17 @@ def split_phases(x: jax.Array, stride: int) -> Phases:
 
 
 def phases(by_phase: Phases, kernels: jax.Array, stride: int) -> jax.Array:
-    """Convolves the images that `split_phases` took apart, and adds the results.
+    """Convolves the images from `split_phases` and adds the results.
 
-    Each is rounded before they are added: in bfloat16 values have twice the rounding error. Gradients have
-    not, since a pixel of the input is of one phase.
+    Each result is rounded before the addition, so outputs in bfloat16 have twice the rounding error. Input
+    gradients do not, because each input pixel belongs to one phase only.
     """
     kh, kw, inputs, blocks, outputs = kernels.shape
     kernel = kernels.reshape(kh, kw, inputs, blocks * outputs)
     out = by_phase[0, 0].shape[1:3]  # ceil(H / stride), ceil(W / stride)
     y = None
     for firsts, x in by_phase.items():
-        # The kernel's value u meets row i * stride + u - kh // 2, which is of phase (u - kh // 2) % stride.
+        # The kernel's value u meets row i * stride + u - kh // 2, which has phase (u - kh // 2) % stride.
         begins = [(size // 2 + first) % stride for size, first in zip((kh, kw), firsts, strict=True)]
         part = kernel[begins[0] :: stride, begins[1] :: stride]
         if 0 in part.shape[:2]:
@@ -98,21 +98,21 @@ def phases(by_phase: Phases, kernels: jax.Array, stride: int) -> jax.Array:
             padding.append((low, out[axis] - 1 + part.shape[axis] - low - x.shape[1 + axis]))
         term = conv(x, part, (1, 1), padding, blocks)
         y = term if y is None else y + term
-    assert y is not None  # the phase of the first row and column is always there
+    assert y is not None  # the phase of the first row and column always exists
     return y
 
 
 def bands(kernel_size: int, stride: int, columns: int) -> tuple[int, int]:
-    """Returns how many bands the outputs of a band see to its left and to its right, in `banded`."""
+    """Returns how many bands to the left and to the right the outputs of a band read, in `banded`."""
     margin, step = kernel_size // 2, columns * stride
     return -(-margin // step), (kernel_size - 1 - margin + step - stride) // step
 
 
 def banded(x: jax.Array, kernel: jax.Array, stride: int, columns: int) -> jax.Array:
-    """Convolves with [k, k, C_in, C_out], bands of columns as channels: `columns` of outputs at once.
+    """Convolves with [k, k, C_in, C_out], computing `columns` columns of outputs at once as channels.
 
-    The kernel becomes [k, bands that these outputs see, columns * stride * C_in, columns * C_out]. Images are
-    copied only where their width is no multiple of a band's.
+    The kernel becomes [k, bands that these outputs read, columns * stride * C_in, columns * C_out]. Images
+    are copied only if their width is not a multiple of the width of a band.
     """
     size, _, inputs, outputs = kernel.shape
     n, h, w, _ = x.shape
@@ -133,7 +133,7 @@ def banded(x: jax.Array, kernel: jax.Array, stride: int, columns: int) -> jax.Ar
 def tiled(
     x: jax.Array, kernels: jax.Array, stride: int, tile: tuple[int, int], split: bool, fold: bool
 ) -> jax.Array:
-    """Convolves with the stride of a tile; its outputs are channels, with `fold` its input pixels too."""
+    """Convolves with the stride of a tile: its outputs and, with `fold`, its input pixels are channels."""
     size, _, inputs, blocks, outputs = kernels.shape
     n, h, w, _ = x.shape
     margin = size // 2
@@ -157,7 +157,7 @@ def tiled(
 
 
 def _tile_kernels(kernels: jax.Array, stride: int, tile: tuple[int, int]) -> jax.Array:
-    """Returns [kh, kw, I, B, columns, rows, O]: for each pixel of a tile, in the window of the whole tile."""
+    """Returns [kh, kw, I, B, columns, rows, O]: the kernel of each tile pixel in the window of the tile."""
     for axis in (0, 1):
         shifted = []
         for i in range(tile[axis]):
@@ -169,7 +169,7 @@ def _tile_kernels(kernels: jax.Array, stride: int, tile: tuple[int, int]) -> jax
 
 
 def _fold(x, kernels, margin, step, tiles):
-    """Moves the input pixels of each tile into channels, of images and of what `_tile_kernels` returns."""
+    """Moves the pixels of each input tile into channels, in the images and in the tile kernels."""
     n, h, w, channels = x.shape
     kh, kw, inputs, blocks = kernels.shape[:4]
     th, tw = -(-kh // step[0]), -(-kw // step[1])  # the window, in tiles of the input
@@ -186,7 +186,7 @@ def _conv_groups(x, kernels, strides, padding, split):
     kh, kw, inputs, blocks, outputs = kernels.shape
     if not split:
         return conv(x, kernels.reshape(kh, kw, inputs, blocks * outputs), strides, padding, blocks)
-    # Split, not sliced: the gradient of slices would be a sum of padded arrays.
+    # `split` instead of slices, whose gradient would be a sum of padded arrays.
     each = zip(jnp.split(x, blocks, axis=3), jnp.split(kernels, blocks, axis=3), strict=True)
     parts = [conv(x_i, k_i[:, :, :, 0], strides, padding) for x_i, k_i in each]
     return parts[0] if blocks == 1 else jnp.concatenate(parts, axis=3)

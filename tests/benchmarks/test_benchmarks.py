@@ -1,4 +1,4 @@
-"""The benchmark scripts, from outside; what they measure is nobody's test."""
+"""The benchmark scripts run and choose correctly; their measurements are not tested."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def scripts(monkeypatch):
 
 
 @pytest.mark.usefixtures('scripts')
-def test_every_convolution_of_a_network_is_measured_and_the_best_is_written(tmp_path, monkeypatch):
+def test_every_convolution_is_measured_and_the_fastest_algorithm_is_written(tmp_path, monkeypatch):
     import grouped_conv
 
     problems = grouped_conv.problems('epsanet50_small', 4, 'float32', 64)
@@ -39,7 +39,7 @@ def test_every_convolution_of_a_network_is_measured_and_the_best_is_written(tmp_
 
 @pytest.fixture
 def choices(scripts, tmp_path, monkeypatch):
-    """The script that chooses, on a table of its own."""
+    """Returns the module `tpu_choices`, which reads and writes a temporary table."""
     import tpu_choices
 
     monkeypatch.setattr(tpu_choices.grouped_conv, 'TABLE', tmp_path / tpu_choices.choice.TABLE)
@@ -50,7 +50,7 @@ def choices(scripts, tmp_path, monkeypatch):
 
 
 def pyramid(choices, kernels, groups, stride=1):
-    """Returns convolutions with rows in the table, none of them joint."""
+    """Writes rows without joint algorithms into the table; returns their convolutions."""
     problems = []
     for k, g in zip(kernels, groups, strict=True):
         problems.append(choices.choice.Problem(k, stride, g, 64, 32, 56, 128, 'bfloat16'))
@@ -65,14 +65,14 @@ def chosen_for(choices, problems):
 
 
 def joint_groups(choices, problems, direction):
-    """Returns how many groups are left where all are one convolution, None where they are not."""
+    """Returns the number of groups of the joint convolution, or None if they are not one convolution."""
     chosen = [getattr(row, direction) for row in chosen_for(choices, problems)]
     groups = {p.groups // a.merge for p, a in zip(problems, chosen, strict=True)}
     return groups.pop() if {a.name for a in chosen} == {'joint'} and len(groups) == 1 else None
 
 
 @pytest.mark.parametrize('cheapest', [8, 4, 3])
-def test_neighbours_are_joined_in_the_groups_that_make_their_block_cheapest(choices, cheapest):
+def test_neighbours_are_joined_with_the_groups_that_make_their_block_cheapest(choices, cheapest):
     problems = pyramid(choices, (5, 7, 9), (4, 8, 16))
 
     def cost():
@@ -91,7 +91,7 @@ def test_neighbours_are_joined_in_the_groups_that_make_their_block_cheapest(choi
     assert chosen_for(choices, problems) == before
     record = choices.join(*sets[1], cost)
     after = chosen_for(choices, problems)
-    if cheapest == 3:  # which divides neither
+    if cheapest == 3:  # divides neither number of groups
         assert record['groups'] == {}
         assert after == before
     else:
@@ -101,7 +101,7 @@ def test_neighbours_are_joined_in_the_groups_that_make_their_block_cheapest(choi
         assert [row[::2] for row in after] == [row[::2] for row in before]  # the other two directions
 
 
-def test_a_pyramid_of_equal_groups_is_joined_in_every_direction_that_pays(choices):
+def test_a_pyramid_of_equal_groups_is_joined_where_that_is_cheaper(choices):
     problems = pyramid(choices, (3, 5, 7), (32, 32, 32))
     cheapest = {'input_gradient': 32, 'weight_gradient': 2}
 
@@ -123,7 +123,7 @@ def test_a_pyramid_of_equal_groups_is_joined_in_every_direction_that_pays(choice
 
 
 @pytest.mark.parametrize(('stride', 'kept'), [(1, []), (2, ['input_gradient'])])
-def test_the_phases_of_a_stride_are_tried_where_there_is_one(choices, stride, kept):
+def test_phases_are_tried_only_with_a_stride(choices, stride, kept):
     problems = pyramid(choices, (7, 9), (8, 16), stride)
 
     def cost():
@@ -135,7 +135,7 @@ def test_the_phases_of_a_stride_are_tried_where_there_is_one(choices, stride, ke
 
 
 @pytest.mark.parametrize('script', sorted(p.name for p in FOLDER.glob('*.py') if p.stem != 'common'))
-def test_every_script_says_what_it_does(script, tmp_path):
+def test_every_script_has_a_help_text(script, tmp_path):
     process = subprocess.run(
         [sys.executable, FOLDER / script, '--help'], capture_output=True, text=True, cwd=tmp_path
     )
@@ -144,7 +144,7 @@ def test_every_script_says_what_it_does(script, tmp_path):
 
 
 @pytest.mark.slow
-def test_both_frameworks_take_turns_at_the_step(tmp_path):
+def test_train_step_measures_both_frameworks(tmp_path):
     out = tmp_path / 'lines.jsonl'
     arguments = ['--batch', '2', '--image-size', '32', '--modes', 'forward', '--rounds', '1', '--out']
     one_device = {**os.environ, 'XLA_FLAGS': ''}
@@ -162,7 +162,7 @@ def test_both_frameworks_take_turns_at_the_step(tmp_path):
     ('platform', 'version', 'key'),
     [('cpu', '<unknown>', 'cpu'), ('gpu', 'PJRT C API\ncuda 12090', 'cuda'), ('gpu', 'rocm 60000', 'rocm')],
 )
-def test_what_is_measured_on_a_platform_is_what_the_package_looks_up_there(platform, version, key):
+def test_results_are_written_under_the_platform_name_that_the_package_looks_up(platform, version, key):
     import grouped_conv
 
     device = SimpleNamespace(platform=platform, client=SimpleNamespace(platform_version=version))
@@ -171,7 +171,7 @@ def test_what_is_measured_on_a_platform_is_what_the_package_looks_up_there(platf
 
 
 @pytest.mark.parametrize('script', ['train_step', 'grouped_conv'])
-def test_the_benchmarks_run_where_nothing_reads_data(script):
+def test_the_benchmarks_run_without_the_data_packages(script):
     program = f"""
 import sys
 for name in ('ml_collections', 'grain', 'tensorflow_datasets', 'PIL', 'sklearn', 'safetensors', 'tqdm'):
@@ -181,3 +181,25 @@ import {script}
 from epsanet_jax.convert import torch_model
 """
     subprocess.run([sys.executable, '-c', program], check=True)
+
+
+@pytest.mark.usefixtures('scripts')
+def test_the_plot_groups_bars_by_network_and_compares_with_the_resnet_of_the_same_depth():
+    import plot
+
+    def line(model, conv, cycles):
+        line = {'benchmark': 'tpu_cost', 'topology': 'v5e:2x4', 'model': model, 'conv': conv}
+        return {**line, 'cycles_per_image': cycles}
+
+    lines = [
+        line('resnet101', 'auto', 5e6),
+        line('epsanet50_small', 'stock', 4e6),
+        line('epsanet50_small', 'auto', 3e6),
+        line('resnet50', 'auto', 2e6),
+        {**line('resnet50', 'auto', 1), 'block': 'layer1_0'},
+    ]
+    assert plot.tpu_groups(lines) == {
+        'ResNet-50': {'auto': (2, '2.00')},
+        'EPSANet-50 Small': {'auto': (3, '3.00 (1.50x ResNet)'), 'stock': (4, '4.00 (2.00x ResNet)')},
+        'ResNet-101': {'auto': (5, '5.00')},
+    }

@@ -8,7 +8,6 @@ import pytest
 import small
 
 from epsanet_jax import InputError
-from epsanet_jax.models import PSAModule
 
 pytestmark = pytest.mark.usefixtures('strict')
 
@@ -119,12 +118,6 @@ def test_a_batch_of_no_images_has_logits_for_none():
     variables = small.random_variables(net, dtype=np.float32)
     logits = jax.eval_shape(net.apply, variables, jnp.zeros((0, 32, 48, 3), jnp.float32))
     assert logits.shape == (0, 7)
-
-
-def test_a_pyramid_whose_branches_are_not_equal_is_refused():
-    module = PSAModule(30, groups=(1, 1, 1, 1), reduction=2)
-    with pytest.raises(InputError, match='30 planes do not divide among 4 branches'):
-        module.init(jax.random.key(0), np.zeros((1, 8, 8, 30), np.float32))
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ def logits(net, variables, images):
     ],
     ids=['epsanet', 'resnet', 'se-resnet'],
 )
-def test_the_logits_are_the_same(rng, changes):
+def test_logits_do_not_change(rng, changes):
     net = small.model(dtype=jnp.float64, param_dtype=jnp.float64).clone(**changes)
     variables, images = small.random_variables(net), small.images(rng)
     folded, params = fold_batch_norm(net, variables)
@@ -33,7 +33,7 @@ def test_the_logits_are_the_same(rng, changes):
     )
 
 
-def test_in_float32_to_a_hundred_thousandth(rng):
+def test_float32_logits_agree_to_1e_5(rng):
     net = small.model()
     variables = small.random_variables(net, dtype=np.float32)
     images = small.images(rng, dtype=np.float32)
@@ -42,7 +42,7 @@ def test_in_float32_to_a_hundred_thousandth(rng):
     assert np.abs(logits(folded, params, images) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-def test_in_bfloat16_the_error_is_that_of_the_type(rng):
+def test_the_error_in_bfloat16_is_that_of_the_type(rng):
     net = small.model()
     variables = small.random_variables(net, dtype=np.float32)
     images = small.images(rng, n=8, dtype=np.float32)
@@ -52,7 +52,7 @@ def test_in_bfloat16_the_error_is_that_of_the_type(rng):
     assert np.abs(logits(*fold_batch_norm(narrow, variables), images) - exact).max() < 3 * plain
 
 
-def test_nothing_is_left_to_normalise_and_the_shapes_are_the_module_s(rng):
+def test_only_parameters_with_the_shapes_of_the_folded_network_remain(rng):
     net = small.model()
     folded, params = fold_batch_norm(net, small.random_variables(net, dtype=np.float32))
     shapes = jax.eval_shape(folded.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
@@ -60,11 +60,11 @@ def test_nothing_is_left_to_normalise_and_the_shapes_are_the_module_s(rng):
     assert set(params) == {'params'}
 
 
-def test_it_is_a_pure_function(rng):
+def test_gradients_flow_through_folding(rng):
     net = small.model(layers=(1,), planes=(8,))
     variables, images = small.random_variables(net, dtype=np.float32), small.images(rng, dtype=np.float32)
 
-    def through_folding(params):
+    def folded_first(params):
         folded, params = fold_batch_norm(net, variables | {'params': params})
         return folded.apply(params, images).sum()
 
@@ -77,11 +77,11 @@ def test_it_is_a_pure_function(rng):
         )
 
     expected = gradient(plain)
-    assert np.abs(gradient(through_folding) - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(gradient(folded_first) - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_folding_twice_is_refused():
     net = small.model()
     folded, params = fold_batch_norm(net, small.random_variables(net, dtype=np.float32))
-    with pytest.raises(InputError, match='folded already'):
+    with pytest.raises(InputError, match='already folded'):
         fold_batch_norm(folded, params)

@@ -17,7 +17,7 @@ def train(norm, variables, x):
     return norm.apply(variables, x, train=True, mutable=['batch_stats'])
 
 
-def test_groups_are_normalised_on_their_own_and_averaged_into_the_running_statistics(rng):
+def test_groups_are_normalised_separately_and_averaged_into_the_running_statistics(rng):
     x = rng.standard_normal((6, 2, 2, 3)) * np.arange(1, 7)[:, None, None, None]
     variables = BatchNorm(**F64).init(jax.random.key(0), x)
     y, new = train(BatchNorm(group=2, **F64), variables, x)
@@ -61,7 +61,7 @@ def test_a_group_spread_over_devices_equals_one_device(rng):
         np.testing.assert_allclose(new['batch_stats'][stat], expected_new['batch_stats'][stat], rtol=1e-12)
 
 
-def test_statistics_are_float32_though_activations_are_bfloat16(rng):
+def test_statistics_of_bfloat16_activations_are_float32(rng):
     x = jnp.asarray(rng.standard_normal((64, 8, 8, 2)) + 10, jnp.bfloat16)
     norm = BatchNorm(dtype=jnp.bfloat16)
     variables = norm.init(jax.random.key(0), x)
@@ -72,7 +72,7 @@ def test_statistics_are_float32_though_activations_are_bfloat16(rng):
     assert new['batch_stats']['mean'].dtype == jnp.float32
 
 
-def test_a_large_mean_does_not_cancel_the_variance_once_the_running_mean_knows_it(rng):
+def test_the_variance_is_exact_if_the_running_mean_is_close_to_a_large_mean(rng):
     x = (rng.standard_normal((64, 4, 4, 2)) * 0.01 + 100).astype(np.float32)
     norm = BatchNorm()
     variables = norm.init(jax.random.key(0), x)
@@ -89,15 +89,15 @@ def test_a_batch_that_does_not_divide_is_refused(rng):
         train(BatchNorm(group=4, **F64), BatchNorm(**F64).init(jax.random.key(0), x), x)
 
 
-def test_a_single_value_has_no_variance(rng):
+def test_one_value_per_channel_is_refused(rng):
     x = rng.standard_normal((2, 1, 1, 3))
-    with pytest.raises(InputError, match='more than one value a channel'):
+    with pytest.raises(InputError, match='more than one value per channel'):
         train(BatchNorm(group=1, **F64), BatchNorm(**F64).init(jax.random.key(0), x), x)
 
 
-@pytest.mark.parametrize(('size', 'message'), [((0, 2, 2), 'a batch of none'), ((2, 0, 2), 'got 0')])
+@pytest.mark.parametrize(('size', 'message'), [((0, 2, 2), 'an empty batch'), ((2, 0, 2), 'got 0')])
 @pytest.mark.parametrize('group', [None, 2])
-def test_there_is_nothing_to_train_on_in_no_images_and_no_pixels(group, size, message):
+def test_training_without_images_or_pixels_is_refused(group, size, message):
     x, variables = jnp.zeros((*size, 3)), BatchNorm(**F64).init(jax.random.key(0), jnp.zeros((2, 2, 2, 3)))
     with pytest.raises(InputError, match=message):
         train(BatchNorm(group=group, **F64), variables, x)
@@ -106,7 +106,7 @@ def test_there_is_nothing_to_train_on_in_no_images_and_no_pixels(group, size, me
 
 @pytest.fixture(params=['tpu', 'default'])
 def platform(request, monkeypatch):
-    """Computes as on this platform."""
+    """Makes `platform_dependent` use the branch of this platform."""
 
     def chosen(*args, **branches):
         return branches[request.param](*args)
@@ -117,7 +117,7 @@ def platform(request, monkeypatch):
 @pytest.mark.usefixtures('platform')
 @pytest.mark.parametrize('group', [None, 2])
 @pytest.mark.parametrize('mean', [0, 1000])
-def test_a_weighted_activation_is_normalised_as_if_it_were_computed(rng, group, mean):
+def test_normalising_a_weighted_activation_equals_normalising_its_value(rng, group, mean):
     parts = tuple(rng.standard_normal((4, 3, 5, c)) * (c + 1) + mean for c in (2, 1, 3))
     weights = rng.uniform(0.1, 0.6, (4, 6))
     cotangent = rng.standard_normal((4, 3, 5, 6))
@@ -147,7 +147,7 @@ def test_a_weighted_activation_is_normalised_as_if_it_were_computed(rng, group, 
 
 
 @pytest.mark.usefixtures('platform')
-def test_the_value_of_a_weighted_activation(rng):
+def test_the_value_of_a_weighted_activation_is_parts_times_weights(rng):
     parts = tuple(rng.standard_normal((2, 3, 3, 2)).astype(np.float32) for _ in range(2))
     weights = rng.uniform(size=(2, 4)).astype(np.float32)
     expected = np.concatenate(parts, -1) * weights[:, None, None]

@@ -29,7 +29,7 @@ def test_each_direction_has_its_own_algorithm():
 
 
 @pytest.mark.usefixtures('table')
-def test_a_platform_that_was_not_measured_takes_stock():
+def test_a_platform_without_measurements_uses_stock():
     assert choose('cuda', SMALL) == STOCK
 
 
@@ -44,13 +44,13 @@ def test_a_platform_that_was_not_measured_takes_stock():
         ({'channels': 512, 'features': 128, 'size': 14}, STOCK),
     ],
 )
-def test_the_nearest_measured_convolution_decides(changes, expected):
+def test_the_most_similar_measured_convolution_decides(changes, expected):
     chosen = choose('cpu', SMALL._replace(**changes))
     assert [a.name for a in chosen] == [a.name for a in expected]
 
 
 @pytest.mark.usefixtures('table')
-def test_an_algorithm_is_fitted_to_the_groups_there_are():
+def test_merges_are_reduced_to_divisors_of_the_groups():
     chosen = choose('cpu', SMALL._replace(groups=6, channels=24, features=6))
     assert [a.merge for a in chosen] == [2, 1, 6]
     chosen = choose('cpu', SMALL._replace(groups=3, channels=12, features=3))
@@ -58,7 +58,7 @@ def test_an_algorithm_is_fitted_to_the_groups_there_are():
 
 
 @pytest.mark.usefixtures('table')
-def test_a_matrix_product_is_for_1x1_kernels_alone():
+def test_only_dense_1x1_kernels_use_a_matrix_product():
     assert choose('cpu', POINT._replace(size=7)) == MATMUL
     assert 'matmul' not in {a.name for a in choose('cpu', POINT._replace(kernel=3, stride=1))}
     assert choose('cpu', POINT._replace(groups=4)) != MATMUL
@@ -73,14 +73,14 @@ def test_a_matrix_product_is_for_1x1_kernels_alone():
         Problem(3, 2, 1, 32, 32, 28, 128, 'bfloat16'),
     ],
 )
-def test_bands_and_phases_are_for_the_channels_that_they_were_measured_with(problem):
+def test_bands_and_phases_need_the_channels_of_the_measurement(problem):
     for algorithm in choose('tpu', problem):
         assert algorithm.name != 'banded'
         assert not algorithm.phases
 
 
 @pytest.mark.parametrize('size', [56, 14])
-def test_on_a_tpu_1x1_kernels_take_a_matrix_product_for_strided_input_gradients_alone(size):
+def test_on_a_tpu_only_strided_input_gradients_of_1x1_kernels_use_a_matrix_product(size):
     strided = Problem(1, 2, 1, 14336 // size, 28672 // size, size, 128, 'bfloat16')
     assert [a.name for a in choose('tpu', strided)] == ['stock', 'matmul', 'stock']
     assert choose('tpu', strided._replace(stride=1)) == STOCK
@@ -89,14 +89,14 @@ def test_on_a_tpu_1x1_kernels_take_a_matrix_product_for_strided_input_gradients_
 
 @pytest.mark.parametrize('planes', [64, 128, 256, 512])
 @pytest.mark.parametrize('stride', [1, 2])
-def test_on_a_tpu_a_dense_3x3_convolution_alone_takes_xlas_own(planes, stride):
+def test_on_a_tpu_dense_3x3_convolutions_use_xlas_own(planes, stride):
     size = stride * 3584 // planes
     assert choose('tpu', Problem(3, stride, 1, planes, planes, size, 128, 'bfloat16')) == STOCK
 
 
 @pytest.mark.parametrize('name', [n for n in list_models() if n.startswith('epsanet')])
 @pytest.mark.parametrize('direction', choice.DIRECTIONS)
-def test_only_branches_that_were_measured_together_are_joined(name, direction):
+def test_branches_are_joined_only_if_they_were_measured_together(name, direction):
     model = create_model(name)
     together = 2 if name.endswith('small') else 4
     for stage, planes in enumerate(model.planes):
@@ -112,7 +112,7 @@ def test_only_branches_that_were_measured_together_are_joined(name, direction):
 
 
 @pytest.mark.parametrize('platform', ['cpu', 'tpu'])
-def test_the_table_in_the_package_is_one_of_algorithms_that_exist(platform):
+def test_the_table_of_the_package_names_known_algorithms(platform):
     rows = choice._table()[platform]
     assert len({problem for problem, _ in rows}) == len(rows) > 10
     for problem, chosen in rows:

@@ -1,4 +1,4 @@
-"""`materialize`: what is read in several places is computed once on a CPU, and nothing else changes."""
+"""`materialize`: an array that is read several times is computed once on a CPU; nothing else changes."""
 
 import chex
 import jax
@@ -8,22 +8,22 @@ import pytest
 from epsanet_jax.ops.materialize import materialize
 
 
-def rows_of(shown):
-    """A function whose intermediate result is read by four transposed slices."""
+def rows_of(identity):
+    """Returns a function whose intermediate result is read by four transposed slices."""
 
     def f(x):
-        y = shown(jnp.sin(x) * x)
+        y = identity(jnp.sin(x) * x)
         return [y[:, 4 * i : 4 * i + 4].T for i in range(4)]
 
     return f
 
 
-def gradient_of(shown):
-    """The same for a gradient: the sine's is multiplied out before, and sliced after `shown`."""
+def gradient_of(identity):
+    """Returns a function whose gradient is computed before and sliced after `identity`."""
 
     def f(x):
         def g(x):
-            x = shown(x)
+            x = identity(x)
             return sum(jnp.sin(x * i).sum() for i in range(1, 3))
 
         return [jax.grad(g)(x)[:, 4 * i : 4 * i + 4].T for i in range(4)]
@@ -32,19 +32,19 @@ def gradient_of(shown):
 
 
 @pytest.mark.parametrize('make', [rows_of, gradient_of])
-def test_it_is_computed_once(make):
+def test_the_array_is_computed_once(make):
     x = jnp.linspace(-1, 1, 64 * 16).reshape(64, 16)
 
     def count(f):
         text = jax.jit(f).lower(x).compile().as_text()
         return sum(text.count(f' {op}(') for op in ('sine', 'cosine'))
 
-    once, anew = count(make(materialize)), count(make(lambda x: x))
-    assert once < anew
+    once, repeated = count(make(materialize)), count(make(lambda x: x))
+    assert once < repeated
     chex.assert_trees_all_equal(jax.jit(make(materialize))(x), jax.jit(make(lambda x: x))(x))
 
 
-def test_every_way_to_differentiate_passes_through():
+def test_every_mode_of_differentiation_works():
     def f(x):
         return materialize(x**3).sum()
 
@@ -57,7 +57,7 @@ def test_every_way_to_differentiate_passes_through():
 
 
 @pytest.mark.parametrize('platform', ['tpu', 'cuda'])
-def test_elsewhere_nothing_is_left_of_it(platform):
+def test_other_platforms_compile_nothing_for_it(platform):
     lowered = jax.jit(materialize).trace(jnp.ones(3)).lower(lowering_platforms=(platform,))
     assert 'call' not in lowered.as_text()
     assert 'optimization_barrier' not in lowered.as_text()
