@@ -52,6 +52,7 @@ class ImageFolder:
         root: path of the folder, on a local disk.
 
     Attributes:
+        root: the folder.
         skipped: 'PATH: reason' for each entry that is no image to read, see `walk.walk`.
 
     Raises:
@@ -60,14 +61,14 @@ class ImageFolder:
     """
 
     def __init__(self, root: str | os.PathLike[str]):
-        self._root = os.fspath(root)
-        if not is_there(self._root) or not os.path.isdir(self._root):
-            raise InputError(f'no such data directory: {self._root}')
+        self.root = os.fspath(root)
+        if not is_there(self.root) or not os.path.isdir(self.root):
+            raise InputError(f'no such data directory: {self.root}')
         skipped: list[str] = []
-        folders = walk(self._root, on_skipped=skipped.append)
+        folders = walk(self.root, on_skipped=skipped.append)
         self.class_names = next(folders).folders
         if not self.class_names:
-            raise InputError(f'no class folders in {self._root}: expected one folder of images per class')
+            raise InputError(f'no class folders in {self.root}: expected one folder of images per class')
         labels = {name: label for label, name in enumerate(self.class_names)}
         self._files: list[str] = []
         self._labels: list[int] = []
@@ -75,8 +76,8 @@ class ImageFolder:
             self._files += [os.path.join(folder.path, entry.name) for entry in folder.images]
             self._labels += [labels[folder.path.split(os.sep)[0]]] * len(folder.images)
         for label in sorted({*labels.values()} - {*self._labels}):
-            folder = os.path.join(self._root, self.class_names[label])
-            raise InputError(f'empty class folder: {no_image(folder, self._root, skipped)}')
+            folder = os.path.join(self.root, self.class_names[label])
+            raise InputError(f'empty class folder: {no_image(folder, self.root, skipped)}')
         self.skipped = tuple(skipped)
         self.fingerprint = _fingerprint(self._files)
 
@@ -88,7 +89,7 @@ class ImageFolder:
 
     def name_of(self, index: int) -> str:
         """Returns the path of the image."""
-        return os.path.join(self._root, self._files[index])
+        return os.path.join(self.root, self._files[index])
 
 
 class Tfds:

@@ -51,6 +51,8 @@ def evaluate(
     trained_on, smoothing = _training_of(network)
     chosen = inputs.evaluation_data(trained_on, data, split, data_dir, on_bad)
     source = inputs.open_source(chosen, chosen.eval_split)
+    for line in inputs.skipped_lines(source):
+        report(line)
     source = inputs.with_labels_of(source, network.class_names, network.model.num_classes)
     batch_size = sharding.round_up_to_devices(batch_size)
     mesh = sharding.make_mesh(batch_size)

@@ -22,6 +22,7 @@ from epsanet_jax.data.transforms import (
     RandomErasing,
     TrainTransform,
 )
+from epsanet_jax.data.walk import skipped_line
 from epsanet_jax.errors import InputError, some
 from epsanet_jax.paths import is_remote
 from epsanet_jax.training import sharding
@@ -55,6 +56,12 @@ def _on_a_disk(path: str, option: str) -> pathlib.Path:
     if is_remote(path):
         raise InputError(f'{option}={path} is not on a disk: mount the bucket, name that folder')
     return pathlib.Path(os.path.expanduser(path))
+
+
+def skipped_lines(*opened: Source) -> list[str]:
+    """Returns a line for each image folder in which something was skipped."""
+    folders = [source for source in opened if isinstance(source, sources.ImageFolder) and source.skipped]
+    return [skipped_line(folder.root, folder.skipped) for folder in folders]
 
 
 def open_splits(data: DataConfig) -> tuple[Source, Source]:

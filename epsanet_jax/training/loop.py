@@ -81,6 +81,8 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
         checkpoints.save(state, metadata, evaluation)
         saving.done()
 
+    for line in inputs.skipped_lines(run.train_source, run.eval_source):
+        report.say(line)
     report.say(_opening(run, step))
     if run.initial is not None:
         for line in run.initial.report:
