@@ -19,7 +19,6 @@ README = ROOT / 'README.md'
 PAGES = [README, *(ROOT / 'docs').rglob('*.md')]
 
 
-@pytest.mark.slow
 def test_code_of_the_readme_runs_and_predicts(tmp_path, monkeypatch):
     model = small.model(layers=(1, 1, 1, 1), num_classes=10)
     network = epsanet_jax.Network(
