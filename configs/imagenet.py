@@ -1,8 +1,10 @@
 """ImageNet with the recipe of the reference (arXiv 2105.14447, section 4.1, and its training script).
 
-Command: python train.py --config=configs/imagenet.py:epsanet50_small --config.data.dir=DIR --workdir=gs://...
-         DIR holds imagenet2012 prepared by TFDS in ArrayRecord; for image folders with train/ and val/:
-         --config.data.source=folder --config.data.eval_split=val --config.data.dir=DIR
+Command: python train.py --config=configs/imagenet.py:epsanet50_small --config.data.dir=DIR
+             --workdir=runs/imagenet
+         DIR holds imagenet2012 prepared by TFDS; for the output of `epsanet prepare`:
+         --config.data.source=records; for image folders with train/ and val/:
+         --config.data.source=folder --config.data.eval_split=val
 Hardware: the reference used 8 GPUs.
 Expected result: the paper reports 77.49 / 93.54 % top-1 / top-5 for epsanet50_small (78.64 / 94.18 for 50
          large, 78.43 / 94.11 and 79.38 / 94.58 for 101 small and large). Not yet run by us.

@@ -1,7 +1,7 @@
 """ImageNet with a modern recipe: longer training, strong augmentation, averaged weights, bfloat16.
 
 Command: python train.py --config=configs/imagenet_modern.py:epsanet50_small --config.data.dir=DIR
-         --workdir=DIR
+             --workdir=runs/modern
          DIR holds imagenet2012 prepared by TFDS; for the output of `epsanet prepare`:
          --config.data.source=records
 Hardware: intended for 8 GPUs or a TPU slice of 8 chips.

@@ -1,4 +1,4 @@
-"""The Python code of docs/ runs as it stands there, on a small network; the tests that they name exist."""
+"""The Python code in docs/ runs as written, with a small network; the tests that the pages name exist."""
 
 import pathlib
 import re
@@ -13,9 +13,10 @@ import epsanet_jax
 from epsanet_jax.commands.main import main
 
 DOCS = pathlib.Path(__file__).parents[1] / 'docs'
+PAGES = sorted(DOCS.rglob('*.md'))
 BLOCKS = [
-    pytest.param(path.name, code, id=f'{path.stem}-{i}')
-    for path in sorted(DOCS.glob('*.md'))
+    pytest.param(path.name, code, id=f'{path.relative_to(DOCS)}-{i}')
+    for path in PAGES
     for i, code in enumerate(re.findall(r'```python\n(.*?)```', path.read_text(), re.DOTALL))
 ]
 NET = small.model(layers=(1, 1, 1, 1))
@@ -24,7 +25,7 @@ NAMES = list('abcdefg')
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-    """What the docs take as given: a checkpoint, what is exported from it, a folder of pictures."""
+    """A folder with what the pages use: a checkpoint, exported files, a folder of images."""
     import torch
 
     from epsanet_jax.convert.torch_model import EPSANet
@@ -46,8 +47,8 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize('page', sorted(DOCS.glob('*.md')), ids=lambda path: path.stem)
-def test_tests_that_a_page_names_are_there(page):
+@pytest.mark.parametrize('page', PAGES, ids=lambda path: str(path.relative_to(DOCS)))
+def test_tests_that_a_page_names_exist(page):
     tests = {path.name: path.read_text() for path in pathlib.Path(__file__).parent.rglob('test_*.py')}
     assert set(re.findall(r'\btest_\w+\.py', page.read_text())) <= tests.keys()
     for file, name in re.findall(r'(?:(test_\w+\.py)::|`)(test_\w+)(?![\w.])', page.read_text()):
@@ -56,7 +57,7 @@ def test_tests_that_a_page_names_are_there(page):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('page', 'code'), BLOCKS)
-def test_the_code_of_a_page(page, code, place, monkeypatch, capsys):
+def test_code_of_a_page_runs(page, code, place, monkeypatch, capsys):
     monkeypatch.chdir(place)
     variables = small.random_variables(NET, dtype=np.float32)
     images = np.random.default_rng(1).standard_normal((2, 32, 32, 3)).astype(np.float32)
@@ -70,9 +71,11 @@ def test_the_code_of_a_page(page, code, place, monkeypatch, capsys):
     }
     exec(compile(code, page, 'exec'), names)
     if 'logits' in names:
-        assert names['logits'].shape == (2, 7)
+        assert names['logits'].shape == (2, names['model'].num_classes)
     if 'shares' in names:
         assert names['maps'].shape == (2, 32, 32)
         np.testing.assert_allclose(names['shares'].sum(axis=2), 1, rtol=1e-5)
-    if 'predict' in names:
+    if "method='features'" in code:
+        assert [v.shape[1] for k, v in sorted(names['features'].items())] == [56, 28, 14, 7, 56]
+    if 'predict(' in code:
         assert capsys.readouterr().out.count('holiday/') == 3

@@ -1,38 +1,52 @@
-"""The code of the README runs as it stands there."""
+"""The README: its code runs, its table is true, its links lead somewhere."""
 
+import contextlib
+import io
 import pathlib
 import re
 import runpy
 
+import numpy as np
 import pytest
+import small
 
-README = pathlib.Path(__file__).parents[1] / 'README.md'
-BLOCKS = re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL)
+import epsanet_jax
+from epsanet_jax.commands.main import main
+from epsanet_jax.data.preprocessing import Preprocessing
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / 'README.md'
+PAGES = [README, *(ROOT / 'docs').rglob('*.md')]
 
 
-@pytest.mark.parametrize('code', [code for code in BLOCKS if 'torch.save' in code])
-def test_the_example_from_and_to_pytorch(code, tmp_path, monkeypatch):
+def test_code_of_the_readme_runs_and_predicts(tmp_path, monkeypatch):
+    model = small.model(layers=(1, 1, 1, 1), num_classes=10)
+    network = epsanet_jax.Network(
+        model,
+        small.random_variables(model, dtype=np.float32),
+        tuple(map(str, range(10))),
+        Preprocessing(32, 32),
+    )
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, str(README), 'exec'), {})
-    assert (tmp_path / 'checkpoint.pth.tar').exists()
-    assert 'assert np.abs(ours - theirs)' in code
+    epsanet_jax.save_pretrained('network', network)
+    (tmp_path / 'runs').mkdir()
+    assert main(['convert', 'network', 'runs/digits']) == 0
+    printed, names = io.StringIO(), {}
+    for code in re.findall(r'```python\n(.*?)```', README.read_text(), re.DOTALL):
+        with contextlib.redirect_stdout(printed):
+            exec(compile(code, str(README), 'exec'), names)
+    lines = printed.getvalue().splitlines()
+    assert len(lines) == 3
+    assert all(re.fullmatch(r'image\.png: \d \d+\.\d%', line) for line in lines)
+    assert names['conv'].feature_group_count == 16
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('code', [code for code in BLOCKS if 'torch.save' not in code])
-def test_the_example_of_the_networks(code):
-    names = {}
-    exec(compile(code, str(README), 'exec'), names)
-    assert names['logits'].shape == (2, 1000)
-    assert [v.shape[1] for k, v in sorted(names['features'].items())] == [56, 28, 14, 7, 56]
-
-
-def test_the_table_of_variants_is_true():
+def test_table_of_models_is_true():
     from epsanet_jax.analysis.summary import summarize
-    from epsanet_jax.models import create_model, get_variant
+    from epsanet_jax.models import create_model, get_variant, list_models
 
     lines = [line for line in README.read_text().splitlines() if re.match(r'\| `\w+` \|', line)]
-    assert len(lines) == 8
+    assert len(lines) == len(list_models())
     for line in lines:
         name, params, multiply_adds, published, accuracy = (c.strip(' `') for c in line.split('|')[1:-1])
         summary = summarize(create_model(name))
@@ -44,22 +58,48 @@ def test_the_table_of_variants_is_true():
             assert accuracy == f'{variant.published_top1} / {variant.published_top5}'
 
 
+def test_every_folder_and_module_of_the_file_map_exists():
+    section = README.read_text().split('## Where things are\n')[1].split('\n## ')[0]
+    folder = ROOT
+    for indent, name, rest in re.findall(r'^( {4,8})(\S+) +(.*(?:\n {12,}.*)*)', section, re.MULTILINE):
+        folder = ROOT / 'epsanet_jax' if len(indent) == 8 else ROOT
+        assert (folder / name).exists(), name
+        for module in re.findall(r'\b\w+\.(?:py|md)\b|\bprepare/', rest):
+            assert (folder / name / module).exists(), module
+    packages = {path.parent.name for path in (ROOT / 'epsanet_jax').glob('*/__init__.py')}
+    assert packages == set(re.findall(r'^ {8}(\w+)/', section, re.MULTILINE))
+
+
+def test_readme_fits_on_a_few_screens():
+    lines = README.read_text().splitlines()
+    assert len(lines) <= 140
+    assert [line for line in lines[:30] if re.match(r' {4}(pip install|make train|make test)', line)]
+
+
 @pytest.mark.slow
-def test_the_page_of_the_variants_is_what_its_script_writes():
-    path = README.parent / 'benchmarks' / 'variants.py'
-    written = '\n'.join(runpy.run_path(str(path))['lines']()) + '\n'
-    assert (README.parent / 'docs' / 'variants.md').read_text() == written
+def test_page_of_the_models_is_the_output_of_its_script():
+    written = '\n'.join(runpy.run_path(str(ROOT / 'benchmarks' / 'variants.py'))['lines']()) + '\n'
+    assert (ROOT / 'docs' / 'variants.md').read_text() == written
 
 
-def test_links_and_pictures_are_there():
-    pages = [README, *(README.parent / 'docs').glob('*.md')]
+def test_links_images_and_recipes_exist():
     links = [
         (page.name, page.parent / target.partition('#')[0])
-        for page in pages
+        for page in PAGES
         for target in re.findall(r'\]\(([^)]+)\)', page.read_text())
         if '://' not in target and not target.startswith('#')
     ]
     assert len(links) > 20
     assert [link for link in links if not link[1].exists()] == []
-    recipes = re.findall(r'configs/\w+\.py', ''.join(page.read_text() for page in pages))
-    assert [name for name in recipes if not (README.parent / name).exists()] == []
+    recipes = re.findall(r'configs/\w+\.py', ''.join(page.read_text() for page in PAGES))
+    assert [name for name in recipes if not (ROOT / name).exists()] == []
+
+
+def test_anchors_of_links_exist():
+    for page in PAGES:
+        for target in re.findall(r'\]\(([^):]*#[^)]+)\)', page.read_text()):
+            file, _, anchor = target.partition('#')
+            text = (page.parent / file if file else page).read_text()
+            titles = re.findall(r'^#+ (.*)', text, re.MULTILINE)
+            slugs = [re.sub(r'[^\w\- ]', '', title.lower()).replace(' ', '-') for title in titles]
+            assert anchor in slugs, (page.name, target)

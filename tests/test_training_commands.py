@@ -1,4 +1,4 @@
-"""The commands of the README on training, as they stand there, on a small network and few pictures."""
+"""The commands in docs/train.md on a folder of images run as written, with a small network."""
 
 import os
 import re
@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
-from test_readme import README
+from test_readme import README, ROOT
 
 SMALL = [
     '--config.model.layers=(1,1)',
@@ -26,16 +26,22 @@ SMALL = [
 
 
 def commands():
-    """The indented lines of the section, continued lines joined, comments left out."""
-    section = README.read_text().split('## Train on your own folder')[1].split('\n## ')[0]
-    joined = section.replace('\\\n', ' ')
-    lines = [line.strip() for line in joined.splitlines() if line.startswith('    ')]
-    return [line for line in lines if re.match(r'(python train\.py|epsanet (plot|evaluate)) ', line)]
+    """Returns the commands of the sections on folders and fine-tuning, except the one that needs ImageNet."""
+    page = (ROOT / 'docs' / 'train.md').read_text()
+    sections = page.split('## Your own folder')[1].split('## Optimizers')[0]
+    lines = [line.strip() for line in sections.replace('\\\n', ' ').splitlines() if line.startswith('    ')]
+    lines = [line for line in lines if re.match(r'(python train\.py|epsanet (plot|evaluate)) ', line)]
+    return [line for line in lines if 'imagenet.py' not in line]
+
+
+def test_command_of_the_readme_is_in_the_page_on_training():
+    (command,) = re.findall(r'^ {4}(python train\.py .*)', README.read_text(), re.MULTILINE)
+    assert command == commands()[0]
 
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-    """Pictures of two classes, and a PyTorch checkpoint of a network with three."""
+    """A folder with images of two classes and a PyTorch checkpoint of a network with three classes."""
     import torch
 
     import epsanet_jax
@@ -44,7 +50,7 @@ def place(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp('place'), np.random.default_rng(0)
     for split in ('train', 'val'):
         for i in range(16):
-            path = folder / 'pictures' / split / 'ab'[i % 2] / f'{i}.jpg'
+            path = folder / 'images' / split / 'ab'[i % 2] / f'{i}.jpg'
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(rng.integers(0, 256, (48, 40, 3), dtype=np.uint8)).save(path)
     model = epsanet_jax.create_model(
@@ -53,30 +59,30 @@ def place(tmp_path_factory):
     )  # fmt: skip
     torch.save({'state_dict': EPSANet(model).state_dict()}, folder / 'checkpoint.pth.tar')
     for name in ('train.py', 'configs'):
-        os.symlink(README.parent / name, folder / name)
+        os.symlink(ROOT / name, folder / name)
     return folder
 
 
 @pytest.mark.slow
-def test_each_command_does_what_the_readme_says(place):
-    said = {}
+def test_each_command_does_what_the_page_says(place):
+    printed = {}
     for command in commands():
         words = shlex.split(command, comments=True)
         if words[0] == 'python':
             words = [sys.executable, *words[1:], *SMALL]
         else:
             words = [sys.executable, '-m', 'epsanet_jax', *words[1:]]
-        environment = {**os.environ, 'PYTHONPATH': str(README.parent), 'XLA_FLAGS': ''}
+        environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''}
         done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, (command, done.stderr)
-        said[command] = done.stdout
-    assert len(said) == 5
-    scratch, plot, evaluate, tuned, head = said.values()
+        printed[command] = done.stdout
+    assert len(printed) == 5
+    scratch, plot, evaluate, tuned, head = printed.values()
     assert 'finished at step 4' in scratch
     assert re.search(r'best: top-1 [\d.]+% at step \d \(runs/pets/checkpoints/\d\)', scratch)
     assert 'evaluate it: epsanet evaluate runs/pets --step best' in scratch
     assert 'written: runs/pets/curves.png' in plot
-    assert 'of 16 pictures' in evaluate
+    assert ' of 16 ' in evaluate
     for text in (tuned, head):
         assert 'checkpoint.pth.tar: classifier of 3 classes replaced by a new one of 2' in text
     assert (place / 'runs/pets/curves.png').stat().st_size > 10_000
