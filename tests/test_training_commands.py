@@ -76,8 +76,9 @@ def test_each_command_does_what_the_page_says(place):
         done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, (command, done.stderr)
         printed[command] = done.stdout
-    assert len(printed) == 5
-    scratch, plot, evaluate, tuned, head = printed.values()
+    assert len(printed) == 6
+    scratch, plot, evaluate, changed, tuned, head = printed.values()
+    assert 'finished at step 4' in changed
     assert 'finished at step 4' in scratch
     assert re.search(r'best: top-1 [\d.]+% at step \d \(runs/pets/checkpoints/\d\)', scratch)
     assert 'evaluate it: epsanet evaluate runs/pets --step best' in scratch
