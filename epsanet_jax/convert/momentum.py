@@ -1,4 +1,4 @@
-"""SGD's momentum buffers: PyTorch's optimiser state <-> the trace of optax."""
+"""Converts SGD's momentum between PyTorch's optimizer state and the trace of optax."""
 
 import dataclasses
 import math
@@ -22,12 +22,15 @@ from epsanet_jax.models.epsanet import EPSANet
 
 @dataclasses.dataclass(frozen=True)
 class SGDState:
-    """What `torch.optim.SGD(...).state_dict()` says, checked.
+    """The checked content of `torch.optim.SGD(...).state_dict()` with one parameter group.
 
     Attributes:
-        lr, momentum, weight_decay, nesterov: of the one group of parameters.
-        numbers: of the parameters, in their order.
-        buffers: number -> momentum buffer; parameters without a buffer are left out.
+        lr: learning rate.
+        momentum: momentum coefficient.
+        weight_decay: coefficient of the weight decay.
+        nesterov: whether Nesterov momentum is used.
+        numbers: the numbers of the parameters, in order.
+        buffers: number -> momentum buffer, without the parameters that have none.
     """
 
     lr: float
@@ -39,23 +42,25 @@ class SGDState:
 
 
 def parse_sgd(optimizer: Any) -> SGDState:
-    """Reads the state dict of PyTorch's SGD with one group.
+    """Returns the checked state dict of PyTorch's SGD with one parameter group.
 
     Raises:
-        InputError: it is of another optimiser, has several groups, or settings that have no counterpart here.
+        InputError: the optimizer is not SGD, has several groups, or has a setting that is not supported here.
     """
     try:
         groups, state = optimizer['param_groups'], optimizer['state']
         if len(groups) != 1:
-            raise InputError(f'the optimizer has {len(groups)} groups of parameters, expected one')
+            raise InputError(f'the optimizer has {len(groups)} parameter groups, expected one')
         group = groups[0]
         for field, expected in (('dampening', 0), ('maximize', False)):
             if group.get(field, expected) != expected:
-                raise InputError(f'the optimizer has {field} {group[field]}, which has no counterpart here')
+                raise InputError(
+                    f'the optimizer has {field} {group[field]}, which is not supported, expected {expected}'
+                )
         entries = {number: dict(entry) for number, entry in state.items() if entry}
         other = sorted({str(key) for entry in entries.values() for key in entry} - {'momentum_buffer'})
         if other:
-            raise InputError(f'the optimizer is not SGD: it keeps {", ".join(other)}')
+            raise InputError(f'the optimizer is not SGD: its state has {", ".join(other)}')
         parsed = SGDState(
             lr=float(group['lr']),
             momentum=float(group['momentum']),
@@ -66,35 +71,37 @@ def parse_sgd(optimizer: Any) -> SGDState:
         )
     except InputError:
         raise
-    except Exception as e:  # it may hold anything that a file can hold
+    except Exception as e:  # the content of a file may be anything
         raise InputError(f'the optimizer state is not that of SGD: {type(e).__name__}: {e}') from e
-    if not all(math.isfinite(v) and v >= 0 for v in (parsed.lr, parsed.momentum, parsed.weight_decay)):
-        numbers = (parsed.lr, parsed.momentum, parsed.weight_decay)
-        raise InputError(f'the optimizer has learning rate, momentum and decay {numbers}')
+    settings = (parsed.lr, parsed.momentum, parsed.weight_decay)
+    if not all(math.isfinite(value) and value >= 0 for value in settings):
+        raise InputError(
+            f'learning rate, momentum and weight decay of the optimizer must be at least 0, got {settings}'
+        )
     return parsed
 
 
 def momentum_from_torch(
     optimizer: Mapping[str, Any], state_dict: Mapping[str, Any], model: EPSANet
 ) -> dict[str, Any]:
-    """Returns the momentum buffers as a tree like the model's parameters.
+    """Returns the momentum buffers as a tree with the structure of the model's parameters.
 
-    PyTorch numbers parameters in the order of the state dict. Buffers that do not exist yet are zeros, which
-    makes the next update the same.
+    PyTorch numbers parameters in the order of the state dict. Missing buffers become zeros, which gives the
+    same next update.
 
     Args:
         optimizer: `torch.optim.SGD(...).state_dict()` with one group of all parameters.
-        state_dict: of the network, for the order of the names.
+        state_dict: state dict of the network, which gives the order of the parameters.
         model: the network.
 
     Raises:
-        InputError: it is the state of another optimiser, or of other parameters.
+        InputError: the optimizer is not SGD, or its buffers do not fit the parameters of the model.
     """
     sgd = parse_sgd(optimizer)
     table = {name: leaf for name, leaf in name_table(model).items() if leaf[0][0] == 'params'}
     names = [name for name in strip_prefix(state_dict) if name in table]
     if len(sgd.numbers) != len(names):
-        raise InputError(f'the optimizer has {len(sgd.numbers)} parameters, expected one of all {len(names)}')
+        raise InputError(f'the optimizer has {len(sgd.numbers)} parameters, but the network has {len(names)}')
     flat, problems = {}, []
     for number, name in zip(sgd.numbers, names, strict=True):
         path, leaf = table[name]
@@ -106,7 +113,7 @@ def momentum_from_torch(
                 continue
             array = to_jax_layout(read)
         if array.shape != leaf.shape:
-            problems.append(f'a buffer of shape {array.shape} for {name}')
+            problems.append(f'a buffer of shape {array.shape} instead of {leaf.shape} for {name}')
         flat[path[1:]] = array
     if problems:
         raise InputError(f'the momentum does not fit the model: {"; ".join(problems)}')
@@ -116,10 +123,10 @@ def momentum_from_torch(
 def momentum_to_torch(
     momentum: Mapping[str, Any], model: EPSANet, group: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns a state dict that `torch.optim.SGD` over all parameters of the network loads.
+    """Returns a state dict that `torch.optim.SGD` of all parameters of the network can load.
 
     Args:
-        momentum: a tree like the model's parameters.
+        momentum: the momentum buffers, a tree with the structure of the model's parameters.
         model: the network.
         group: 'lr', 'momentum', 'weight_decay' and 'nesterov'.
     """
