@@ -18,6 +18,7 @@ from epsanet_jax.paths import write_atomically
 
 TORCH_SUFFIXES = ('.pth.tar', '.pth', '.pt')
 SAFETENSORS_SUFFIX = '.safetensors'
+SUFFIXES = (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX)
 _WEIGHTS_KEYS = ('state_dict', 'model', 'state_dict_ema', 'model_state_dict')  # used by training scripts
 
 
@@ -44,8 +45,7 @@ class Checkpoint:
 
 def is_weights_file(path: str | os.PathLike[str]) -> bool:
     """Returns whether a path has the name of a PyTorch or safetensors file, or is a Hub folder."""
-    known = os.fspath(path).lower().endswith((*TORCH_SUFFIXES, SAFETENSORS_SUFFIX))
-    return known or hub_folder.is_hub_folder(path)
+    return os.fspath(path).lower().endswith(SUFFIXES) or hub_folder.is_hub_folder(path)
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -61,25 +61,20 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = os.path.expanduser(path)
     if hub_folder.is_hub_folder(path):
-        return _read_hub_folder(path)
+        content = _read_safetensors(os.path.join(path, hub_folder.WEIGHTS))
+        metadata = hub_folder.read_metadata(path)  # replaces that of the safetensors file
+        stored = {} if metadata is None else {'epsanet_jax': json.dumps(metadata)}
+        return dataclasses.replace(content, metadata={**content.metadata, **stored})
     if not os.path.isfile(path):
         raise InputError(f'no such file: {path}' if not os.path.isdir(path) else f'{path} is a folder')
     if not is_weights_file(path):
-        known = ', '.join((*TORCH_SUFFIXES, SAFETENSORS_SUFFIX))
-        raise InputError(f'{path}: unknown file type, expected one of {known}')
+        raise InputError(f'{path}: unknown file type, expected one of {", ".join(SUFFIXES)}')
     try:
         if path.lower().endswith(SAFETENSORS_SUFFIX):
             return _read_safetensors(path)
         return _read_torch(path)
     except OSError as e:
         raise InputError(f'cannot read {path}: {e.strerror or e}') from e
-
-
-def _read_hub_folder(path: str) -> Checkpoint:
-    content = _read_safetensors(os.path.join(path, hub_folder.WEIGHTS))
-    metadata = hub_folder.read_metadata(path)  # replaces that of the safetensors file
-    stored = {} if metadata is None else {'epsanet_jax': json.dumps(metadata)}
-    return dataclasses.replace(content, metadata={**content.metadata, **stored})
 
 
 def _read_safetensors(path: str) -> Checkpoint:
@@ -181,11 +176,7 @@ def write_safetensors(path: str, state_dict: Mapping[str, np.ndarray], metadata:
 
 
 def weights_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the metadata of a weight file: all of it in one entry, and the main items separately.
-
-    Args:
-        metadata: from `weights.metadata.make_metadata`.
-    """
+    """Returns the entries of a file for the result of `make_metadata`: all of it, and the main items."""
     model = metadata['model']
     shown = {'model': model['name'], 'num_classes': str(model['num_classes'])}
     shown |= {k: metadata[k] for k in ('class_names', 'preprocessing')}

@@ -18,13 +18,10 @@ def is_hub_folder(path: str | os.PathLike[str]) -> bool:
 
 
 def to_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the content of config.json.
+    """Returns the content of config.json for the result of `make_metadata`.
 
     The class names are in 'id2label', where the Hub expects them. The configuration of the training run is
     left out, because it may contain private paths.
-
-    Args:
-        metadata: from `weights.metadata.make_metadata`.
     """
     config = {'architectures': ['EPSANet'], 'model_type': 'epsanet'}
     if metadata['class_names']:

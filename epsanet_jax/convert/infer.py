@@ -13,8 +13,6 @@ from epsanet_jax.models.epsanet import EPSANet, abstract_variables
 from epsanet_jax.models.settings import ModelConfig
 from epsanet_jax.models.zoo import build_model, nearest_variant
 
-_DEFAULT_REDUCTION = 16
-
 
 def infer_settings(state_dict: Mapping[str, Any]) -> ModelConfig:
     """Returns the configuration of the network with this state dict; without a classifier `num_classes` is 0.
@@ -83,8 +81,8 @@ def _read_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 def _reduction(shapes: Mapping[str, tuple[int, ...]], name: str, stages: range) -> int:
     squeezes = [shapes[f'layer{s}.0.{name}'][:2] for s in stages]  # (hidden, channels)
-    # Hidden widths are rounded down, so several reductions may fit.
-    reductions = [_DEFAULT_REDUCTION, *(c // h for h, c in reversed(squeezes))]
+    # Hidden widths are rounded down, so several reductions may fit: the default, 16, comes first.
+    reductions = [16, *(c // h for h, c in reversed(squeezes))]
     fitting = [r for r in reductions if all(c // r == h for h, c in squeezes)]
     if not fitting:
         raise ValueError('the hidden width of se.fc1')

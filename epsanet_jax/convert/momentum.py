@@ -8,14 +8,7 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from epsanet_jax.convert.state_dict import (
-    name_table,
-    read_values,
-    strip_prefix,
-    to_jax_layout,
-    to_torch_layout,
-    torch_order,
-)
+from epsanet_jax.convert.state_dict import Table, name_table, read_tensors, strip_prefix, to_torch_layout
 from epsanet_jax.errors import InputError
 from epsanet_jax.models.epsanet import EPSANet
 
@@ -25,10 +18,7 @@ class SGDState:
     """The checked content of `torch.optim.SGD(...).state_dict()` with one parameter group.
 
     Attributes:
-        lr: learning rate.
-        momentum: momentum coefficient.
-        weight_decay: coefficient of the weight decay.
-        nesterov: whether Nesterov momentum is used.
+        lr, momentum, weight_decay, nesterov: the settings of SGD.
         numbers: the numbers of the parameters, in order.
         buffers: number -> momentum buffer, without the parameters that have none.
     """
@@ -75,9 +65,7 @@ def parse_sgd(optimizer: Any) -> SGDState:
         raise InputError(f'the optimizer state is not that of SGD: {type(e).__name__}: {e}') from e
     settings = (parsed.lr, parsed.momentum, parsed.weight_decay)
     if not all(math.isfinite(value) and value >= 0 for value in settings):
-        raise InputError(
-            f'learning rate, momentum and weight decay of the optimizer must be at least 0, got {settings}'
-        )
+        raise InputError(f'lr, momentum and weight_decay of the optimizer must be at least 0, got {settings}')
     return parsed
 
 
@@ -98,26 +86,20 @@ def momentum_from_torch(
         InputError: the optimizer is not SGD, or its buffers do not fit the parameters of the model.
     """
     sgd = parse_sgd(optimizer)
-    table = {name: leaf for name, leaf in name_table(model).items() if leaf[0][0] == 'params'}
+    table = _parameters(model)
     names = [name for name in strip_prefix(state_dict) if name in table]
     if len(sgd.numbers) != len(names):
         raise InputError(f'the optimizer has {len(sgd.numbers)} parameters, but the network has {len(names)}')
-    flat, problems = {}, []
-    for number, name in zip(sgd.numbers, names, strict=True):
-        path, leaf = table[name]
-        array = np.zeros(leaf.shape, leaf.dtype)
-        if number in sgd.buffers:
-            read, problem = read_values(name, sgd.buffers[number], leaf.dtype)
-            if read is None:
-                problems.append(f'{problem} in the buffer of {name}')
-                continue
-            array = to_jax_layout(read)
-        if array.shape != leaf.shape:
-            problems.append(f'a buffer of shape {array.shape} instead of {leaf.shape} for {name}')
-        flat[path[1:]] = array
+    buffers = {n: sgd.buffers[i] for i, n in zip(sgd.numbers, names, strict=True) if i in sgd.buffers}
+    flat, problems = read_tensors(buffers, table)
     if problems:
-        raise InputError(f'the momentum does not fit the model: {"; ".join(problems)}')
-    return traverse_util.unflatten_dict(flat)
+        raise InputError(f'the momentum buffers do not fit the model: {"; ".join(problems)}')
+    zeros = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in table.values()}
+    return traverse_util.unflatten_dict({**zeros, **flat})['params']
+
+
+def _parameters(model: EPSANet) -> Table:
+    return {name: entry for name, entry in name_table(model).items() if entry[0][0] == 'params'}
 
 
 def momentum_to_torch(
@@ -131,8 +113,7 @@ def momentum_to_torch(
         group: 'lr', 'momentum', 'weight_decay' and 'nesterov'.
     """
     flat = traverse_util.flatten_dict(dict(momentum))
-    table = {name: leaf for name, leaf in name_table(model).items() if leaf[0][0] == 'params'}
-    buffers = [to_torch_layout(np.asarray(flat[table[name][0][1:]])) for name in torch_order(table)]
+    buffers = [to_torch_layout(np.asarray(flat[path[1:]])) for path, _ in _parameters(model).values()]
     constants = {'dampening': 0, 'maximize': False, 'foreach': None, 'differentiable': False}
     return {
         'state': {i: {'momentum_buffer': buffer} for i, buffer in enumerate(buffers)},

@@ -43,17 +43,14 @@ def to_onnx(
     from epsanet_jax.convert import torch_model
 
     model = model.clone(dtype=jnp.float32, param_dtype=jnp.float32)
-    arrays = {
-        k: np.array(v, np.float32 if v.ndim else v.dtype) for k, v in to_torch(variables, model).items()
-    }
+    arrays = {name: np.array(array, np.float32) for name, array in to_torch(variables, model).items()}
     network = torch_model.EPSANet(model)
     network.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
     if pixels is not None:
         network = torch_model.FromPixels(network, pixels.mean, pixels.std)
+    dtype = torch.float32 if pixels is None else torch.uint8
     # Two images, because PyTorch would make a batch size of one a constant.
-    example = torch.zeros(
-        2, model.in_channels, image_size, image_size, dtype=torch.float32 if pixels is None else torch.uint8
-    )
+    example = torch.zeros(2, model.in_channels, image_size, image_size, dtype=dtype)
     with _quiet():
         try:
             program = torch.onnx.export(
@@ -101,8 +98,9 @@ def _quiet() -> Iterator[None]:
     logger.setLevel(logging.ERROR)  # it warns that torchvision is missing, which is not needed
     try:
         with warnings.catch_warnings():
-            text = r'`isinstance\(treespec, LeafSpec\)` is deprecated'
-            warnings.filterwarnings('ignore', text, FutureWarning)
+            warnings.filterwarnings(
+                'ignore', r'`isinstance\(treespec, LeafSpec\)` is deprecated', FutureWarning
+            )
             yield
     finally:
         logger.setLevel(level)

@@ -20,22 +20,19 @@ from epsanet_jax.errors import InputError
 from epsanet_jax.models.epsanet import EPSANet, abstract_images, abstract_variables
 
 Path = tuple[str, ...]
-_LEAVES = {
-    'kernel': 'weight',
-    'scale': 'weight',
-    'bias': 'bias',
-    'mean': 'running_mean',
-    'var': 'running_var',
-}
+Table = dict[str, tuple[Path, jax.ShapeDtypeStruct]]
+_LEAVES = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
 _COUNTER = 'num_batches_tracked'
 _PREFIXES = ('module.', '_orig_mod.')  # of DataParallel and of torch.compile
-_HEAD = ('fc.weight', 'fc.bias')
 
 
-def name_table(model: EPSANet) -> dict[str, tuple[Path, jax.ShapeDtypeStruct]]:
-    """Returns name of the state dict -> path, shape and type of the leaf in the variables."""
-    flat = _flatten(abstract_variables(model))
-    return {_torch_name(path): (path, leaf) for path, leaf in flat.items()}
+def name_table(model: EPSANet) -> Table:
+    """Returns name of the state dict -> path, shape and type of the leaf in the variables.
+
+    The names are in the order in which PyTorch registers parameters, and numbers them in optimizers.
+    """
+    flat = {_torch_name(path): (path, leaf) for path, leaf in _flatten(abstract_variables(model)).items()}
+    return {name: flat[name] for name in sorted(flat, key=_rank)}
 
 
 def from_torch(
@@ -57,25 +54,14 @@ def from_torch(
     table = name_table(model)
     given = dict(strip_prefix(state_dict))
     if new_head is not None:
-        given = {k: v for k, v in given.items() if k not in _HEAD}
+        given = {k: v for k, v in given.items() if not k.startswith('fc.')}
         given |= draw_classifier(model, new_head)
     counters = {name.removesuffix('running_var') + _COUNTER for name in table if name.endswith('running_var')}
     problems = [f'missing {name}' for name in table if name not in given]
     problems += [f'unexpected {name}' for name in given if name not in table and name not in counters]
-    flat = {}
-    for name, (path, leaf) in table.items():
-        if name in given:
-            shape, expected = tuple(getattr(given[name], 'shape', ())), _torch_shape(leaf.shape)
-            array, problem = read_values(name, given[name], leaf.dtype)
-            if shape != expected:
-                problems.append(f'shape {shape} instead of {expected} of {name}')
-            elif array is None or problem:
-                problems.append(f'{problem} in {name}')
-            else:
-                # A copy, because asarray on a CPU may share memory with the tensor.
-                flat[path] = jnp.array(to_jax_layout(array), copy=True)
-    if problems:
-        raise InputError(_describe(problems, given, model))
+    flat, wrong = read_tensors(given, table)
+    if problems + wrong:
+        raise InputError(_describe(problems + wrong, given, model))
     return traverse_util.unflatten_dict(flat)
 
 
@@ -93,8 +79,8 @@ def to_torch(variables: Mapping[str, Any], model: EPSANet) -> dict[str, np.ndarr
         differing = sorted('/'.join(p) for p in {*flat, *expected} if shapes.get(p) != expected.get(p))
         raise InputError(f'the variables do not fit the model: {", ".join(differing)}')
     state_dict = {}
-    for name in torch_order(table):
-        state_dict[name] = to_torch_layout(flat[table[name][0]])
+    for name, (path, _) in table.items():
+        state_dict[name] = to_torch_layout(flat[path])
         if name.endswith('running_var'):
             state_dict[name.removesuffix('running_var') + _COUNTER] = np.zeros((), np.int64)
     return state_dict
@@ -111,15 +97,10 @@ def strip_prefix(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     return state_dict
 
 
-def torch_order(names: Mapping[str, Any]) -> list[str]:
-    """Sorts names in the order in which PyTorch registers parameters, and numbers them in optimizers.
-
-    The modules of a block are in the reference's order: conv1, bn1, conv2 (conv_1 .. conv_4, se), bn2, conv3,
-    bn3, se, downsample. In a module: weight, bias, running_mean, running_var.
-    """
+def _rank(name: str) -> list[tuple[int, int | str]]:
+    """Returns the sort key of a name, by the order in which the reference defines its modules."""
     leaves = ('weight', 'bias', 'running_mean', 'running_var')
     modules = ('conv1', 'bn1', 'conv2', 'bn2', 'conv3', 'bn3')
-    last = ('downsample', 'fc')
 
     def rank(part: str) -> tuple[int, int | str]:
         if part.isdigit():
@@ -128,9 +109,9 @@ def torch_order(names: Mapping[str, Any]) -> list[str]:
             return 1, leaves.index(part)
         if part in modules:
             return 2, modules.index(part)
-        return (4 if part in last else 3), part
+        return (4 if part in ('downsample', 'fc') else 3), part
 
-    return sorted(names, key=lambda name: [rank(part) for part in name.split('.')])
+    return [rank(part) for part in name.split('.')]
 
 
 def as_numpy(value: Any) -> np.ndarray:
@@ -163,24 +144,39 @@ def _torch_name(path: Path) -> str:
     _, *modules, leaf = path
     # 'layer1_0' and 'downsample_0' are items of a list in PyTorch, but 'conv_1' is an attribute.
     parts = [m.replace('_', '.') if m.startswith(('layer', 'downsample')) else m for m in modules]
-    return '.'.join([*parts, _LEAVES[leaf]])
+    return '.'.join([*parts, _LEAVES.get(leaf, leaf)])
 
 
-def read_values(name: str, value: Any, dtype: Any) -> tuple[np.ndarray | None, str]:
-    """Returns the values as `dtype` and a description of what is wrong with them, or ''."""
+def read_tensors(tensors: Mapping[str, Any], table: Table) -> tuple[dict[Path, jax.Array], list[str]]:
+    """Returns path -> array for the tensors that are in a table, and what is wrong with the others."""
+    flat, problems = {}, []
+    for name, (path, leaf) in table.items():
+        if name in tensors:
+            try:
+                flat[path] = jnp.asarray(to_jax_layout(_read_values(name, tensors[name], leaf)))
+            except InputError as e:
+                problems.append(f'{e} in {name}')
+    return flat, problems
+
+
+def _read_values(name: str, value: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    """Returns a copy of the values with the type of a leaf, or raises InputError."""
     try:
         array = as_numpy(value)
-    except Exception:  # sparse, quantized, float8 and meta tensors raise different errors
-        return None, f'values of a type that cannot be read ({getattr(value, "dtype", type(value).__name__)})'
+    except Exception as e:  # sparse, quantized, float8 and meta tensors raise different errors
+        kind = getattr(value, 'dtype', type(value).__name__)
+        raise InputError(f'values of a type that cannot be read ({kind})') from e
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        return None, f'values of type {array.dtype}'
+        raise InputError(f'values of type {array.dtype}')
+    if array.shape != _torch_shape(leaf.shape):
+        raise InputError(f'shape {array.shape} instead of {_torch_shape(leaf.shape)}')
     with np.errstate(over='ignore'):
-        array = array.astype(dtype)
+        array = array.astype(leaf.dtype)
     if not np.isfinite(array).all():
-        return None, f'values that are not finite as {np.dtype(dtype)}'
+        raise InputError(f'values that are not finite as {leaf.dtype}')
     if name.endswith('running_var') and (array < 0).any():
-        return None, 'negative values'
-    return array, ''
+        raise InputError('negative values')
+    return array
 
 
 def draw_classifier(model: EPSANet, key: jax.Array) -> dict[str, np.ndarray]:

@@ -12,6 +12,8 @@ from torch import nn
 from epsanet_jax.models.epsanet import STEM_WIDTH
 from epsanet_jax.models.epsanet import EPSANet as JaxEPSANet
 
+Ints = tuple[int, ...]
+
 
 def _conv(inputs: int, outputs: int, kernel: int, stride=1, groups=1, bias=False, dilation=1) -> nn.Conv2d:
     padding = dilation * (kernel // 2)
@@ -35,14 +37,7 @@ class PSAModule(nn.Module):
     """Pyramid Split Attention: [N, planes, H, W] to [N, planes, H/stride, W/stride]."""
 
     def __init__(
-        self,
-        planes: int,
-        stride: int = 1,
-        kernels: tuple[int, ...] = (3, 5, 7, 9),
-        groups: tuple[int, ...] = (1, 4, 8, 16),
-        reduction: int = 16,
-        bias: bool = False,
-        dilation: int = 1,
+        self, planes: int, stride: int, kernels: Ints, groups: Ints, reduction: int, bias=False, dilation=1
     ):
         super().__init__()
         width = planes // len(kernels)
@@ -62,14 +57,7 @@ class EPSABlock(nn.Module):
     """A bottleneck block with a PSA module (or, in a ResNet, a 3x3 convolution) in the middle."""
 
     def __init__(
-        self,
-        inputs: int,
-        planes: int,
-        outputs: int,
-        stride: int,
-        downsample: bool,
-        middle: nn.Module,
-        se: nn.Module | None = None,
+        self, inputs: int, planes: int, outputs: int, stride: int, downsample: bool, middle, se=None
     ):
         super().__init__()
         self.conv1, self.bn1 = _conv(inputs, planes, 1), nn.BatchNorm2d(planes)

@@ -35,6 +35,10 @@ _SUFFIXES = {
     files.SAFETENSORS_SUFFIX: 'safetensors',
     **dict.fromkeys(files.TORCH_SUFFIXES, 'torch'),
 }
+_INPUTS = {
+    'float': 'RGB images, resized and cropped, (x / 255 - mean) / std',
+    'uint8': 'RGB images, 0 to 255, resized and cropped',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,12 +146,12 @@ def _write_stablehlo(network: Network, dst: str, options: Options) -> Iterator[s
     content = bytes(exported.serialize())
     images, logits = exported.in_avals[0], exported.out_avals[0]
     signature = {
-        'input': _describe(images, _meaning(options)),
+        'input': _describe(images, _INPUTS[options.input]),
         'output': _describe(logits, 'logits'),
         'platforms': list(exported.platforms),
         'jax_version': jax.__version__,
     }
-    yield f'input: {images.dtype.name} {list(images.shape)}, {_meaning(options)}'.replace("'", '')
+    yield f'input: {images.dtype.name} {list(images.shape)}, {_INPUTS[options.input]}'.replace("'", '')
     if options.verify:
         yield _verify(network, options, jax.jit(jax_export.deserialize(bytearray(content)).call))
     text = json.dumps({**_public(network), **signature}, indent=2) + '\n'
@@ -166,14 +170,14 @@ def _describe(array: Any, meaning: str) -> dict[str, Any]:
 def _write_onnx(network: Network, dst: str, options: Options) -> Iterator[str]:
     settings = network.preprocessing
     pixels = settings if options.input == 'uint8' else None
-    shown = {'input': _meaning(options), **files.weights_metadata(without_run(_public(network)))}
+    shown = {'input': _INPUTS[options.input], **files.weights_metadata(without_run(_public(network)))}
     props = {k: v if isinstance(v, str) else json.dumps(v) for k, v in shown.items()}
     if options.verify:
         onnx_model.require('onnxruntime')  # fails early
     content = onnx_model.to_onnx(network.model, network.variables, settings.image_size, pixels, props)
     kind = 'float32' if pixels is None else 'uint8'
     channels, size = network.model.in_channels, settings.image_size
-    yield f'input: {kind} [batch, {channels}, {size}, {size}], {_meaning(options)}'
+    yield f'input: {kind} [batch, {channels}, {size}, {size}], {_INPUTS[options.input]}'
     if options.verify:
         wide = dataclasses.replace(network, model=network.model.clone(dtype='float32'))
 
@@ -182,12 +186,6 @@ def _write_onnx(network: Network, dst: str, options: Options) -> Iterator[str]:
 
         yield _verify(wide, options, call)
     _write(dst, content)
-
-
-def _meaning(options: Options) -> str:
-    if options.input == 'uint8':
-        return 'RGB images, 0 to 255, resized and cropped'
-    return 'RGB images, resized and cropped, (x / 255 - mean) / std'
 
 
 def _public(network: Network) -> dict[str, Any]:
@@ -205,9 +203,8 @@ def _verify(network: Network, options: Options, call: Callable[[np.ndarray], Any
     expected = np.asarray(jax.jit(model.apply)(dict(network.variables), images))
     got = np.asarray(call(pixels if options.input == 'uint8' else np.asarray(images)))
     # The export may use other convolution algorithms, so results are equal up to rounding.
-    return compare(
-        'the export and JAX', got, expected, max(VERIFIED_TO, 4 * float(jnp.finfo(model.dtype).eps))
-    )
+    limit = max(VERIFIED_TO, 4 * float(jnp.finfo(model.dtype).eps))
+    return compare('the export and JAX', got, expected, limit)
 
 
 def _write(path: str, content: bytes) -> None:

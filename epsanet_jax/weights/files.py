@@ -30,9 +30,8 @@ def load(
     """Returns the network stored at a path.
 
     Args:
-        path: a workdir, a checkpoint in a workdir, a PyTorch or safetensors file, a folder in the layout of
-            the Hugging Face Hub, or 'hf://owner/name' for a Hub repository (needs `pip install
-            huggingface_hub`).
+        path: a workdir, a checkpoint in it, a PyTorch or safetensors file, a folder in the layout of the
+            Hugging Face Hub, or 'hf://owner/name' for a Hub repository (`pip install huggingface_hub`).
         step: which checkpoint of a workdir to read: 'latest', 'best' or a number.
         ema: whether to read the moving averages, if the run kept them, instead of the weights.
         revision: branch, tag or commit of a Hub repository.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import re
 import shutil
 import tempfile
@@ -17,7 +18,6 @@ from epsanet_jax.weights.metadata import metadata_of, read_metadata, without_run
 from epsanet_jax.weights.network import Network
 
 SCHEME = 'hf://'
-_REPOSITORY = r'[\w.-]+/[\w.-]+'
 
 
 def save_pretrained(
@@ -71,10 +71,8 @@ def _write_folder(folder: str, network: Network, metadata: Mapping[str, Any], ca
         state_dict = to_torch(network.variables, network.model)
         files.write_safetensors(weights, state_dict, files.weights_metadata(metadata))
         config = json.dumps(hub_folder.to_config(metadata), indent=2, ensure_ascii=False)
-        texts = {hub_folder.CONFIG: f'{config}\n', hub_folder.CARD: card}
-        for file, text in texts.items():
-            with open(os.path.join(temporary, file), 'w', encoding='utf-8') as f:
-                f.write(text)
+        pathlib.Path(temporary, hub_folder.CONFIG).write_text(f'{config}\n', 'utf-8')
+        pathlib.Path(temporary, hub_folder.CARD).write_text(card, 'utf-8')
         os.chmod(temporary, os.stat(weights).st_mode | 0o111)  # mkdtemp denies access to others
         os.rename(temporary, folder)
     except OSError as e:
@@ -130,16 +128,12 @@ model.load_state_dict(safetensors.torch.load_file('model.safetensors'))
 
 
 def download(repository: str, revision: str | None = None) -> str:
-    """Returns the local folder of a repository, after downloading its files if the cache lacks them.
-
-    Args:
-        repository: 'owner/name'.
-        revision: branch, tag or commit; None: the main branch.
+    """Returns the local folder of a repository 'owner/name', after downloading it if the cache lacks it.
 
     Raises:
         InputError: the name is invalid, huggingface_hub is not installed, or the Hub has no such repository.
     """
-    if not re.fullmatch(_REPOSITORY, repository):
+    if not re.fullmatch(r'[\w.-]+/[\w.-]+', repository):
         raise InputError(f"no such folder, and not the name of a Hub repository ('owner/name'): {repository}")
     try:
         import huggingface_hub

@@ -70,14 +70,10 @@ def name_outputs(class_names: Sequence[str], num_classes: int) -> list[str]:
 
 
 def read_metadata(metadata: Any, place: str) -> tuple[ModelConfig, tuple[str, ...], Preprocessing]:
-    """Returns model, class names and preprocessing from the untrusted metadata of a file.
-
-    Args:
-        metadata: metadata that `make_metadata` returned, from JSON.
-        place: name of the file for messages.
+    """Returns model, class names and preprocessing from the untrusted metadata of a file named `place`.
 
     Raises:
-        InputError: the metadata are not valid.
+        InputError: the metadata are not those of `make_metadata`.
     """
     if not isinstance(metadata, dict) or metadata.get('package') != PACKAGE:
         raise InputError(f'{place} is not a checkpoint of epsanet_jax')

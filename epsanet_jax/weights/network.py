@@ -65,18 +65,16 @@ class Network:
     @property
     def state_dict(self) -> Mapping[str, Any]:
         """The weights under PyTorch's names: the original tensors if they were kept, otherwise converted."""
-        checkpoint = self.source.checkpoint
-        return to_torch(self.variables, self.model) if checkpoint is None else checkpoint.state_dict
+        return self.checkpoint.state_dict
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The weights under PyTorch's names, with optimizer state and epoch if they were kept."""
+        return self.source.checkpoint or Checkpoint(to_torch(self.variables, self.model))
 
 
 def with_new_classifier(network: Network, num_classes: int, key: jax.Array) -> Network:
-    """Returns the network with a new random classifier, without the old class names and optimizer state.
-
-    Args:
-        network: a network with or without a classifier.
-        num_classes: number of outputs of the new classifier.
-        key: random key for the new classifier.
-    """
+    """Returns the network with a new random classifier, without the old class names and optimizer state."""
     model = network.model.clone(num_classes=num_classes)
     drawn = draw_classifier(model, key)
     fc = {'kernel': to_jax_layout(drawn['fc.weight']).copy(), 'bias': drawn['fc.bias']}

@@ -54,17 +54,7 @@ def save_weights(folder: str, variables: Mapping[str, Any], metadata: dict[str, 
 
 
 def load(path: str, step: str = 'latest', ema: bool = True, with_checkpoint: bool = False) -> Network:
-    """Reads a checkpoint onto one device.
-
-    Args:
-        path: a workdir, its folder 'checkpoints', or one checkpoint in that folder.
-        step: 'latest', 'best' (by top-1) or a number.
-        ema: whether to read the moving averages, if the run kept them.
-        with_checkpoint: whether to also keep the weights under PyTorch's names, with SGD's momentum.
-
-    Raises:
-        InputError: the checkpoint does not exist, is damaged, or is of another package.
-    """
+    """Reads a workdir, its folder 'checkpoints' or a checkpoint in it onto one device; see `weights.load`."""
     folder, number = _locate(resolve(path), step)
     try:
         with FirstErrorOnly():
@@ -97,12 +87,13 @@ def _restore(
         model = build_model(config)
         abstract = _on_one_device(abstract_variables(model))
         weights = 'ema' if ema and (place / 'ema').exists() else 'model'
+        source = Source(str(place), number, weights == 'ema', metadata)
         items = {weights: ocp.args.StandardRestore(abstract)}
         read = manager.restore(number, args=ocp.args.Composite(**items))
+    usable = source.config is not None and not _no_optimizer(source)
     momentum = None
-    if with_momentum and _has_momentum(metadata['config']) and (place / 'optimizer').exists():
+    if with_momentum and usable and (place / 'optimizer').exists():
         momentum = _read_momentum(place / 'optimizer')
-    source = Source(str(place), number, weights == 'ema', metadata)
     return Network(model, read[weights], class_names, preprocessing, source), momentum
 
 
@@ -124,16 +115,10 @@ def _find(tree: Any, key: str) -> Any:
     return next((found for child in below if (found := _find(child, key)) is not None), None)
 
 
-def _has_momentum(config: dict[str, Any] | None) -> bool:
-    """Returns whether the optimizer of a run has the state of PyTorch's SGD."""
-    return config is not None and config['optimizer'].get('name', 'sgd') == 'sgd' and not config.get('freeze')
-
-
 def _with_checkpoint(network: Network, momentum: Any) -> Network:
     """Adds the weights under PyTorch's names and the optimizer state."""
-    metadata, optimizer = network.source.metadata, None
-    config, reason = metadata['config'], _no_optimizer(network.source)
-    if momentum is not None and config is not None and not reason:
+    metadata, config, optimizer = network.source.metadata, network.source.config, None
+    if momentum is not None and config is not None:
         try:
             group = {k: config['optimizer'][k] for k in ('momentum', 'weight_decay', 'nesterov')}
             group['lr'] = metadata.get('lr', config['optimizer']['lr'])
@@ -146,7 +131,9 @@ def _with_checkpoint(network: Network, momentum: Any) -> Network:
         optimizer=optimizer,
         arch=metadata['model']['name'],
     )
-    source = dataclasses.replace(network.source, checkpoint=checkpoint, no_optimizer=reason)
+    source = dataclasses.replace(
+        network.source, checkpoint=checkpoint, no_optimizer=_no_optimizer(network.source)
+    )
     return dataclasses.replace(network, source=source)
 
 

@@ -56,7 +56,7 @@ def convert(
     else:
         named = None if name is None else ModelConfig(name=name, num_classes=num_classes or 1000)
         network = load(src, step, ema, model=named, with_checkpoint=True)
-    content, old = _content(network), network.model.num_classes
+    content, old = network.checkpoint, network.model.num_classes
     if not (num_classes or old):
         raise InputError(f'{src_name} has no classifier: use --num-classes=N to draw a new one')
     replaced = num_classes is not None and num_classes != old
@@ -68,26 +68,25 @@ def convert(
     yield from _report(network, content, dst, replaced)
     if verify:
         yield verify_weights(network, content.state_dict)
-    written, lost = _optimizer_for(dst, _content(network), network.model)
+    written, lost = _optimizer_for(dst, network.checkpoint, network.model)
     write(dst, network, written)
     if lost or (replaced and content.optimizer is not None):
         yield f'dropped: the optimizer state{lost}'
     yield f'written: {dst}'
 
 
-def _content(network: Network) -> files.Checkpoint:
-    """Returns the weights under PyTorch's names, with the optimizer state and epoch if known."""
-    return network.source.checkpoint or files.Checkpoint(network.state_dict)
-
-
 def _report(network: Network, content: files.Checkpoint, dst: str, replaced: bool) -> Iterator[str]:
     """Yields lines on what is converted, and on what `dst` cannot store."""
-    model, variables = network.model, network.variables
-    parameters, statistics = (
-        sum(leaf.size for leaf in jax.tree.leaves(variables[part])) for part in ('params', 'batch_stats')
-    )
-    yield f'{parameters:,} parameters and {statistics:,} BatchNorm statistics converted'
-    yield from _losses(content.state_dict, replaced, model)
+    model = network.model
+    sizes = {k: sum(leaf.size for leaf in jax.tree.leaves(tree)) for k, tree in network.variables.items()}
+    yield f'{sizes["params"]:,} parameters and {sizes["batch_stats"]:,} BatchNorm statistics converted'
+    counters = sum(name.endswith('num_batches_tracked') for name in content.state_dict)
+    if counters:
+        yield f'dropped: {counters} batch counters (num_batches_tracked)'
+    if replaced:
+        old = (*getattr(content.state_dict.get('fc.weight'), 'shape', ()), 'no')[0]
+        yield f'dropped: the classifier of {old} classes; a new one of {model.num_classes} classes is drawn'
+    yield from _changed_types(content.state_dict, model)
     if network.source.no_optimizer:
         yield f'dropped: the optimizer state: {network.source.no_optimizer}'
     epoch = content.epoch or 0
@@ -106,7 +105,7 @@ def _check_destination(src: str, dst: str) -> None:
         raise InputError(f'cannot write {dst}: its folder does not exist')
     suffix = os.path.splitext(dst)[1]
     if suffix.lower() in _OTHER_SUFFIXES and not files.is_weights_file(dst):
-        known = ', '.join((*files.TORCH_SUFFIXES, files.SAFETENSORS_SUFFIX))
+        known = ', '.join(files.SUFFIXES)
         raise InputError(f'{dst}: cannot write {suffix} files, only {known} or a folder (without a suffix)')
 
 
@@ -143,13 +142,7 @@ def describe_model(network: Network) -> str:
     return f'{settings["name"]}, {settings["num_classes"]} classes{changed}'
 
 
-def _losses(state_dict: Mapping[str, Any], replaced: bool, model: EPSANet) -> Iterator[str]:
-    counters = sum(name.endswith('num_batches_tracked') for name in state_dict)
-    if counters:
-        yield f'dropped: {counters} batch counters (num_batches_tracked)'
-    if replaced:
-        old = (*getattr(state_dict.get('fc.weight'), 'shape', ()), 'no')[0]
-        yield f'dropped: the classifier of {old} classes; a new one of {model.num_classes} classes is drawn'
+def _changed_types(state_dict: Mapping[str, Any], model: EPSANet) -> Iterator[str]:
     types: dict[str, set[str]] = {}
     for name, (_, leaf) in name_table(model).items():
         if name in state_dict:
@@ -161,11 +154,7 @@ def _losses(state_dict: Mapping[str, Any], replaced: bool, model: EPSANet) -> It
 
 
 def verify_weights(network: Network, state_dict: Mapping[str, Any]) -> str:
-    """Compares the logits of JAX and PyTorch for two random images, and returns a line for the report.
-
-    Args:
-        network: the network for JAX.
-        state_dict: the tensors of a file for PyTorch, under PyTorch's names.
+    """Compares the logits of JAX for two images with those of PyTorch for a state dict; returns a line.
 
     Raises:
         InputError: PyTorch is not installed, or the logits differ.
@@ -184,7 +173,7 @@ def verify_weights(network: Network, state_dict: Mapping[str, Any]) -> str:
     ours = to_torch(variables, model)
     source = {k: as_numpy(state_dict[k]) if k in state_dict else v for k, v in ours.items()}
     source |= {k: ours[k] for k in ours if source[k].shape != ours[k].shape}  # a new classifier
-    twin.load_state_dict({k: torch.from_numpy(np.array(v, ours[k].dtype)) for k, v in source.items()})
+    twin.load_state_dict({k: torch.from_numpy(np.array(v, np.float32)) for k, v in source.items()})
     with torch.no_grad():
         expected = twin(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
     with jax.default_matmul_precision('highest'):
@@ -193,13 +182,10 @@ def verify_weights(network: Network, state_dict: Mapping[str, Any]) -> str:
 
 
 def compare(names: str, logits: np.ndarray, expected: np.ndarray, limit: float) -> str:
-    """Returns a line with the largest difference of logits; InputError if it exceeds a limit.
+    """Returns a line with the largest difference of logits, relative to the largest logit.
 
-    Args:
-        names: what computed the logits, for the message.
-        logits: array [N, K].
-        expected: array [N, K].
-        limit: largest allowed difference, relative to the largest expected logit.
+    Raises:
+        InputError: the difference exceeds `limit`.
     """
     largest = np.abs(expected).max()
     difference = np.abs(logits - expected).max() / largest
