@@ -154,10 +154,9 @@ def _write_stablehlo(network: Network, dst: str, options: Options) -> Iterator[s
     yield f'input: {images.dtype.name} {list(images.shape)}, {_INPUTS[options.input]}'.replace("'", '')
     if options.verify:
         yield _verify(network, options, jax.jit(jax_export.deserialize(bytearray(content)).call))
-    text = json.dumps({**_public(network), **signature}, indent=2) + '\n'
     _write(dst, content)
     try:
-        _write(f'{dst}.json', text.encode())
+        _write(f'{dst}.json', f'{json.dumps({**_public(network), **signature}, indent=2)}\n'.encode())
     except InputError:
         os.unlink(dst)  # both or neither
         raise

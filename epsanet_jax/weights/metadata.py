@@ -80,6 +80,7 @@ def read_metadata(metadata: Any, place: str) -> tuple[ModelConfig, tuple[str, ..
     try:
         model = model_config(metadata['model'])
         check_types(model)
+        build_model(model)  # checks the settings
         names, config = metadata['class_names'], metadata['config']
         preprocessing = preprocessing_from_json(metadata['preprocessing'])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
