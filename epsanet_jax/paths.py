@@ -1,4 +1,4 @@
-"""Paths on local disks and in buckets, and files that are written whole or not at all."""
+"""Paths on local disks and in buckets, and atomic writes."""
 
 import contextlib
 import os
@@ -11,10 +11,10 @@ from epsanet_jax.errors import InputError, one_line
 
 
 def resolve(path: str | os.PathLike[str]) -> epath.Path:
-    """Returns an absolute path; '~' is expanded. A URI such as gs://bucket/run stays as it is.
+    """Returns an absolute path, with '~' expanded. A URI such as gs://bucket/run is not changed.
 
     Raises:
-        InputError: the kind of URI is unknown.
+        InputError: the scheme of the URI is unknown.
     """
     try:
         return epath.Path(path) if is_remote(path) else epath.Path(os.path.expanduser(path)).absolute()
@@ -23,7 +23,7 @@ def resolve(path: str | os.PathLike[str]) -> epath.Path:
 
 
 def is_remote(path: object) -> bool:
-    """Whether a path is a URI."""
+    """Returns whether a path is a URI."""
     return '://' in str(path)
 
 
@@ -31,10 +31,10 @@ def is_remote(path: object) -> bool:
 def replacing(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
     """Yields a temporary path in the folder of `path`, and renames it to `path` on success.
 
-    On an error the temporary file is removed, and a file that was at `path` stays as it was.
+    After an error the temporary file is removed, and an existing file at `path` is unchanged.
     """
     final = epath.Path(path)
-    # Not made from the file's name, which may already be as long as a file system allows.
+    # Not derived from the file name, which may already have the maximum length.
     temporary = final.parent / f'.tmp-{os.getpid()}-{secrets.token_hex(4)}'
     try:
         yield temporary
@@ -46,7 +46,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[epath.Path]:
 
 
 def write_atomically(path: str, write: Callable[[str], object]) -> None:
-    """Lets `write` write a file of another name in the same folder, and renames it.
+    """Calls `write` with a temporary path in the same folder, and renames the file to `path`.
 
     Raises:
         InputError: the file cannot be written.

@@ -1,3 +1,3 @@
-"""The version of the package, which is stored with weights."""
+"""The version of the package, stored with weights."""
 
 __version__ = '0.1.0'

@@ -1,4 +1,4 @@
-"""The files of a run's workdir, as everything that reads or writes them needs to know them."""
+"""The names of the files in a workdir, and how to read its metrics."""
 
 import json
 from typing import Any
@@ -14,7 +14,7 @@ PROFILE = 'profile'
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl, without those that are damaged or were cut off by a crash."""
+    """Returns the lines of metrics.jsonl, without damaged or truncated ones."""
     path = workdir / METRICS_FILE
     lines = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
@@ -28,8 +28,8 @@ def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
 
 
 def best_by(metrics: dict[str, float]) -> float:
-    """Returns what makes an evaluation the best: top-1, of the moving averages if a run keeps them.
+    """Returns the value that the best checkpoint maximizes: top-1, of the moving averages if available.
 
-    A checkpoint between two evaluations has no metrics and counts as -1.
+    A checkpoint without an evaluation has the value -1.
     """
     return metrics.get('ema_top1', metrics.get('top1', -1.0))

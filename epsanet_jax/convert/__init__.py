@@ -1,4 +1,4 @@
-"""Between PyTorch's state dicts and JAX's variables."""
+"""Converts between PyTorch state dicts and JAX variables."""
 
 from epsanet_jax.convert.files import Checkpoint, read_checkpoint
 from epsanet_jax.convert.state_dict import from_torch, to_torch

@@ -1,4 +1,4 @@
-"""A folder as Hugging Face's Hub lays models out: config.json, model.safetensors and a card, README.md."""
+"""Folders in the layout of the Hugging Face Hub: config.json, model.safetensors and README.md, the card."""
 
 import json
 import os
@@ -13,18 +13,15 @@ CARD = 'README.md'
 
 
 def is_hub_folder(path: str | os.PathLike[str]) -> bool:
-    """Whether the path is a folder with weights under the Hub's name."""
+    """Returns whether a path is a folder that contains model.safetensors."""
     return os.path.isfile(os.path.join(os.path.expanduser(path), WEIGHTS))
 
 
 def to_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the content of config.json.
+    """Returns the content of config.json for the result of `make_metadata`.
 
-    Names of classes stand where the Hub looks for them, in 'id2label'. A run's configuration is left out: it
-    may name folders of a machine that nobody else is to know.
-
-    Args:
-        metadata: from `weights.metadata.make_metadata`.
+    The class names are in 'id2label', where the Hub expects them. The configuration of the training run is
+    left out, because it may contain private paths.
     """
     config = {'architectures': ['EPSANet'], 'model_type': 'epsanet'}
     if metadata['class_names']:
@@ -33,10 +30,10 @@ def to_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_metadata(folder: str) -> dict[str, Any] | None:
-    """Returns the metadata that config.json holds, for `weights.metadata.read_metadata`; None without one.
+    """Returns the metadata in config.json, for `weights.metadata.read_metadata`; None without that file.
 
     Raises:
-        InputError: it cannot be read, or its classes are not numbered from 0.
+        InputError: the file cannot be read, is of another package, or its class names do not fit the model.
     """
     path = os.path.join(folder, CONFIG)
     try:
@@ -47,15 +44,15 @@ def read_metadata(folder: str) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError) as e:
         raise InputError(f'cannot read {path}: {one_line(e)}') from e
     if not isinstance(config, dict) or config.get('package') != 'epsanet_jax':
-        raise InputError(f'{path} is not of an EPSANet of epsanet_jax: its "package" says otherwise')
+        raise InputError(f'{path} is not a config of epsanet_jax: its "package" must be "epsanet_jax"')
     labels, model = config.get('id2label', {}), config.get('model')
     classes = model.get('num_classes') if isinstance(model, dict) else None
     if not isinstance(labels, dict) or (labels and set(labels) != {str(i) for i in range(len(labels))}):
         raise InputError(
-            f'{path}: id2label must name the classes from "0" on, got {one_line(str(labels), 80)}'
+            f'{path}: the keys of id2label must be "0", "1", ..., got {one_line(str(labels), 80)}'
         )
     if labels and len(labels) != classes:
-        raise InputError(f'{path}: id2label names {len(labels)} classes, but the model has {classes}')
+        raise InputError(f'{path}: id2label has {len(labels)} classes, but the model has {classes}')
     kept = {k: config[k] for k in ('package', 'version', 'model', 'preprocessing') if k in config}
     names = [labels[str(i)] for i in range(len(labels))]
     return {**kept, 'class_names': names, 'config': None, 'identity': None}

@@ -1,4 +1,4 @@
-"""Which network a state dict belongs to, by its names and shapes."""
+"""Infers the settings of a network from the names and shapes of its state dict."""
 
 import collections
 import dataclasses
@@ -13,38 +13,33 @@ from epsanet_jax.models.epsanet import EPSANet, abstract_variables
 from epsanet_jax.models.settings import ModelConfig
 from epsanet_jax.models.zoo import build_model, nearest_variant
 
-_DEFAULT_REDUCTION = 16
-
 
 def infer_settings(state_dict: Mapping[str, Any]) -> ModelConfig:
-    """Returns the configuration of the network that has these names and shapes.
-
-    Without a classifier `num_classes` is 0.
+    """Returns the configuration of the network with this state dict; without a classifier `num_classes` is 0.
 
     Args:
-        state_dict: name -> tensor or array, without a wrapper's prefix.
+        state_dict: name -> tensor or array, without the prefix of a wrapper.
 
     Raises:
-        InputError: it is not of an EPSANet or ResNet with bottleneck blocks.
+        InputError: the state dict is not that of an EPSANet or of a ResNet with bottleneck blocks.
     """
     shapes = {name: tuple(getattr(value, 'shape', ())) for name, value in state_dict.items()}
     try:
         settings = _read_shapes(shapes)
     except (KeyError, IndexError, ZeroDivisionError, ValueError) as e:
-        some = ', '.join(sorted(shapes)[:3]) or 'nothing'
+        reason, names = str(e) or 'its shapes', ', '.join(sorted(shapes)[:3]) or 'none'
         raise InputError(
-            f'not the state dict of an EPSANet: {str(e) or "its shapes"} does not fit; it holds {some} ...'
+            f'not the state dict of an EPSANet: {reason} does not fit; names: {names} ...'
         ) from e
     return nearest_variant(settings.pop('middle'), settings.pop('use_se'), settings)
 
 
 def differences(config: ModelConfig, model: EPSANet) -> str:
-    """Returns the call of `create_model` for a configuration, or '' if it gives the shapes of `model`."""
+    """Returns the `create_model` call of a configuration; '' if it is invalid or fits `model`."""
     try:
-        meant = build_model(config)
+        if _shapes(build_model(config)) == _shapes(model):
+            return ''
     except InputError:
-        return ''
-    if _shapes(meant) == _shapes(model):
         return ''
     default = ModelConfig(name=config.name)
     changed = ''.join(f', {k}={v}' for k, v in dataclasses.asdict(config).items() if v != getattr(default, k))
@@ -86,8 +81,8 @@ def _read_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
 
 def _reduction(shapes: Mapping[str, tuple[int, ...]], name: str, stages: range) -> int:
     squeezes = [shapes[f'layer{s}.0.{name}'][:2] for s in stages]  # (hidden, channels)
-    # Hidden widths are rounded down, so several reductions may give the same.
-    reductions = [_DEFAULT_REDUCTION, *(c // h for h, c in reversed(squeezes))]
+    # Hidden widths are rounded down, so several reductions may fit: the default, 16, comes first.
+    reductions = [16, *(c // h for h, c in reversed(squeezes))]
     fitting = [r for r in reductions if all(c // r == h for h, c in squeezes)]
     if not fitting:
         raise ValueError('the hidden width of se.fc1')

@@ -1,4 +1,4 @@
-"""SGD's momentum buffers: PyTorch's optimiser state <-> the trace of optax."""
+"""Converts SGD's momentum between PyTorch's optimizer state and the trace of optax."""
 
 import dataclasses
 import math
@@ -8,26 +8,19 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from epsanet_jax.convert.state_dict import (
-    name_table,
-    read_values,
-    strip_prefix,
-    to_jax_layout,
-    to_torch_layout,
-    torch_order,
-)
+from epsanet_jax.convert.state_dict import Table, name_table, read_tensors, strip_prefix, to_torch_layout
 from epsanet_jax.errors import InputError
 from epsanet_jax.models.epsanet import EPSANet
 
 
 @dataclasses.dataclass(frozen=True)
 class SGDState:
-    """What `torch.optim.SGD(...).state_dict()` says, checked.
+    """The checked content of `torch.optim.SGD(...).state_dict()` with one parameter group.
 
     Attributes:
-        lr, momentum, weight_decay, nesterov: of the one group of parameters.
-        numbers: of the parameters, in their order.
-        buffers: number -> momentum buffer; parameters without a buffer are left out.
+        lr, momentum, weight_decay, nesterov: the settings of SGD.
+        numbers: the numbers of the parameters, in order.
+        buffers: number -> momentum buffer, without the parameters that have none.
     """
 
     lr: float
@@ -39,23 +32,25 @@ class SGDState:
 
 
 def parse_sgd(optimizer: Any) -> SGDState:
-    """Reads the state dict of PyTorch's SGD with one group.
+    """Returns the checked state dict of PyTorch's SGD with one parameter group.
 
     Raises:
-        InputError: it is of another optimiser, has several groups, or settings that have no counterpart here.
+        InputError: the optimizer is not SGD, has several groups, or has a setting that is not supported here.
     """
     try:
         groups, state = optimizer['param_groups'], optimizer['state']
         if len(groups) != 1:
-            raise InputError(f'the optimizer has {len(groups)} groups of parameters, expected one')
+            raise InputError(f'the optimizer has {len(groups)} parameter groups, expected one')
         group = groups[0]
         for field, expected in (('dampening', 0), ('maximize', False)):
             if group.get(field, expected) != expected:
-                raise InputError(f'the optimizer has {field} {group[field]}, which has no counterpart here')
+                raise InputError(
+                    f'the optimizer has {field} {group[field]}, which is not supported, expected {expected}'
+                )
         entries = {number: dict(entry) for number, entry in state.items() if entry}
         other = sorted({str(key) for entry in entries.values() for key in entry} - {'momentum_buffer'})
         if other:
-            raise InputError(f'the optimizer is not SGD: it keeps {", ".join(other)}')
+            raise InputError(f'the optimizer is not SGD: its state has {", ".join(other)}')
         parsed = SGDState(
             lr=float(group['lr']),
             momentum=float(group['momentum']),
@@ -66,66 +61,59 @@ def parse_sgd(optimizer: Any) -> SGDState:
         )
     except InputError:
         raise
-    except Exception as e:  # it may hold anything that a file can hold
+    except Exception as e:  # the content of a file may be anything
         raise InputError(f'the optimizer state is not that of SGD: {type(e).__name__}: {e}') from e
-    if not all(math.isfinite(v) and v >= 0 for v in (parsed.lr, parsed.momentum, parsed.weight_decay)):
-        numbers = (parsed.lr, parsed.momentum, parsed.weight_decay)
-        raise InputError(f'the optimizer has learning rate, momentum and decay {numbers}')
+    settings = (parsed.lr, parsed.momentum, parsed.weight_decay)
+    if not all(math.isfinite(value) and value >= 0 for value in settings):
+        raise InputError(f'lr, momentum and weight_decay of the optimizer must be at least 0, got {settings}')
     return parsed
 
 
 def momentum_from_torch(
     optimizer: Mapping[str, Any], state_dict: Mapping[str, Any], model: EPSANet
 ) -> dict[str, Any]:
-    """Returns the momentum buffers as a tree like the model's parameters.
+    """Returns the momentum buffers as a tree with the structure of the model's parameters.
 
-    PyTorch numbers parameters in the order of the state dict. Buffers that do not exist yet are zeros, which
-    makes the next update the same.
+    PyTorch numbers parameters in the order of the state dict. Missing buffers become zeros, which gives the
+    same next update.
 
     Args:
         optimizer: `torch.optim.SGD(...).state_dict()` with one group of all parameters.
-        state_dict: of the network, for the order of the names.
+        state_dict: state dict of the network, which gives the order of the parameters.
         model: the network.
 
     Raises:
-        InputError: it is the state of another optimiser, or of other parameters.
+        InputError: the optimizer is not SGD, or its buffers do not fit the parameters of the model.
     """
     sgd = parse_sgd(optimizer)
-    table = {name: leaf for name, leaf in name_table(model).items() if leaf[0][0] == 'params'}
+    table = _parameters(model)
     names = [name for name in strip_prefix(state_dict) if name in table]
     if len(sgd.numbers) != len(names):
-        raise InputError(f'the optimizer has {len(sgd.numbers)} parameters, expected one of all {len(names)}')
-    flat, problems = {}, []
-    for number, name in zip(sgd.numbers, names, strict=True):
-        path, leaf = table[name]
-        array = np.zeros(leaf.shape, leaf.dtype)
-        if number in sgd.buffers:
-            read, problem = read_values(name, sgd.buffers[number], leaf.dtype)
-            if read is None:
-                problems.append(f'{problem} in the buffer of {name}')
-                continue
-            array = to_jax_layout(read)
-        if array.shape != leaf.shape:
-            problems.append(f'a buffer of shape {array.shape} for {name}')
-        flat[path[1:]] = array
+        raise InputError(f'the optimizer has {len(sgd.numbers)} parameters, but the network has {len(names)}')
+    buffers = {n: sgd.buffers[i] for i, n in zip(sgd.numbers, names, strict=True) if i in sgd.buffers}
+    flat, problems = read_tensors(buffers, table)
     if problems:
-        raise InputError(f'the momentum does not fit the model: {"; ".join(problems)}')
-    return traverse_util.unflatten_dict(flat)
+        raise InputError(f'the momentum buffers do not fit the model: {"; ".join(problems)}')
+    zeros = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in table.values()}
+    return traverse_util.unflatten_dict({**zeros, **flat})['params']
+
+
+def _parameters(model: EPSANet) -> Table:
+    return {name: entry for name, entry in name_table(model).items() if entry[0][0] == 'params'}
 
 
 def momentum_to_torch(
     momentum: Mapping[str, Any], model: EPSANet, group: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns a state dict that `torch.optim.SGD` over all parameters of the network loads.
+    """Returns a state dict that `torch.optim.SGD` of all parameters of the network can load.
 
     Args:
-        momentum: a tree like the model's parameters.
+        momentum: the momentum buffers, a tree with the structure of the model's parameters.
         model: the network.
         group: 'lr', 'momentum', 'weight_decay' and 'nesterov'.
     """
     flat = traverse_util.flatten_dict(dict(momentum))
-    table = {name: leaf for name, leaf in name_table(model).items() if leaf[0][0] == 'params'}
-    buffers = [to_torch_layout(np.asarray(flat[table[name][0][1:]])) for name in torch_order(table)]
+    buffers = [to_torch_layout(np.asarray(flat[path[1:]])) for path, _ in _parameters(model).values()]
     constants = {'dampening': 0, 'maximize': False, 'foreach': None, 'differentiable': False}
     return {
         'state': {i: {'momentum_buffer': buffer} for i, buffer in enumerate(buffers)},

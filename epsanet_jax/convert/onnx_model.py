@@ -1,4 +1,4 @@
-"""ONNX, by way of EPSANet in PyTorch."""
+"""Exports networks to ONNX through the PyTorch twin, and runs ONNX files."""
 
 import contextlib
 import importlib
@@ -27,14 +27,14 @@ def to_onnx(
 ) -> bytes:
     """Returns the content of an ONNX file: float32 images [batch, 3, H, W] to float32 logits, any batch.
 
-    The network computes in float32, whatever the type of the JAX model's computation.
+    The ONNX network always computes in float32.
 
     Args:
         model: the network.
-        variables: its parameters and statistics.
-        image_size: H and W, pixels.
-        pixels: if given, the file takes uint8 pictures instead and normalises them so.
-        metadata: for the file's `metadata_props`.
+        variables: {'params', 'batch_stats'}.
+        image_size: H and W in pixels.
+        pixels: if given, the network takes uint8 images and normalises them with this mean and std.
+        metadata: the `metadata_props` of the file.
 
     Raises:
         InputError: torch, onnx or onnxscript is not installed, or PyTorch cannot export the network.
@@ -43,17 +43,14 @@ def to_onnx(
     from epsanet_jax.convert import torch_model
 
     model = model.clone(dtype=jnp.float32, param_dtype=jnp.float32)
-    arrays = {
-        k: np.array(v, np.float32 if v.ndim else v.dtype) for k, v in to_torch(variables, model).items()
-    }
+    arrays = {name: np.array(array, np.float32) for name, array in to_torch(variables, model).items()}
     network = torch_model.EPSANet(model)
     network.load_state_dict({name: torch.from_numpy(array) for name, array in arrays.items()})
     if pixels is not None:
         network = torch_model.FromPixels(network, pixels.mean, pixels.std)
-    # Two, because PyTorch takes a batch of one for a constant.
-    example = torch.zeros(
-        2, model.in_channels, image_size, image_size, dtype=torch.float32 if pixels is None else torch.uint8
-    )
+    dtype = torch.float32 if pixels is None else torch.uint8
+    # Two images, because PyTorch would make a batch size of one a constant.
+    example = torch.zeros(2, model.in_channels, image_size, image_size, dtype=dtype)
     with _quiet():
         try:
             program = torch.onnx.export(
@@ -68,14 +65,14 @@ def to_onnx(
         except torch.onnx.errors.OnnxExporterError as e:
             raise InputError(f'PyTorch cannot export this network to ONNX: {one_line(e)}') from e
     content = program.model_proto
-    _forget_where_it_was_made(content)
+    _remove_source_locations(content)
     onnx.helper.set_model_props(content, dict(metadata))
     onnx.checker.check_model(content)
     return content.SerializeToString()
 
 
 def run_onnx(content: bytes, images: np.ndarray) -> np.ndarray:
-    """Runs an ONNX file on images [N, 3, H, W], on the CPU, by onnxruntime, and returns the logits.
+    """Returns the logits that onnxruntime computes on the CPU for images [N, 3, H, W].
 
     Raises:
         InputError: onnxruntime is not installed.
@@ -86,7 +83,7 @@ def run_onnx(content: bytes, images: np.ndarray) -> np.ndarray:
 
 
 def require(name: str) -> Any:
-    """Imports a package that is not everybody's; InputError says how to install it."""
+    """Imports an optional package, or raises an InputError that says how to install it."""
     try:
         return importlib.import_module(name)
     except ImportError as e:
@@ -95,22 +92,22 @@ def require(name: str) -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences what nobody who exports can mend."""
+    """Hides warnings from within PyTorch that a user cannot fix."""
     logger = logging.getLogger('torch.onnx._internal.exporter._registration')
     level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns of torchvision, which is not needed
+    logger.setLevel(logging.ERROR)  # it warns that torchvision is missing, which is not needed
     try:
         with warnings.catch_warnings():
-            # PyTorch's own use of what PyTorch deprecates.
-            text = r'`isinstance\(treespec, LeafSpec\)` is deprecated'
-            warnings.filterwarnings('ignore', text, FutureWarning)
+            warnings.filterwarnings(
+                'ignore', r'`isinstance\(treespec, LeafSpec\)` is deprecated', FutureWarning
+            )
             yield
     finally:
         logger.setLevel(level)
 
 
-def _forget_where_it_was_made(content: Any) -> None:
-    """Takes stack traces out of a graph: they name folders of this machine, and take a lot of room."""
+def _remove_source_locations(content: Any) -> None:
+    """Removes stack traces from a graph: they are large and contain private paths."""
     graph = content.graph
     for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
         del part.metadata_props[:]

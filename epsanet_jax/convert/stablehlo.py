@@ -1,4 +1,4 @@
-"""Networks as StableHLO: files that run with JAX alone, without this package."""
+"""Exports networks to StableHLO: files that need only JAX, not this package."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,30 +27,30 @@ def to_stablehlo(
     pixels: Preprocessing | None = None,
     platforms: Sequence[str] = PLATFORMS,
 ) -> jax_export.Exported:
-    """Exports inference with the weights inside: images [batch, H, W, C] to logits [batch, num_classes].
+    """Exports inference, weights included: images [batch, H, W, C] to logits [batch, num_classes].
 
-    The batch may have any size, and each platform gets the convolutions chosen for it. Their precision is
-    that of `jax.default_matmul_precision` at this call, not where the file is used. BatchNorm is folded into
-    the convolutions (`models.fold_batch_norm`).
+    The batch may have any size. Each platform gets the convolution algorithms chosen for it. Their precision
+    is fixed here, by `jax.default_matmul_precision`. BatchNorm is folded into the convolutions
+    (`models.fold_batch_norm`).
 
     Args:
         model: the network.
-        variables: its parameters and statistics.
-        image_size: H and W, pixels.
+        variables: {'params', 'batch_stats'}.
+        image_size: H and W in pixels.
         pixels: if given, the function takes uint8 images and normalises them with this mean and std;
-            otherwise it takes normalised images, float32 or the network's type if that is wider.
+            otherwise it takes normalised images of float32, or float64 for a float64 network.
         platforms: platforms for `jax.export`.
 
     Returns:
-        The exported function; its `.serialize()` returns the content of a file.
+        The exported function; `.serialize()` gives the content of a file.
 
     Raises:
-        InputError: the network computes in float64 and JAX has float64 switched off.
+        InputError: the network computes in float64, but float64 is disabled in JAX.
     """
     if jnp.dtype(model.dtype) == jnp.float64 and not jax.config.jax_enable_x64:
         raise InputError('exporting a float64 network needs the environment variable JAX_ENABLE_X64=1')
     model, variables = fold_batch_norm(model.clone(remat=False), variables)
-    variables = jax.tree.map(np.asarray, variables)  # the file then has them once
+    variables = jax.tree.map(np.asarray, variables)  # numpy constants are stored once
 
     def epsanet(images: jax.Array) -> jax.Array:
         if pixels is not None:
@@ -65,7 +65,7 @@ def to_stablehlo(
 
 @contextlib.contextmanager
 def _without_source_locations() -> Iterator[None]:
-    """Keeps source locations, which name folders of this machine, out of what is lowered."""
+    """Keeps source locations, which contain private paths, out of lowered modules."""
     option = 'jax_traceback_in_locations_limit'
     before = getattr(jax.config, option)
     jax.config.update(option, 0)

@@ -1,4 +1,4 @@
-"""One table of names, read both ways: the reference's state dict <-> the variables of a model.
+"""Converts between the reference's state dict and the variables of a model, by one table of names.
 
 layer1.0.conv2.conv_3.weight   [O, I, k, k]  <->  params/layer1_0/conv2/conv_3/kernel   [k, k, I, O]
 layer1.0.bn1.weight            [C]           <->  params/layer1_0/bn1/scale             [C]
@@ -20,90 +20,74 @@ from epsanet_jax.errors import InputError
 from epsanet_jax.models.epsanet import EPSANet, abstract_images, abstract_variables
 
 Path = tuple[str, ...]
-_LEAVES = {
-    'kernel': 'weight',
-    'scale': 'weight',
-    'bias': 'bias',
-    'mean': 'running_mean',
-    'var': 'running_var',
-}
+Table = dict[str, tuple[Path, jax.ShapeDtypeStruct]]
+_LEAVES = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
 _COUNTER = 'num_batches_tracked'
-_PREFIXES = ('module.', '_orig_mod.')  # DataParallel's, torch.compile's
-_HEAD = ('fc.weight', 'fc.bias')
+_PREFIXES = ('module.', '_orig_mod.')  # of DataParallel and of torch.compile
 
 
-def name_table(model: EPSANet) -> dict[str, tuple[Path, jax.ShapeDtypeStruct]]:
-    """Returns, for each name of the state dict, the path and shape of its leaf among the variables."""
-    flat = _flatten(abstract_variables(model))
-    return {_torch_name(path): (path, leaf) for path, leaf in flat.items()}
+def name_table(model: EPSANet) -> Table:
+    """Returns name of the state dict -> path, shape and type of the leaf in the variables.
+
+    The names are in the order in which PyTorch registers parameters, and numbers them in optimizers.
+    """
+    flat = {_torch_name(path): (path, leaf) for path, leaf in _flatten(abstract_variables(model)).items()}
+    return {name: flat[name] for name in sorted(flat, key=_rank)}
 
 
 def from_torch(
     state_dict: Mapping[str, Any], model: EPSANet, *, new_head: jax.Array | None = None
 ) -> dict[str, Any]:
-    """Turns a PyTorch state dict into variables for `model.apply`.
+    """Returns the variables for `model.apply`, {'params', 'batch_stats'}, from a PyTorch state dict.
 
-    Prefixes of DataParallel and torch.compile are taken off; `num_batches_tracked` is not needed.
+    Prefixes of DataParallel and torch.compile are removed. `num_batches_tracked` is not needed.
 
     Args:
-        state_dict: name -> tensor or array of any floating-point type; all of the model's names, each once.
-        model: whose variables they become, of the types that `model.init` gives.
-        new_head: a random key, to leave out the state dict's classifier and draw a new one.
-
-    Returns:
-        {'params': ..., 'batch_stats': ...}.
+        state_dict: name -> tensor or array of any floating-point type, for every name of the model.
+        model: the network. The variables get the types that `model.init` gives.
+        new_head: a random key to ignore the classifier in the state dict and draw a new one.
 
     Raises:
-        InputError: names are missing or unexpected, shapes differ, or values are not finite numbers; the one
-            message lists all of them and, where it can, what the state dict would fit.
+        InputError: names are missing or unexpected, shapes differ, or values are not finite. The message
+            lists every problem and, if known, the model that the state dict fits.
     """
     table = name_table(model)
     given = dict(strip_prefix(state_dict))
     if new_head is not None:
-        given = {k: v for k, v in given.items() if k not in _HEAD} | _draw_head(model, new_head)
+        given = {k: v for k, v in given.items() if not k.startswith('fc.')}
+        given |= draw_classifier(model, new_head)
     counters = {name.removesuffix('running_var') + _COUNTER for name in table if name.endswith('running_var')}
     problems = [f'missing {name}' for name in table if name not in given]
     problems += [f'unexpected {name}' for name in given if name not in table and name not in counters]
-    flat = {}
-    for name, (path, leaf) in table.items():
-        if name in given:
-            shape, expected = tuple(getattr(given[name], 'shape', ())), _torch_shape(leaf.shape)
-            array, problem = read_values(name, given[name], leaf.dtype)
-            if shape != expected:
-                problems.append(f'shape {shape} instead of {expected} of {name}')
-            elif array is None or problem:
-                problems.append(f'{problem} in {name}')
-            else:
-                # A copy: on the CPU asarray may share the memory of the tensor, which its owner may change.
-                flat[path] = jnp.array(to_jax_layout(array), copy=True)
-    if problems:
-        raise InputError(_describe(problems, given, model))
+    flat, wrong = read_tensors(given, table)
+    if problems + wrong:
+        raise InputError(_describe(problems + wrong, given, model))
     return traverse_util.unflatten_dict(flat)
 
 
 def to_torch(variables: Mapping[str, Any], model: EPSANet) -> dict[str, np.ndarray]:
-    """Turns variables into a state dict that loads with `strict=True`; the batch counters are zeros.
+    """Returns a state dict that PyTorch loads with `strict=True`. `num_batches_tracked` is zero.
 
     Raises:
-        InputError: the variables are not those of the model.
+        InputError: the variables do not fit the model.
     """
     table = name_table(model)
     flat = _flatten(jax.tree.map(np.asarray, dict(variables)))
-    paths = {path: leaf.shape for path, leaf in table.values()}
+    expected = {path: leaf.shape for path, leaf in table.values()}
     shapes = {path: array.shape for path, array in flat.items()}
-    if shapes != paths:
-        differing = sorted('/'.join(p) for p in {*flat, *paths} if shapes.get(p) != paths.get(p))
+    if shapes != expected:
+        differing = sorted('/'.join(p) for p in {*flat, *expected} if shapes.get(p) != expected.get(p))
         raise InputError(f'the variables do not fit the model: {", ".join(differing)}')
     state_dict = {}
-    for name in torch_order(table):
-        state_dict[name] = to_torch_layout(flat[table[name][0]])
+    for name, (path, _) in table.items():
+        state_dict[name] = to_torch_layout(flat[path])
         if name.endswith('running_var'):
             state_dict[name.removesuffix('running_var') + _COUNTER] = np.zeros((), np.int64)
     return state_dict
 
 
 def strip_prefix(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Takes a wrapper's prefix off the names if all of them have it."""
+    """Removes the prefix of a wrapper if all names have it."""
     while state_dict:
         first = next(iter(state_dict))
         prefix = next((p for p in _PREFIXES if first.startswith(p)), None)
@@ -113,15 +97,10 @@ def strip_prefix(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     return state_dict
 
 
-def torch_order(names: Mapping[str, Any]) -> list[str]:
-    """Sorts names into the order in which PyTorch registers parameters; optimisers number them by it.
-
-    A block's modules come as the reference makes them: conv1, bn1, conv2 (conv_1 .. conv_4, se), bn2,
-    conv3, bn3, se, downsample; in a module weight, bias, running_mean, running_var.
-    """
+def _rank(name: str) -> list[tuple[int, int | str]]:
+    """Returns the sort key of a name, by the order in which the reference defines its modules."""
     leaves = ('weight', 'bias', 'running_mean', 'running_var')
     modules = ('conv1', 'bn1', 'conv2', 'bn2', 'conv3', 'bn3')
-    last = ('downsample', 'fc')
 
     def rank(part: str) -> tuple[int, int | str]:
         if part.isdigit():
@@ -130,13 +109,13 @@ def torch_order(names: Mapping[str, Any]) -> list[str]:
             return 1, leaves.index(part)
         if part in modules:
             return 2, modules.index(part)
-        return (4 if part in last else 3), part
+        return (4 if part in ('downsample', 'fc') else 3), part
 
-    return sorted(names, key=lambda name: [rank(part) for part in name.split('.')])
+    return [rank(part) for part in name.split('.')]
 
 
 def as_numpy(value: Any) -> np.ndarray:
-    """Returns a tensor or array as a numpy array; bfloat16 tensors, which numpy lacks, as float32."""
+    """Returns a tensor or array as a numpy array; bfloat16 tensors become float32."""
     if hasattr(value, 'detach'):
         value = value.detach().cpu()
         value = (value.float() if str(value.dtype) == 'torch.bfloat16' else value).numpy()
@@ -144,12 +123,12 @@ def as_numpy(value: Any) -> np.ndarray:
 
 
 def to_jax_layout(array: np.ndarray) -> np.ndarray:
-    """[O, I, k, k] -> [k, k, I, O], [K, C] -> [C, K]."""
+    """Transposes [O, I, k, k] to [k, k, I, O] and [K, C] to [C, K]."""
     return array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T
 
 
 def to_torch_layout(array: np.ndarray) -> np.ndarray:
-    """[k, k, I, O] -> [O, I, k, k], [C, K] -> [K, C]; a copy, which PyTorch may write to."""
+    """Transposes [k, k, I, O] to [O, I, k, k] and [C, K] to [K, C]; a copy that PyTorch may modify."""
     return np.array(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T, order='C')
 
 
@@ -163,40 +142,48 @@ def _flatten(variables: Mapping[str, Any]) -> dict[Path, Any]:
 
 def _torch_name(path: Path) -> str:
     _, *modules, leaf = path
-    # 'layer1_0' and 'downsample_0' are members of a list in PyTorch; 'conv_1' is a name.
+    # 'layer1_0' and 'downsample_0' are items of a list in PyTorch, but 'conv_1' is an attribute.
     parts = [m.replace('_', '.') if m.startswith(('layer', 'downsample')) else m for m in modules]
-    return '.'.join([*parts, _LEAVES[leaf]])
+    return '.'.join([*parts, _LEAVES.get(leaf, leaf)])
 
 
-def read_values(name: str, value: Any, dtype: Any) -> tuple[np.ndarray | None, str]:
-    """Returns the values as `dtype`, or what is wrong with them."""
+def read_tensors(tensors: Mapping[str, Any], table: Table) -> tuple[dict[Path, jax.Array], list[str]]:
+    """Returns path -> array for the tensors that are in a table, and what is wrong with the others."""
+    flat, problems = {}, []
+    for name, (path, leaf) in table.items():
+        if name in tensors:
+            try:
+                flat[path] = jnp.asarray(to_jax_layout(_read_values(name, tensors[name], leaf)))
+            except InputError as e:
+                problems.append(f'{e} in {name}')
+    return flat, problems
+
+
+def _read_values(name: str, value: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    """Returns a copy of the values with the type of a leaf, or raises InputError."""
     try:
         array = as_numpy(value)
-    except Exception:  # sparse, quantized, float8 and meta tensors each raise something else
-        return None, f'values of a type that cannot be read ({getattr(value, "dtype", type(value).__name__)})'
+    except Exception as e:  # sparse, quantized, float8 and meta tensors raise different errors
+        kind = getattr(value, 'dtype', type(value).__name__)
+        raise InputError(f'values of a type that cannot be read ({kind})') from e
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        return None, f'values of type {array.dtype}'
+        raise InputError(f'values of type {array.dtype}')
+    if array.shape != _torch_shape(leaf.shape):
+        raise InputError(f'shape {array.shape} instead of {_torch_shape(leaf.shape)}')
     with np.errstate(over='ignore'):
-        array = array.astype(dtype)
+        array = array.astype(leaf.dtype)
     if not np.isfinite(array).all():
-        return None, f'values that are not finite as {np.dtype(dtype)}'
+        raise InputError(f'values that are not finite as {leaf.dtype}')
     if name.endswith('running_var') and (array < 0).any():
-        return None, 'negative values'
-    return array, ''
+        raise InputError('negative values')
+    return array
 
 
-def draw_classifier(model: EPSANet, key: jax.Array) -> dict[str, jax.Array]:
-    """Draws 'kernel' [C, K] and 'bias' [K] of a classifier as a new model would."""
+def draw_classifier(model: EPSANet, key: jax.Array) -> dict[str, np.ndarray]:
+    """Draws 'fc.weight' [K, C] and 'fc.bias' [K] as `model.init` does."""
     images = jnp.zeros(abstract_images(model).shape, model.dtype)
-    return jax.jit(lambda k: model.init(k, images)['params']['fc'])(key)
-
-
-def _draw_head(model: EPSANet, key: jax.Array) -> dict[str, np.ndarray]:
-    head = draw_classifier(model, key)
-    return {
-        'fc.weight': to_torch_layout(np.asarray(head['kernel'])),
-        'fc.bias': np.asarray(head['bias']),
-    }
+    fc = jax.jit(lambda k: model.init(k, images)['params']['fc'])(key)
+    return {'fc.weight': to_torch_layout(np.asarray(fc['kernel'])), 'fc.bias': np.asarray(fc['bias'])}
 
 
 def _describe(problems: list[str], given: Mapping[str, Any], model: EPSANet) -> str:
@@ -205,6 +192,4 @@ def _describe(problems: list[str], given: Mapping[str, Any], model: EPSANet) -> 
         different = differences(infer_settings(given), model)
     except InputError:
         return message
-    if different:
-        return f'{message}; its shapes are those of {different}'
-    return message
+    return f'{message}; its shapes are those of {different}' if different else message

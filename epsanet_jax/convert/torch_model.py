@@ -1,6 +1,6 @@
-"""EPSANet in PyTorch, all variants, with the reference's state-dict names: the oracle of the tests.
+"""EPSANet in PyTorch, all variants, with the reference's state-dict names: the tests compare with it.
 
-The only module that imports torch at its top; nothing imports it but who asks for it.
+Only this module imports torch when it is imported. Other modules import it only when they need it.
 """
 
 import math
@@ -12,16 +12,10 @@ from torch import nn
 from epsanet_jax.models.epsanet import STEM_WIDTH
 from epsanet_jax.models.epsanet import EPSANet as JaxEPSANet
 
+Ints = tuple[int, ...]
 
-def _conv(
-    inputs: int,
-    outputs: int,
-    kernel: int,
-    stride: int = 1,
-    groups: int = 1,
-    bias: bool = False,
-    dilation: int = 1,
-):
+
+def _conv(inputs: int, outputs: int, kernel: int, stride=1, groups=1, bias=False, dilation=1) -> nn.Conv2d:
     padding = dilation * (kernel // 2)
     return nn.Conv2d(inputs, outputs, kernel, stride, padding, dilation, groups=groups, bias=bias)
 
@@ -35,7 +29,7 @@ class SEWeightModule(nn.Module):
         self.fc2 = _conv(channels // reduction, channels, 1, bias=True)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns one weight in (0, 1) for each image and channel."""
+        """Returns a weight in (0, 1) for each image and channel."""
         return torch.sigmoid(self.fc2(torch.relu(self.fc1(x.mean(dim=(2, 3), keepdim=True)))))
 
 
@@ -43,14 +37,7 @@ class PSAModule(nn.Module):
     """Pyramid Split Attention: [N, planes, H, W] to [N, planes, H/stride, W/stride]."""
 
     def __init__(
-        self,
-        planes: int,
-        stride: int = 1,
-        kernels: tuple[int, ...] = (3, 5, 7, 9),
-        groups: tuple[int, ...] = (1, 4, 8, 16),
-        reduction: int = 16,
-        bias: bool = False,
-        dilation: int = 1,
+        self, planes: int, stride: int, kernels: Ints, groups: Ints, reduction: int, bias=False, dilation=1
     ):
         super().__init__()
         width = planes // len(kernels)
@@ -60,24 +47,17 @@ class PSAModule(nn.Module):
         self.se = SEWeightModule(width, reduction)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Weighs the branches against each other; the last branch comes first."""
+        """Weights the branches by their attention and concatenates them, the last branch first."""
         branches = [self.get_submodule(name)(x) for name in self.names]
         attention = torch.softmax(torch.stack([self.se(b) for b in branches]), dim=0)
         return torch.cat([b * a for b, a in zip(branches, attention, strict=True)][::-1], dim=1)
 
 
 class EPSABlock(nn.Module):
-    """A bottleneck block whose middle is a PSA module (or, in a ResNet, a 3x3 convolution)."""
+    """A bottleneck block with a PSA module (or, in a ResNet, a 3x3 convolution) in the middle."""
 
     def __init__(
-        self,
-        inputs: int,
-        planes: int,
-        outputs: int,
-        stride: int,
-        downsample: bool,
-        middle: nn.Module,
-        se: nn.Module | None = None,
+        self, inputs: int, planes: int, outputs: int, stride: int, downsample: bool, middle, se=None
     ):
         super().__init__()
         self.conv1, self.bn1 = _conv(inputs, planes, 1), nn.BatchNorm2d(planes)
@@ -99,7 +79,7 @@ class EPSABlock(nn.Module):
 
 
 class EPSANet(nn.Module):
-    """The PyTorch twin of a JAX model: the same settings, and `state_dict` names as the reference's.
+    """The PyTorch twin of a JAX model: the same settings, and the `state_dict` names of the reference.
 
     Args:
         settings: the JAX model, from `epsanet_jax.create_model`.
@@ -150,12 +130,12 @@ class EPSANet(nn.Module):
 
 
 class FromPixels(nn.Module):
-    """A network that takes pictures as they are decoded, and normalises them itself.
+    """A network that takes uint8 images and normalises them.
 
     Args:
         network: maps normalised images [N, 3, H, W] to logits.
-        mean: per channel, of values in 0..1.
-        std: per channel, of values in 0..1.
+        mean: mean of each channel, for values from 0 to 1.
+        std: standard deviation of each channel, for values from 0 to 1.
     """
 
     scale: torch.Tensor
@@ -164,11 +144,10 @@ class FromPixels(nn.Module):
     def __init__(self, network: nn.Module, mean: Sequence[float], std: Sequence[float]):
         super().__init__()
         self.network = network
+        shift = [m / s for m, s in zip(mean, std, strict=True)]
         self.register_buffer('scale', torch.tensor([1 / (255 * s) for s in std])[:, None, None])
-        self.register_buffer(
-            'shift', torch.tensor([m / s for m, s in zip(mean, std, strict=True)])[:, None, None]
-        )
+        self.register_buffer('shift', torch.tensor(shift)[:, None, None])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Maps uint8 pictures [N, 3, H, W] to logits."""
+        """Maps uint8 images [N, 3, H, W] to logits."""
         return self.network(images.float() * self.scale - self.shift)

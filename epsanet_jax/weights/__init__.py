@@ -1,4 +1,4 @@
-"""Weights from any file to one type, `Network`, and back."""
+"""Reads weights of any file type as a `Network`, and writes them."""
 
 from epsanet_jax.weights.files import from_pretrained, load
 from epsanet_jax.weights.hub import save_pretrained

@@ -1,8 +1,9 @@
-"""Networks as files for other programs: StableHLO, ONNX, safetensors, PyTorch, or a folder for the Hub."""
+"""Exports networks for other programs: StableHLO, ONNX, safetensors, PyTorch or a Hub folder."""
 
 import dataclasses
 import json
 import os
+import pathlib
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,15 +25,19 @@ from epsanet_jax.weights import hub
 from epsanet_jax.weights.files import load
 from epsanet_jax.weights.metadata import metadata_of, without_run
 from epsanet_jax.weights.network import Network
-from epsanet_jax.weights.save import convert, describe_model, verify_weights
+from epsanet_jax.weights.save import compare, convert, describe_model, verify_weights
 
 FORMATS = ('stablehlo', 'onnx', 'safetensors', 'torch', 'hub')
-VERIFIED_TO = 1e-4  # of the largest logit; for narrow types, four roundings
+VERIFIED_TO = 1e-4  # relative to the largest logit; for narrow types, four roundings
 _SUFFIXES = {
     '.stablehlo': 'stablehlo',
     '.onnx': 'onnx',
     files.SAFETENSORS_SUFFIX: 'safetensors',
     **dict.fromkeys(files.TORCH_SUFFIXES, 'torch'),
+}
+_INPUTS = {
+    'float': 'RGB images, resized and cropped, (x / 255 - mean) / std',
+    'uint8': 'RGB images, 0 to 255, resized and cropped',
 }
 
 
@@ -41,13 +46,13 @@ class Options:
     """Options of `export`.
 
     Attributes:
-        format: one of `FORMATS`; None: the name of DST decides.
+        format: one of `FORMATS`; None: from the name of the file or folder.
         input: 'float' (normalised images) or 'uint8' (images that the exported function normalises).
-        image_size: pixels; None: the checkpoint's.
-        dtype: type of the computation; None: the checkpoint's.
-        step: which checkpoint of a workdir.
-        no_ema: whether to take a run's weights instead of their moving averages.
-        verify: whether to compare logits before anything is written.
+        image_size: H and W in pixels; None: that of the network.
+        dtype: type of the computation; None: that of the network.
+        step: which checkpoint of a workdir to read: 'latest', 'best' or a number.
+        no_ema: whether to read the weights of a run instead of their moving averages.
+        verify: whether to compare logits before writing.
     """
 
     format: str | None = None
@@ -68,7 +73,7 @@ def export(source: Network | str, dst: str, options: Options | None = None) -> I
         options: format, input and type of the file; None: the defaults.
 
     Raises:
-        InputError: the weights cannot be read, the options do not fit, or DST cannot be written.
+        InputError: the weights cannot be read, an option does not apply, or `dst` cannot be written.
     """
     options = options or Options()
     kind = options.format or _format_of(dst)
@@ -84,8 +89,8 @@ def export(source: Network | str, dst: str, options: Options | None = None) -> I
     if kind == 'hub':
         if options.verify:
             yield verify_weights(network, network.state_dict)
-        hub.write_folder(dst, network)
-        yield f'written: {dst}/, ready for `hf upload` when its README.md is completed'
+        hub.save_pretrained(dst, network)
+        yield f'written: {dst}/; complete its README.md before `hf upload`'
         return
     write = _write_stablehlo if kind == 'stablehlo' else _write_onnx
     yield from write(network, dst, options)
@@ -97,18 +102,16 @@ def _format_of(dst: str) -> str:
         if dst.lower().endswith(suffix):
             return kind
     suffix = os.path.splitext(dst)[1]
-    if re.fullmatch(r'\.[a-z][a-z0-9]*', suffix.lower()):  # a folder may well be called pets-1.2
-        raise InputError(
-            f'{dst}: unknown format {suffix}; use one of {", ".join(_SUFFIXES)}, a folder '
-            f'(without such an ending) or --format={{{",".join(FORMATS)}}}'
-        )
+    if re.fullmatch(r'\.[a-z][a-z0-9]*', suffix.lower()):  # 'pets-1.2' is a folder
+        known = f'{", ".join(_SUFFIXES)}, a folder (without a suffix) or --format={{{",".join(FORMATS)}}}'
+        raise InputError(f'{dst}: unknown format {suffix}; use one of {known}')
     return 'hub'
 
 
 def _check(dst: str, kind: str, options: Options) -> None:
-    """Raises InputError, before any work, if DST cannot be written or an option does not apply."""
+    """Raises InputError if `dst` cannot be written or an option does not apply."""
     if kind in ('safetensors', 'torch') and (known := _format_of(dst)) != kind:
-        raise InputError(f'--format={kind}: {dst} is named as {known}; use the suffix of the format')
+        raise InputError(f'--format={kind}: {dst} has the suffix of {known}; use the suffix of the format')
     for path in (dst, *([f'{dst}.json'] if kind == 'stablehlo' else [])):
         if os.path.lexists(path):
             raise InputError(f'{path} exists; choose another DST')
@@ -118,7 +121,7 @@ def _check(dst: str, kind: str, options: Options) -> None:
         for option in ('image_size', 'dtype', 'input'):
             if getattr(options, option) != getattr(Options(), option):
                 flag = option.replace('_', '-')
-                raise InputError(f'--{flag} is for stablehlo and onnx, not for weights alone ({kind})')
+                raise InputError(f'--{flag} is only for stablehlo and onnx, not for {kind}')
     if kind == 'onnx' and options.dtype not in (None, 'float32'):
         raise InputError(f'--dtype={options.dtype}: ONNX files compute in float32')
     if options.image_size is not None and not MIN_SIZE <= options.image_size <= MAX_SIZE:
@@ -126,7 +129,7 @@ def _check(dst: str, kind: str, options: Options) -> None:
 
 
 def _changed(network: Network, options: Options) -> Network:
-    """Returns a network with another image size or type of computation, and without its run."""
+    """Returns the network with the image size and type of the options, without its training run."""
     model, preprocessing = network.model, network.preprocessing
     if options.image_size is not None:
         preprocessing = preprocessing.scaled_to(options.image_size)
@@ -143,39 +146,37 @@ def _write_stablehlo(network: Network, dst: str, options: Options) -> Iterator[s
     content = bytes(exported.serialize())
     images, logits = exported.in_avals[0], exported.out_avals[0]
     signature = {
-        'input': {
-            'shape': [str(d) for d in images.shape],
-            'dtype': images.dtype.name,
-            'is': _meaning(options),
-        },
-        'output': {'shape': [str(d) for d in logits.shape], 'dtype': logits.dtype.name, 'is': 'logits'},
+        'input': _describe(images, _INPUTS[options.input]),
+        'output': _describe(logits, 'logits'),
         'platforms': list(exported.platforms),
         'jax_version': jax.__version__,
     }
-    yield f'input: {images.dtype.name} {list(images.shape)}, {_meaning(options)}'.replace("'", '')
+    yield f'input: {images.dtype.name} {list(images.shape)}, {_INPUTS[options.input]}'.replace("'", '')
     if options.verify:
         yield _verify(network, options, jax.jit(jax_export.deserialize(bytearray(content)).call))
-    text = json.dumps({**_public(network), **signature}, indent=2) + '\n'
-    _write_new(dst, content)
+    _write(dst, content)
     try:
-        _write_new(f'{dst}.json', text.encode())
+        _write(f'{dst}.json', f'{json.dumps({**_public(network), **signature}, indent=2)}\n'.encode())
     except InputError:
         os.unlink(dst)  # both or neither
         raise
 
 
+def _describe(array: Any, meaning: str) -> dict[str, Any]:
+    return {'shape': [str(d) for d in array.shape], 'dtype': array.dtype.name, 'is': meaning}
+
+
 def _write_onnx(network: Network, dst: str, options: Options) -> Iterator[str]:
     settings = network.preprocessing
     pixels = settings if options.input == 'uint8' else None
-    shown = files.weights_metadata(without_run(_public(network)))
-    shown = {'input': _meaning(options), **shown}
+    shown = {'input': _INPUTS[options.input], **files.weights_metadata(without_run(_public(network)))}
     props = {k: v if isinstance(v, str) else json.dumps(v) for k, v in shown.items()}
     if options.verify:
-        onnx_model.require('onnxruntime')  # before the work
+        onnx_model.require('onnxruntime')  # fails early
     content = onnx_model.to_onnx(network.model, network.variables, settings.image_size, pixels, props)
-    kind, channels = 'float32' if pixels is None else 'uint8', network.model.in_channels
-    size = settings.image_size
-    yield f'input: {kind} [batch, {channels}, {size}, {size}], {_meaning(options)}'
+    kind = 'float32' if pixels is None else 'uint8'
+    channels, size = network.model.in_channels, settings.image_size
+    yield f'input: {kind} [batch, {channels}, {size}, {size}], {_INPUTS[options.input]}'
     if options.verify:
         wide = dataclasses.replace(network, model=network.model.clone(dtype='float32'))
 
@@ -183,39 +184,27 @@ def _write_onnx(network: Network, dst: str, options: Options) -> Iterator[str]:
             return onnx_model.run_onnx(content, np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
 
         yield _verify(wide, options, call)
-    _write_new(dst, content)
-
-
-def _meaning(options: Options) -> str:
-    if options.input == 'uint8':
-        return 'RGB images, 0 to 255, resized and cropped'
-    return 'RGB images, resized and cropped, (x / 255 - mean) / std'
+    _write(dst, content)
 
 
 def _public(network: Network) -> dict[str, Any]:
-    """Returns the metadata for a file: not those of the run, which may name private folders."""
+    """Returns the metadata for a file, without the training run, which may contain private paths."""
     metadata = metadata_of(network)
     return {k: metadata[k] for k in ('package', 'version', 'model', 'class_names', 'preprocessing')}
 
 
 def _verify(network: Network, options: Options, call: Callable[[np.ndarray], Any]) -> str:
-    """Compares the exported logits of two random images with ours, and reports the difference."""
+    """Compares the logits of the export and of JAX for two random images, and returns a report line."""
     settings, model = network.preprocessing, network.model
     shape = (2, settings.image_size, settings.image_size, model.in_channels)
     pixels = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     images = normalize(jnp.asarray(pixels), settings.mean, settings.std, at_least_float32(model.dtype))
     expected = np.asarray(jax.jit(model.apply)(dict(network.variables), images))
     got = np.asarray(call(pixels if options.input == 'uint8' else np.asarray(images)))
-    difference = np.abs(got - expected).max() / np.abs(expected).max()
-    # An export may use other convolutions than two images do here: equal up to rounding.
-    if not difference <= max(VERIFIED_TO, 4 * float(jnp.finfo(model.dtype).eps)):
-        raise InputError(f'--verify: logits differ by {difference:.1e} of the largest; nothing was written')
-    return f'verified: the exported logits and ours differ by {difference:.1e} of the largest'
+    # The export may use other convolution algorithms, so results are equal up to rounding.
+    limit = max(VERIFIED_TO, 4 * float(jnp.finfo(model.dtype).eps))
+    return compare('the export and JAX', got, expected, limit)
 
 
-def _write_new(path: str, content: bytes) -> None:
-    def write(temporary: str) -> None:
-        with open(temporary, 'wb') as f:
-            f.write(content)
-
-    paths.write_atomically(path, write)
+def _write(path: str, content: bytes) -> None:
+    paths.write_atomically(path, lambda temporary: pathlib.Path(temporary).write_bytes(content))

@@ -1,4 +1,4 @@
-"""`load`: a network from whatever its weights are stored in."""
+"""`load`: reads a network from any supported file or folder."""
 
 import dataclasses
 import json
@@ -27,33 +27,35 @@ def load(
     model: ModelConfig | None = None,
     with_checkpoint: bool = False,
 ) -> Network:
-    """Returns the network whose weights are stored at a path.
+    """Returns the network stored at a path.
 
     Args:
-        path: a workdir, a checkpoint in it, a PyTorch or safetensors file, a folder in the layout of Hugging
-            Face's Hub, or 'hf://owner/name' for a repository there (needs `pip install huggingface_hub`).
-        step: which checkpoint of a workdir: 'latest', 'best' or a number.
-        ema: whether to take the moving averages of a run that kept them, instead of the weights themselves.
-        revision: branch, tag or commit of a repository.
-        model: the network of a file without metadata, by name; None: found from the shapes.
-        with_checkpoint: whether to keep the weights under PyTorch's names too, with the optimizer state, for
-            converting them or continuing their training.
+        path: a workdir, a checkpoint in it, a PyTorch or safetensors file, a folder in the layout of the
+            Hugging Face Hub, or 'hf://owner/name' for a Hub repository (`pip install huggingface_hub`).
+        step: which checkpoint of a workdir to read: 'latest', 'best' or a number.
+        ema: whether to read the moving averages, if the run kept them, instead of the weights.
+        revision: branch, tag or commit of a Hub repository.
+        model: the model, for files without metadata; None: inferred from the shapes.
+        with_checkpoint: whether to also keep the weights under PyTorch's names and the optimizer state, for
+            converting the weights or continuing their training.
 
     Raises:
-        InputError: nothing is stored there, or it is damaged, or not a network of this package.
+        InputError: the path does not exist, or its content is damaged or not a network of this package.
     """
     path = os.fspath(path)
     if path.startswith(hub.SCHEME):
         path = hub.download(path.removeprefix(hub.SCHEME), revision)
     elif revision is not None:
-        raise InputError(f'revision={revision} is for a repository of the Hub, not for {path}')
+        raise InputError(f'revision={revision} is only for Hub repositories, not for {path}')
     if not is_weights_file(path):
         from epsanet_jax.weights import orbax  # slow to import
 
         network = orbax.load(path, step, ema, with_checkpoint)
         return network if model is None else _renamed(network, model.name)
     if step != 'latest' or not ema:
-        raise InputError(f'{path} holds one set of weights: there is no step and no moving average to choose')
+        raise InputError(
+            f'{path} has one set of weights: remove the choice of a step or of no moving averages'
+        )
     content = read_checkpoint(path)
     content = dataclasses.replace(content, state_dict=strip_prefix(content.state_dict))
     metadata = _metadata(content, path, model)
@@ -71,32 +73,32 @@ def load(
 
 
 def from_pretrained(folder_or_repository: str | os.PathLike[str], revision: str | None = None) -> Network:
-    """Reads a folder that `save_pretrained` or `epsanet export` wrote, or a repository of the Hub.
+    """Returns the network in a folder of `save_pretrained` or `epsanet export`, or in a Hub repository.
 
     Args:
-        folder_or_repository: a folder, or 'owner/name' for the Hub (needs `pip install huggingface_hub`).
+        folder_or_repository: a folder, or 'owner/name' on the Hub (needs `pip install huggingface_hub`).
         revision: branch, tag or commit of the repository.
 
     Raises:
-        InputError: there is no such folder or repository, or its files are damaged or of another network.
+        InputError: the folder or repository does not exist, or its files are damaged or of another package.
     """
     folder = os.path.expanduser(folder_or_repository)
     if not os.path.isdir(folder):
         return load(f'{hub.SCHEME}{folder.removeprefix(hub.SCHEME)}', revision=revision)
     if not hub_folder.is_hub_folder(folder):
         raise InputError(
-            f'{folder} holds no {hub_folder.WEIGHTS}; epsanet export CHECKPOINT FOLDER writes such folders'
+            f'{folder} has no {hub_folder.WEIGHTS}: write it with epsanet export CHECKPOINT FOLDER'
         )
     return load(folder)
 
 
 def as_network(network: Network | str | os.PathLike[str]) -> Network:
-    """Returns a network as it is, or loads it from a path."""
+    """Returns a given network, or loads it from a path."""
     return network if isinstance(network, Network) else load(network)
 
 
 def _metadata(content: Checkpoint, path: str, model: ModelConfig | None) -> dict[str, Any]:
-    """Returns the metadata in a file, or what its shapes say."""
+    """Returns the metadata of a file, or metadata inferred from its shapes."""
     if 'epsanet_jax' in content.metadata:
         try:
             return json.loads(content.metadata['epsanet_jax'])
@@ -107,12 +109,12 @@ def _metadata(content: Checkpoint, path: str, model: ModelConfig | None) -> dict
     except InputError as e:
         if model is None:
             raise InputError(f'{path}: {e}') from e
-        config = model  # `from_torch` then lists every name that does not fit
+        config = model  # `from_torch` will list every name that does not fit
     return make_metadata(config, (), Preprocessing())
 
 
 def renamed(config: ModelConfig, name: str) -> ModelConfig:
-    """Returns a configuration with the structure of another variant, and its other settings kept."""
+    """Returns a configuration with the structure of another variant and the other settings unchanged."""
     if name == config.name:
         return config
     keep = {'psa_bias'} if get_variant(name).middle == 'psa' else set()
@@ -121,10 +123,9 @@ def renamed(config: ModelConfig, name: str) -> ModelConfig:
 
 
 def _renamed(network: Network, name: str) -> Network:
-    config = renamed(model_config(network.source.metadata['model']), name)
+    metadata = network.source.metadata
+    config = renamed(model_config(metadata['model']), name)
     model = build_model(config)
-    source = dataclasses.replace(
-        network.source, metadata={**network.source.metadata, 'model': dataclasses.asdict(config)}
-    )
+    source = dataclasses.replace(network.source, metadata={**metadata, 'model': dataclasses.asdict(config)})
     variables = from_torch(network.state_dict, model)
     return dataclasses.replace(network, model=model, variables=variables, source=source)

@@ -1,7 +1,8 @@
-"""Folders in the layout of Hugging Face's Hub: writing them, and fetching repositories."""
+"""Writes folders in the layout of the Hugging Face Hub, and downloads repositories from it."""
 
 import json
 import os
+import pathlib
 import re
 import shutil
 import tempfile
@@ -17,7 +18,6 @@ from epsanet_jax.weights.metadata import metadata_of, read_metadata, without_run
 from epsanet_jax.weights.network import Network
 
 SCHEME = 'hf://'
-_REPOSITORY = r'[\w.-]+/[\w.-]+'
 
 
 def save_pretrained(
@@ -30,17 +30,18 @@ def save_pretrained(
     license: str = '',
     description: str = '',
 ) -> None:
-    """Writes config.json, model.safetensors (PyTorch's names and layouts) and a card, README.md.
+    """Writes config.json, model.safetensors (PyTorch's names and layouts) and a model card, README.md.
+
+    The configuration of the training run is left out, because it may contain private paths.
 
     Args:
-        folder: a new one.
-        network: with its weights; or a model, followed by its variables, class names and preprocessing.
-        variables: parameters and statistics of a model.
-        class_names: names in the order of the model's logits.
-        preprocessing: what images go through before the model; None: the reference's, for ImageNet.
-        license: of the weights, as the Hub names it ('mit'); if empty, the card asks you to fill it in.
-        description: for the card: what the network was trained on and how well it does. The card claims
-            nothing else.
+        folder: a new folder.
+        network: a network, or a model with the next three arguments.
+        variables: {'params', 'batch_stats'} of the model.
+        class_names: class names in the order of the logits.
+        preprocessing: how to prepare images for the model; None: that of the reference, for ImageNet.
+        license: license of the weights, as the Hub writes it ('mit'); if empty, the card has a placeholder.
+        description: text for the card: the training data and the accuracy. The card states no results itself.
 
     Raises:
         InputError: the folder exists or cannot be written, or the arguments do not fit together.
@@ -53,25 +54,15 @@ def save_pretrained(
     classes = network.model.num_classes
     if network.class_names and len(network.class_names) != classes:
         raise InputError(f'the model has {classes} classes, but {len(network.class_names)} names were given')
-    read_metadata(metadata_of(network), folder)  # so that what is written can be read
-    write_folder(folder, network, license, description)
+    metadata = without_run(metadata_of(network))
+    read_metadata(metadata, folder)  # only valid metadata are written
+    _write_folder(folder, network, metadata, _card(metadata, license, description))
 
 
-def write_folder(folder: str, network: Network, license: str = '', description: str = '') -> None:
-    """Writes the files of a network under a temporary name and renames the folder.
-
-    Args:
-        folder: a new one.
-        network: to write; the configuration of its run is left out.
-        license: for the card.
-        description: for the card.
-
-    Raises:
-        InputError: the folder exists or cannot be written.
-    """
+def _write_folder(folder: str, network: Network, metadata: Mapping[str, Any], card: str) -> None:
+    """Writes the files into a temporary folder and renames it."""
     if os.path.lexists(folder):
         raise InputError(f'{folder} exists; choose another name')
-    metadata = without_run(metadata_of(network))
     parent, name = os.path.split(os.path.abspath(folder))
     temporary = None
     try:
@@ -80,11 +71,9 @@ def write_folder(folder: str, network: Network, license: str = '', description: 
         state_dict = to_torch(network.variables, network.model)
         files.write_safetensors(weights, state_dict, files.weights_metadata(metadata))
         config = json.dumps(hub_folder.to_config(metadata), indent=2, ensure_ascii=False)
-        texts = {hub_folder.CONFIG: f'{config}\n', hub_folder.CARD: _card(metadata, license, description)}
-        for file, text in texts.items():
-            with open(os.path.join(temporary, file), 'w', encoding='utf-8') as f:
-                f.write(text)
-        os.chmod(temporary, os.stat(weights).st_mode | 0o111)  # mkdtemp's folders are for their owner alone
+        pathlib.Path(temporary, hub_folder.CONFIG).write_text(f'{config}\n', 'utf-8')
+        pathlib.Path(temporary, hub_folder.CARD).write_text(card, 'utf-8')
+        os.chmod(temporary, os.stat(weights).st_mode | 0o111)  # mkdtemp denies access to others
         os.rename(temporary, folder)
     except OSError as e:
         raise InputError(f'cannot write {folder}: {e.strerror or e}') from e
@@ -105,14 +94,14 @@ tags:
 - jax
 - flax
 - pytorch
-{f'license: {license}' if license else '# license: (of these weights; fill in)'}
+{f'license: {license}' if license else '# license: (fill in the license of these weights)'}
 ---
 
 # {name}, {metadata['model']['num_classes']} classes
 
-{description or '(Fill in: what it was trained on, how well it does and what it is for.)'}
+{description or '(Fill in: training data, accuracy and intended use.)'}
 
-An [EPSANet](https://arxiv.org/abs/2105.14447) of epsanet_jax {metadata['version']}. In JAX:
+An [EPSANet](https://arxiv.org/abs/2105.14447), saved by epsanet_jax {metadata['version']}. In JAX:
 
 ```python
 import epsanet_jax
@@ -124,9 +113,9 @@ logits = network.model.apply(network.variables, images)  # [N, {metadata['model'
 `images` are float32 [N, {size}, {size}, 3]: RGB images with the shorter side resized to
 {shown['resize_size']} pixels, cropped at the centre and normalised: (x / 255 - mean) / std with
 mean {shown['mean']} and std {shown['std']}.
-`network.class_names` are the names of the classes, if they are known.
+`network.class_names` are the names of the classes, if known.
 
-`model.safetensors` holds PyTorch's names and layouts:
+`model.safetensors` has PyTorch's names and layouts:
 
 ```python
 import epsanet_jax, safetensors.torch
@@ -139,28 +128,23 @@ model.load_state_dict(safetensors.torch.load_file('model.safetensors'))
 
 
 def download(repository: str, revision: str | None = None) -> str:
-    """Returns the folder with a repository's files, which are fetched if the Hub's cache lacks them.
-
-    Args:
-        repository: 'owner/name'.
-        revision: branch, tag or commit.
+    """Returns the local folder of a repository 'owner/name', after downloading it if the cache lacks it.
 
     Raises:
-        InputError: this is not a repository's name, huggingface_hub is missing, or the Hub has no such one.
+        InputError: the name is invalid, huggingface_hub is not installed, or the Hub has no such repository.
     """
-    if not re.fullmatch(_REPOSITORY, repository):
-        raise InputError(f"no such folder, and not the name of a repository 'owner/name': {repository}")
+    if not re.fullmatch(r'[\w.-]+/[\w.-]+', repository):
+        raise InputError(f"no such folder, and not the name of a Hub repository ('owner/name'): {repository}")
     try:
         import huggingface_hub
     except ImportError as e:
-        raise InputError(
-            f'no such folder: {repository}; to fetch it from the Hub: pip install huggingface_hub'
-        ) from e
+        advice = 'to download it from the Hub: pip install huggingface_hub'
+        raise InputError(f'no such folder: {repository}; {advice}') from e
     try:
         wanted = [hub_folder.CONFIG, hub_folder.WEIGHTS, hub_folder.CARD]
         folder = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted)
-    except (OSError, ValueError) as e:  # the Hub's errors are one or the other
-        raise InputError(f'no such folder, and the Hub does not have {repository}: {one_line(e)}') from e
+    except (OSError, ValueError) as e:  # all errors of huggingface_hub are one of these
+        raise InputError(f'no such folder, and cannot download {repository}: {one_line(e)}') from e
     if not hub_folder.is_hub_folder(folder):
-        raise InputError(f'{repository} holds no {hub_folder.WEIGHTS}')
+        raise InputError(f'the Hub repository {repository} has no {hub_folder.WEIGHTS}')
     return folder

@@ -1,4 +1,4 @@
-"""What is stored with weights: everything that their use needs, as JSON."""
+"""The metadata stored with weights, as JSON: model, class names, preprocessing and training run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,15 +20,15 @@ def make_metadata(
     config: dict[str, Any] | None = None,
     identity: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Returns the metadata of weights, as JSON can hold them.
+    """Returns the metadata of weights, ready for JSON.
 
     Args:
-        model: with the number of classes.
-        class_names: in the order of the outputs; empty if they are not known. Outputs without a class are
-            named by their numbers.
-        preprocessing: what images go through before the network.
-        config: configuration of the run that made the weights, as nested dicts.
-        identity: what identifies that run.
+        model: configuration of the model, with the number of classes.
+        class_names: class names in the order of the outputs; empty if unknown. Further outputs are named
+            by their numbers.
+        preprocessing: how to prepare images for the network.
+        config: configuration of the training run, as nested dicts.
+        identity: identity of the training run.
     """
     return {
         'package': PACKAGE,
@@ -42,19 +42,19 @@ def make_metadata(
 
 
 def metadata_of(network: Network) -> dict[str, Any]:
-    """Returns the metadata to store with a network: those that it was read with, brought up to date."""
+    """Returns the metadata to store with a network: the stored ones, updated to its current settings."""
     stored = network.source.metadata
     made = make_metadata(_config_of(network), network.class_names, network.preprocessing)
     return {**made, **{k: v for k, v in stored.items() if k not in ('model', 'class_names', 'preprocessing')}}
 
 
 def without_run(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns metadata without the run's configuration, which may name private folders."""
+    """Returns metadata without the configuration of the run, which may contain private paths."""
     return {**metadata, 'config': None, 'identity': None}
 
 
 def _config_of(network: Network) -> ModelConfig:
-    """Returns the model's configuration: the stored one if it still describes the network."""
+    """Returns the configuration of the model: the stored one if it still fits."""
     if 'model' in network.source.metadata:
         config = model_config(network.source.metadata['model'])
         same = build_model(config)
@@ -65,31 +65,30 @@ def _config_of(network: Network) -> ModelConfig:
 
 
 def name_outputs(class_names: Sequence[str], num_classes: int) -> list[str]:
-    """Returns a name for each output, numbers for those beyond the classes; nothing if there are no names."""
+    """Returns a name for each output, a number for each output beyond the names; [] without names."""
     return [*class_names, *(str(i) for i in range(len(class_names), num_classes) if class_names)]
 
 
 def read_metadata(metadata: Any, place: str) -> tuple[ModelConfig, tuple[str, ...], Preprocessing]:
-    """Returns model, class names and preprocessing from the metadata of a file, which may hold anything.
-
-    Args:
-        metadata: content of the file.
-        place: name of the file for messages.
+    """Returns model, class names and preprocessing from the untrusted metadata of a file named `place`.
 
     Raises:
-        InputError: they are not what `make_metadata` returns.
+        InputError: the metadata are not those of `make_metadata`.
     """
     if not isinstance(metadata, dict) or metadata.get('package') != PACKAGE:
         raise InputError(f'{place} is not a checkpoint of epsanet_jax')
     try:
         model = model_config(metadata['model'])
         check_types(model)
+        build_model(model)  # checks the settings
         names, config = metadata['class_names'], metadata['config']
         preprocessing = preprocessing_from_json(metadata['preprocessing'])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise InputError('class_names must be a list of names')
         if len(names) > model.num_classes:
-            raise InputError(f'class_names has {len(names)} names for {model.num_classes} classes')
+            raise InputError(
+                f'class_names has {len(names)} names, but the model has {model.num_classes} classes'
+            )
         if config is not None and not all(isinstance(config[k], dict) for k in ('data', 'optimizer')):
             raise InputError('the configuration has no data or optimizer section')
     except (KeyError, TypeError, AttributeError, ValueError) as e:

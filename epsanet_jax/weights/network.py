@@ -1,14 +1,13 @@
-"""A network with its weights and everything that their use needs."""
+"""`Network`: a model with its weights and everything needed to use them."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from epsanet_jax.convert.files import Checkpoint
-from epsanet_jax.convert.state_dict import draw_classifier, to_torch, to_torch_layout
+from epsanet_jax.convert.state_dict import draw_classifier, to_jax_layout, to_torch
 from epsanet_jax.data.preprocessing import Preprocessing
 from epsanet_jax.models.epsanet import EPSANet
 
@@ -18,13 +17,13 @@ class Source:
     """Where the weights of a network come from.
 
     Attributes:
-        path: file or folder that they were read from; '' for weights made in memory.
-        step: training step at which a run saved them; 0 for weights that are not of a run.
-        averaged: whether they are the moving averages that a run kept.
-        metadata: everything that was stored with them, see `weights.metadata`.
-        checkpoint: the same weights under PyTorch's names, with the optimizer state and the epoch; None
-            unless `load` was asked for it.
-        no_optimizer: why `checkpoint` lacks the optimizer state of a run; '' if it has it or is of no run.
+        path: file or folder of the weights; '' for weights made in memory.
+        step: training step of the weights; 0 if they are not from a training run.
+        averaged: whether the weights are the moving averages of a training run.
+        metadata: everything stored with the weights, see `weights.metadata`.
+        checkpoint: the same weights under PyTorch's names, with optimizer state and epoch; only with
+            `load(..., with_checkpoint=True)`.
+        no_optimizer: why `checkpoint` lacks the optimizer state of a training run; otherwise ''.
     """
 
     path: str = ''
@@ -36,19 +35,19 @@ class Source:
 
     @property
     def config(self) -> dict[str, Any] | None:
-        """The configuration of the run, as nested dicts; None for weights that are not of a run."""
+        """The configuration of the training run, as nested dicts; None without a run."""
         return self.metadata.get('config')
 
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A network with its weights and everything that their use needs.
+    """A model with its weights and everything needed to use them.
 
     Attributes:
-        model: `model.apply(variables, images)` returns the logits.
+        model: the model; `model.apply(variables, images)` returns logits.
         variables: {'params', 'batch_stats'}.
-        class_names: in the order of the logits; empty if they are not known.
-        preprocessing: what images go through before the network.
+        class_names: class names in the order of the logits; empty if unknown.
+        preprocessing: how to prepare images for the model.
         source: where the weights come from.
     """
 
@@ -60,30 +59,29 @@ class Network:
 
     @property
     def labels(self) -> list[str]:
-        """A name for each output: the class names, or the numbers if they are not known."""
+        """A name for each output: the class names or, if they are unknown, the numbers."""
         return list(self.class_names) or [str(i) for i in range(self.model.num_classes)]
 
     @property
     def state_dict(self) -> Mapping[str, Any]:
-        """The weights under PyTorch's names: as they were read if they were kept, else converted."""
-        checkpoint = self.source.checkpoint
-        return to_torch(self.variables, self.model) if checkpoint is None else checkpoint.state_dict
+        """The weights under PyTorch's names: the original tensors if they were kept, otherwise converted."""
+        return self.checkpoint.state_dict
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The weights under PyTorch's names, with optimizer state and epoch if they were kept."""
+        return self.source.checkpoint or Checkpoint(to_torch(self.variables, self.model))
 
 
 def with_new_classifier(network: Network, num_classes: int, key: jax.Array) -> Network:
-    """Returns the network with a newly drawn classifier, and without what belonged to the old one.
-
-    Args:
-        network: with or without a classifier.
-        num_classes: outputs of the new classifier.
-        key: random key that it is drawn from.
-    """
+    """Returns the network with a new random classifier, without the old class names and optimizer state."""
     model = network.model.clone(num_classes=num_classes)
-    params = {**network.variables['params'], 'fc': jax.tree.map(np.asarray, draw_classifier(model, key))}
+    drawn = draw_classifier(model, key)
+    fc = {'kernel': to_jax_layout(drawn['fc.weight']).copy(), 'bias': drawn['fc.bias']}
+    variables = {**network.variables, 'params': {**network.variables['params'], 'fc': fc}}
     metadata = {**network.source.metadata, 'config': None, 'identity': None}
     checkpoint = network.source.checkpoint
     if checkpoint is not None:
-        drawn = {'fc.weight': to_torch_layout(params['fc']['kernel']), 'fc.bias': params['fc']['bias']}
         checkpoint = Checkpoint({**checkpoint.state_dict, **drawn}, arch=checkpoint.arch)
     source = dataclasses.replace(network.source, metadata=metadata, checkpoint=checkpoint)
-    return Network(model, {**network.variables, 'params': params}, (), network.preprocessing, source)
+    return Network(model, variables, (), network.preprocessing, source)

@@ -1,6 +1,6 @@
-"""Orbax checkpoints of runs and of weights alone: reading one for use onto one device, and writing weights.
+"""Orbax checkpoints: reads those of runs and of weights onto one device, and writes those of weights.
 
-`training.checkpoint` is the other half: a run's own checkpoints. Nothing else knows Orbax.
+`training.checkpoint` writes and restores the checkpoints of runs. No other module uses Orbax.
 """
 
 import dataclasses
@@ -9,7 +9,6 @@ import os
 import sys
 import warnings
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -32,10 +31,10 @@ _LOGGERS = (absl_logging.get_absl_logger(), logging.getLogger('asyncio'))
 
 
 def save_weights(folder: str, variables: Mapping[str, Any], metadata: dict[str, Any]) -> None:
-    """Writes a checkpoint of weights alone, as step 0, under a temporary name and renames it.
+    """Writes a checkpoint of weights without a run, as step 0, to a temporary folder and renames it.
 
     Raises:
-        InputError: `folder` exists, or cannot be written.
+        InputError: the folder exists or cannot be written.
     """
     path = resolve(folder)
     if path.exists():
@@ -54,38 +53,23 @@ def save_weights(folder: str, variables: Mapping[str, Any], metadata: dict[str, 
             temporary.rmtree()
 
 
-def load(
-    path: str,
-    step: str = 'latest',
-    ema: bool = True,
-    with_checkpoint: bool = False,
-) -> Network:
-    """Reads a checkpoint for use, onto one device.
-
-    Args:
-        path: a workdir, its folder 'checkpoints', or one checkpoint in it.
-        step: 'latest', 'best' (by top-1) or a number, if the path leaves the choice.
-        ema: whether to take the moving averages if the run kept them.
-        with_checkpoint: whether to keep the weights under PyTorch's names too, with SGD's momentum.
-
-    Raises:
-        InputError: there is no such checkpoint, or it is not one of this package.
-    """
+def load(path: str, step: str = 'latest', ema: bool = True, with_checkpoint: bool = False) -> Network:
+    """Reads a workdir, its folder 'checkpoints' or a checkpoint in it onto one device; see `weights.load`."""
     folder, number = _locate(resolve(path), step)
     try:
         with FirstErrorOnly():
             network, momentum = _restore(folder, number, step, ema, with_checkpoint)
     except InputError:
         raise
-    except Exception as e:  # damaged files make Orbax raise anything
-        raise InputError(f'no readable checkpoint in {folder}: {one_line(e)}') from e
+    except Exception as e:  # for damaged files Orbax raises almost any type of exception
+        raise InputError(f'cannot read the checkpoint in {folder}: {one_line(e)}') from e
     return _with_checkpoint(network, momentum) if with_checkpoint else network
 
 
 def _restore(
     folder: epath.Path, number: int | None, step: str, ema: bool, with_momentum: bool
 ) -> tuple[Network, Any]:
-    """Returns the network, and SGD's momentum or None."""
+    """Returns the network and SGD's momentum, or None for the momentum."""
     options = ocp.CheckpointManagerOptions(best_fn=best_by, best_mode='max', create=False)
     with ocp.CheckpointManager(folder, options=options) as manager:
         steps = sorted(manager.all_steps())
@@ -95,7 +79,7 @@ def _restore(
             number = manager.best_step()
         number = steps[-1] if number is None else number
         if number not in steps:
-            raise InputError(f'no checkpoint of step {number} in {folder}; there are {steps}')
+            raise InputError(f'no checkpoint of step {number} in {folder}; existing steps: {steps}')
         place = folder / str(number)
         metadata = manager.restore(number, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))
         metadata = metadata['metadata']
@@ -103,17 +87,18 @@ def _restore(
         model = build_model(config)
         abstract = _on_one_device(abstract_variables(model))
         weights = 'ema' if ema and (place / 'ema').exists() else 'model'
+        source = Source(str(place), number, weights == 'ema', metadata)
         items = {weights: ocp.args.StandardRestore(abstract)}
         read = manager.restore(number, args=ocp.args.Composite(**items))
+    usable = source.config is not None and not _no_optimizer(source)
     momentum = None
-    if with_momentum and _has_momentum(metadata['config']) and (place / 'optimizer').exists():
+    if with_momentum and usable and (place / 'optimizer').exists():
         momentum = _read_momentum(place / 'optimizer')
-    source = Source(str(place), number, weights == 'ema', metadata)
     return Network(model, read[weights], class_names, preprocessing, source), momentum
 
 
 def _read_momentum(folder: epath.Path) -> Any:
-    """Returns the momentum buffers of an optimizer state, a tree like the parameters, or None."""
+    """Returns the momentum buffers of an optimizer state as a tree like the parameters, or None."""
     with ocp.StandardCheckpointer() as checkpointer:
         stored: Any = checkpointer.metadata(folder)
         abstract = _on_one_device(dict(stored.item_metadata.tree))
@@ -121,7 +106,7 @@ def _read_momentum(folder: epath.Path) -> Any:
 
 
 def _find(tree: Any, key: str) -> Any:
-    """Returns the first subtree with that key, or None."""
+    """Returns the first subtree under a key, or None."""
     if not isinstance(tree, Mapping | list | tuple):
         return None
     if isinstance(tree, Mapping) and key in tree:
@@ -130,21 +115,15 @@ def _find(tree: Any, key: str) -> Any:
     return next((found for child in below if (found := _find(child, key)) is not None), None)
 
 
-def _has_momentum(config: dict[str, Any] | None) -> bool:
-    """Whether a run's optimizer keeps what PyTorch's SGD keeps."""
-    return config is not None and config['optimizer'].get('name', 'sgd') == 'sgd' and not config.get('freeze')
-
-
 def _with_checkpoint(network: Network, momentum: Any) -> Network:
-    """Adds the weights under PyTorch's names, and the optimizer state that goes with them."""
-    metadata, optimizer = network.source.metadata, None
-    config, reason = metadata['config'], _no_optimizer(network.source)
-    if momentum is not None and config is not None and not reason:
+    """Adds the weights under PyTorch's names and the optimizer state."""
+    metadata, config, optimizer = network.source.metadata, network.source.config, None
+    if momentum is not None and config is not None:
         try:
             group = {k: config['optimizer'][k] for k in ('momentum', 'weight_decay', 'nesterov')}
             group['lr'] = metadata.get('lr', config['optimizer']['lr'])
         except KeyError as e:
-            raise InputError(f'{network.source.path}: the configuration has no optimizer.{e.args[0]}') from e
+            raise InputError(f'{network.source.path}: the configuration lacks optimizer.{e.args[0]}') from e
         optimizer = momentum_to_torch(momentum, network.model, group)
     checkpoint = Checkpoint(
         to_torch(network.variables, network.model),
@@ -152,7 +131,9 @@ def _with_checkpoint(network: Network, momentum: Any) -> Network:
         optimizer=optimizer,
         arch=metadata['model']['name'],
     )
-    source = dataclasses.replace(network.source, checkpoint=checkpoint, no_optimizer=reason)
+    source = dataclasses.replace(
+        network.source, checkpoint=checkpoint, no_optimizer=_no_optimizer(network.source)
+    )
     return dataclasses.replace(network, source=source)
 
 
@@ -162,13 +143,13 @@ def _no_optimizer(source: Source) -> str:
         return ''
     optimizer = source.config['optimizer']
     if source.averaged:
-        return 'it belongs to the weights themselves, not to their moving averages (--no-ema)'
+        return 'it belongs to the weights, not to their moving averages: use --no-ema'
     if optimizer.get('name', 'sgd') != 'sgd':
         return f'it belongs to {optimizer["name"]}'
     if source.config.get('freeze'):
         return f'parameters are frozen ({source.config["freeze"]})'
     if not optimizer.get('decay_norm_and_bias', True):
-        return 'weight decay leaves out BatchNorm and biases'
+        return 'BatchNorm and biases have no weight decay'
     return ''
 
 
@@ -178,7 +159,7 @@ def _on_one_device(abstract: Any) -> Any:
 
 
 def _locate(path: epath.Path, step: str) -> tuple[epath.Path, int | None]:
-    """Returns the folder of checkpoints that a path means, and the step if path or `step` name one."""
+    """Returns the folder of checkpoints of a path, and the step if the path or `step` names one."""
     if not path.exists():
         raise InputError(f'no such checkpoint: {path}')
     is_number = step.isascii() and step.isdecimal()
@@ -192,16 +173,15 @@ def _locate(path: epath.Path, step: str) -> tuple[epath.Path, int | None]:
     if (path / CHECKPOINTS).is_dir():
         return path / CHECKPOINTS, number
     if not path.is_dir():
-        raise InputError(f'{path} is not a checkpoint: expected a workdir or a folder in its {CHECKPOINTS}/')
+        raise InputError(f'{path} is not a checkpoint: expected a workdir or a folder in {CHECKPOINTS}/')
     return path, number
 
 
 class FirstErrorOnly:
-    """Keeps the errors that follow from the first one in Orbax from being printed.
+    """Suppresses the messages that follow the first error in Orbax.
 
-    Orbax handles all arrays at once in an event loop, which the first failure closes. The other arrays then
-    fail because the loop is closed, or were never started, or raise errors that nobody collects, in other
-    threads and as long as the process lives. Each thread also logs the final error with a traceback.
+    Orbax reads all arrays in one event loop, which the first error closes. The other arrays then fail too, in
+    other threads and until the process ends, and log tracebacks.
     """
 
     def __enter__(self) -> None:
@@ -210,10 +190,8 @@ class FirstErrorOnly:
         for logger in _LOGGERS:
             logger.addFilter(_not_of_orbax)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        if error is not None:  # late errors may still come: keep hook and filters
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if error is not None:  # later errors may follow: keep hook and filters
             warnings.filterwarnings('ignore', r"coroutine '.*' was never awaited", RuntimeWarning)
             return
         sys.unraisablehook = self._hook
@@ -226,5 +204,5 @@ class FirstErrorOnly:
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
-    nobody_asked = record.name == 'asyncio' and 'exception was never retrieved' in record.getMessage()
-    return not nobody_asked and '/orbax/' not in record.pathname
+    uncollected = record.name == 'asyncio' and 'exception was never retrieved' in record.getMessage()
+    return not uncollected and '/orbax/' not in record.pathname

@@ -1,4 +1,4 @@
-"""Weights from one kind of file to another, and the comparison of logits with PyTorch's."""
+"""Converts weights between file types, and compares logits with PyTorch."""
 
 import dataclasses
 import os
@@ -19,7 +19,7 @@ from epsanet_jax.weights.files import load
 from epsanet_jax.weights.metadata import metadata_of
 from epsanet_jax.weights.network import Network, with_new_classifier
 
-VERIFIED_TO = 1e-5  # of the largest logit; float32 rounding gives about 2e-6 at 224 px
+VERIFIED_TO = 1e-5  # relative to the largest logit; float32 rounding gives about 2e-6 at 224 px
 _OTHER_SUFFIXES = ('.ckpt', '.bin', '.safetensor', '.tar', '.pkl', '.h5', '.npz', '.onnx', '.tmp', '.zip')
 
 
@@ -35,16 +35,16 @@ def convert(
     """Converts weights and yields the lines of a report.
 
     Args:
-        src: a network, a PyTorch or safetensors file, a workdir or a checkpoint.
-        dst: .pth.tar, .pth, .pt, .safetensors, or a new folder for an Orbax checkpoint.
-        name: of the model; None: found from the metadata or the shapes.
-        num_classes: of the classifier; one of another size is replaced by a new one.
-        step: which checkpoint of a workdir.
-        verify: whether to compare logits with PyTorch's before anything is written.
-        ema: whether to take the moving averages if a run kept them.
+        src: a network, or the path of its weights, see `load`.
+        dst: a .pth.tar, .pth, .pt or .safetensors file, or a new folder for an Orbax checkpoint.
+        name: name of the model; None: from the metadata or the shapes.
+        num_classes: number of classes; a classifier of another size is replaced by a new one.
+        step: which checkpoint of a workdir to read: 'latest', 'best' or a number.
+        verify: whether to compare logits with PyTorch before writing.
+        ema: whether to read the moving averages, if the run kept them.
 
     Raises:
-        InputError: SRC cannot be read or does not fit the model, or DST cannot be written.
+        InputError: `src` cannot be read or does not fit the model, or `dst` cannot be written.
     """
     dst = dst.rstrip('/') or dst
     src_name = src.source.path if isinstance(src, Network) else src
@@ -56,9 +56,9 @@ def convert(
     else:
         named = None if name is None else ModelConfig(name=name, num_classes=num_classes or 1000)
         network = load(src, step, ema, model=named, with_checkpoint=True)
-    content, old = _content(network), network.model.num_classes
+    content, old = network.checkpoint, network.model.num_classes
     if not (num_classes or old):
-        raise InputError(f'{src_name} holds no classifier; --num-classes=N draws a new one')
+        raise InputError(f'{src_name} has no classifier: use --num-classes=N to draw a new one')
     replaced = num_classes is not None and num_classes != old
     if replaced:
         network = with_new_classifier(network, num_classes or 0, jax.random.key(0))
@@ -68,33 +68,32 @@ def convert(
     yield from _report(network, content, dst, replaced)
     if verify:
         yield verify_weights(network, content.state_dict)
-    written, lost = _optimizer_for(dst, _content(network), network.model)
+    written, lost = _optimizer_for(dst, network.checkpoint, network.model)
     write(dst, network, written)
     if lost or (replaced and content.optimizer is not None):
         yield f'dropped: the optimizer state{lost}'
     yield f'written: {dst}'
 
 
-def _content(network: Network) -> files.Checkpoint:
-    """Returns the weights under PyTorch's names, with what a file keeps beside them."""
-    return network.source.checkpoint or files.Checkpoint(network.state_dict)
-
-
 def _report(network: Network, content: files.Checkpoint, dst: str, replaced: bool) -> Iterator[str]:
-    """Yields what was converted, and what DST cannot hold."""
-    model, variables = network.model, network.variables
-    parameters, statistics = (
-        sum(leaf.size for leaf in jax.tree.leaves(variables[part])) for part in ('params', 'batch_stats')
-    )
-    yield f'{parameters:,} parameters and {statistics:,} BatchNorm statistics converted'
-    yield from _losses(content.state_dict, replaced, model)
+    """Yields lines on what is converted, and on what `dst` cannot store."""
+    model = network.model
+    sizes = {k: sum(leaf.size for leaf in jax.tree.leaves(tree)) for k, tree in network.variables.items()}
+    yield f'{sizes["params"]:,} parameters and {sizes["batch_stats"]:,} BatchNorm statistics converted'
+    counters = sum(name.endswith('num_batches_tracked') for name in content.state_dict)
+    if counters:
+        yield f'dropped: {counters} batch counters (num_batches_tracked)'
+    if replaced:
+        old = (*getattr(content.state_dict.get('fc.weight'), 'shape', ()), 'no')[0]
+        yield f'dropped: the classifier of {old} classes; a new one of {model.num_classes} classes is drawn'
+    yield from _changed_types(content.state_dict, model)
     if network.source.no_optimizer:
         yield f'dropped: the optimizer state: {network.source.no_optimizer}'
     epoch = content.epoch or 0
     if epoch != round(epoch) and dst.lower().endswith('.pth.tar'):
-        yield f'lost: epoch {epoch:.4g}: .pth.tar files hold whole epochs, here {round(epoch)}'
+        yield f'lost: epoch {epoch:.4g}: .pth.tar files store whole epochs, here {round(epoch)}'
     if model.output_stride != 32 and dst.lower().endswith(files.TORCH_SUFFIXES):
-        yield f'lost: output_stride {model.output_stride}, which PyTorch files do not keep'
+        yield f'lost: output_stride {model.output_stride}, which PyTorch files do not store'
 
 
 def _check_destination(src: str, dst: str) -> None:
@@ -103,24 +102,20 @@ def _check_destination(src: str, dst: str) -> None:
     if os.path.exists(src) and os.path.exists(dst) and os.path.samefile(src, dst):
         raise InputError(f'SRC and DST are the same file: {src}')
     if not os.path.isdir(os.path.dirname(os.path.abspath(dst))):
-        raise InputError(f'cannot write {dst}: there is no such folder')
+        raise InputError(f'cannot write {dst}: its folder does not exist')
     suffix = os.path.splitext(dst)[1]
     if suffix.lower() in _OTHER_SUFFIXES and not files.is_weights_file(dst):
-        known = ', '.join((*files.TORCH_SUFFIXES, files.SAFETENSORS_SUFFIX))
-        raise InputError(
-            f'{dst}: cannot write {suffix} files, only {known} or a folder (without such an ending)'
-        )
+        known = ', '.join(files.SUFFIXES)
+        raise InputError(f'{dst}: cannot write {suffix} files, only {known} or a folder (without a suffix)')
 
 
 def _optimizer_for(dst: str, content: files.Checkpoint, model: EPSANet) -> tuple[files.Checkpoint, str]:
-    """Returns the content with the optimizer renumbered for DST, or without it and why."""
+    """Returns the content with the optimizer state for `dst`, and why that state is dropped or ''."""
     if content.optimizer is None:
         return content, ''
     if not dst.lower().endswith('.pth.tar'):
-        return (
-            content,
-            ', which only .pth.tar holds; train on from SRC itself with --config.init_optimizer=True',
-        )
+        advice = 'to continue training, use SRC with --config.init_optimizer=True'
+        return content, f', which only .pth.tar files store; {advice}'
     try:
         sgd = parse_sgd(content.optimizer)
         momentum = momentum_from_torch(content.optimizer, content.state_dict, model)
@@ -140,39 +135,26 @@ def _kind(content: files.Checkpoint) -> str:
 
 
 def describe_model(network: Network) -> str:
-    """Returns the name of a network, its number of classes and its changes from the variant of that name."""
+    """Returns the name of a network, its number of classes and its differences from that variant."""
     settings = metadata_of(network)['model']
     default = dataclasses.asdict(ModelConfig(name=settings['name'], num_classes=settings['num_classes']))
     changed = ''.join(f', {k} {v}' for k, v in settings.items() if v != default[k])
     return f'{settings["name"]}, {settings["num_classes"]} classes{changed}'
 
 
-def _losses(state_dict: Mapping[str, Any], replaced: bool, model: EPSANet) -> Iterator[str]:
-    counters = sum(name.endswith('num_batches_tracked') for name in state_dict)
-    if counters:
-        yield f'dropped: {counters} batch counters (num_batches_tracked)'
-    if replaced:
-        old = (*getattr(state_dict.get('fc.weight'), 'shape', ()), 'no')[0]
-        yield f'dropped: the classifier of {old} classes; a new one of {model.num_classes} is drawn'
+def _changed_types(state_dict: Mapping[str, Any], model: EPSANet) -> Iterator[str]:
     types: dict[str, set[str]] = {}
     for name, (_, leaf) in name_table(model).items():
         if name in state_dict:
-            theirs = str(state_dict[name].dtype).removeprefix('torch.')
-            types.setdefault(str(leaf.dtype), set()).add(theirs)
-    for ours, theirs in types.items():
-        if theirs - {ours}:
-            yield f'converted to {ours}: tensors of type {", ".join(sorted(theirs - {ours}))}'
+            stored = str(state_dict[name].dtype).removeprefix('torch.')
+            types.setdefault(str(leaf.dtype), set()).add(stored)
+    for dtype, stored in types.items():
+        if other := sorted(stored - {dtype}):
+            yield f'converted to {dtype}: tensors of type {", ".join(other)}'
 
 
 def verify_weights(network: Network, state_dict: Mapping[str, Any]) -> str:
-    """Compares PyTorch's logits, computed with the tensors of a file, with JAX's.
-
-    Args:
-        network: the network.
-        state_dict: the tensors, under PyTorch's names.
-
-    Returns:
-        The largest difference, as a line of a report.
+    """Compares the logits of JAX for two images with those of PyTorch for a state dict; returns a line.
 
     Raises:
         InputError: PyTorch is not installed, or the logits differ.
@@ -191,36 +173,41 @@ def verify_weights(network: Network, state_dict: Mapping[str, Any]) -> str:
     ours = to_torch(variables, model)
     source = {k: as_numpy(state_dict[k]) if k in state_dict else v for k, v in ours.items()}
     source |= {k: ours[k] for k in ours if source[k].shape != ours[k].shape}  # a new classifier
-    twin.load_state_dict({k: torch.from_numpy(np.array(v, ours[k].dtype)) for k, v in source.items()})
+    twin.load_state_dict({k: torch.from_numpy(np.array(v, np.float32)) for k, v in source.items()})
     with torch.no_grad():
         expected = twin(torch.from_numpy(images).permute(0, 3, 1, 2)).numpy()
     with jax.default_matmul_precision('highest'):
         logits = np.asarray(jax.jit(model.apply)(variables, images))
+    return compare('PyTorch and JAX', logits, expected, VERIFIED_TO)
+
+
+def compare(names: str, logits: np.ndarray, expected: np.ndarray, limit: float) -> str:
+    """Returns a line with the largest difference of logits, relative to the largest logit.
+
+    Raises:
+        InputError: the difference exceeds `limit`.
+    """
     largest = np.abs(expected).max()
     difference = np.abs(logits - expected).max() / largest
-    if not difference <= VERIFIED_TO:
-        raise InputError(
-            f'--verify: logits differ by {difference:.1e} of the largest, {largest:.3g}; nothing was written'
-        )
-    return f'verified: logits of PyTorch and JAX differ by {difference:.1e} of the largest, {largest:.3g}'
+    shown = f'logits of {names} differ by {difference:.1e} of the largest, {largest:.3g}'
+    if not difference <= limit:
+        raise InputError(f'--verify: {shown}; nothing was written')
+    return f'verified: {shown}'
 
 
 def write(dst: str, network: Network, content: files.Checkpoint | None = None) -> None:
-    """Writes a network as the kind of file that its name says, or as an Orbax checkpoint.
+    """Writes a network to a file, whose type is given by its suffix, or as an Orbax checkpoint.
 
     Args:
-        dst: .pth.tar, .pth, .pt, .safetensors, or a new folder.
-        network: to write.
+        dst: a .pth.tar, .pth, .pt or .safetensors file, or a new folder for an Orbax checkpoint.
+        network: the network.
         content: epoch, arch, best top-1 and optimizer state for .pth.tar files.
 
     Raises:
-        InputError: it cannot be written.
+        InputError: `dst` cannot be written.
     """
-    lower, state_dict, metadata = (
-        dst.lower(),
-        to_torch(network.variables, network.model),
-        metadata_of(network),
-    )
+    lower, metadata = dst.lower(), metadata_of(network)
+    state_dict = to_torch(network.variables, network.model)
     if lower.endswith('.pth.tar'):
         content = content or files.Checkpoint({})
         rest: dict[str, Any] = {

@@ -1,0 +1,26 @@
+"""A small network as PyTorch saves it, and the check of a command that fails."""
+
+import numpy as np
+import small
+import torch
+from command import run
+
+from epsanet_jax.convert import to_torch
+
+NET = small.model()
+VARIABLES = small.random_variables(NET, dtype=np.float32)
+STATE_DICT = {k: torch.from_numpy(v) for k, v in to_torch(VARIABLES, NET).items()}
+REFERENCE = {
+    'epoch': 31,
+    'arch': 'epsanet50',
+    'best_prec1': torch.tensor(12.5),
+    'state_dict': {f'module.{k}': v for k, v in STATE_DICT.items()},
+}
+
+
+def assert_refused(capsys, *arguments, part=''):
+    status, _, err = run(capsys, *arguments)
+    assert status == 2, err
+    assert err.startswith('error: ')
+    assert err.count('\n') == 1
+    assert part in err
