@@ -132,8 +132,8 @@ def _unreadable(path: str, error: OSError) -> str:
     return f'{path}: cannot {kind}: {error.strerror or one_line(error)}'
 
 
-def no_image(where: str, root: str, skipped: Sequence[str]) -> str:
-    """Returns the message that a place below a folder holds no image, and what was skipped in the folder."""
+def no_image(where: str, root: str = '', skipped: Sequence[str] = ()) -> str:
+    """Returns the message that a place holds no image, and what was skipped below the folder `root`."""
     reason = f'; {skipped_line(root, skipped)}' if skipped else ''
     return f'{where} holds no image ({" ".join(IMAGE_EXTENSIONS)}){reason}'
 

@@ -103,12 +103,8 @@ def _list_split(root: str, split: str, skipped: list[str]) -> list[Item]:
 
 
 def _list_classes(folder: str, on_skipped: Callable[[str], object]) -> list[Item]:
-    class_names = next(walk(folder)).folders
-    tars = sorted(
-        name
-        for name in os.listdir(folder)
-        if name.endswith('.tar') and not os.path.isdir(os.path.join(folder, name))
-    )
+    class_names, names = next(walk(folder)).folders, sorted(os.listdir(folder))
+    tars = [n for n in names if n.endswith('.tar') and not os.path.isdir(os.path.join(folder, n))]
     if class_names and tars:
         raise InputError(
             f'{folder} holds folders ({class_names[0]} ...) and tars ({tars[0]} ...): move one kind elsewhere'
@@ -116,22 +112,19 @@ def _list_classes(folder: str, on_skipped: Callable[[str], object]) -> list[Item
     if class_names:
         return archives.list_folder(folder, on_skipped)
     if not tars:
-        _refuse_compressed(folder, sorted(os.listdir(folder)))
+        _refuse_compressed(folder, names)
         raise InputError(
             f'no class folders in {folder}: expected one folder of images per class, or one tar per class'
         )
-    return archives.in_order(
-        item for tar in tars for item in archives.list_tar_of_class(os.path.join(folder, tar))
-    )
+    items = [item for tar in tars for item in archives.list_tar_of_class(os.path.join(folder, tar))]
+    return sorted(items, key=archives.order)
 
 
 def _refuse_compressed(folder: str, names: list[str]) -> None:
     for name in names:
         if _COMPRESSED_TAR.fullmatch(name):
-            raise InputError(
-                f'{os.path.join(folder, name)} is compressed, which prevents random access: '
-                'decompress it first'
-            )
+            path = os.path.join(folder, name)
+            raise InputError(f'{path} is compressed, which prevents random access: decompress it first')
 
 
 def _class_names(splits: dict[str, list[Item]]) -> tuple[str, ...]:
@@ -143,10 +136,7 @@ def _class_names(splits: dict[str, list[Item]]) -> tuple[str, ...]:
             raise InputError(f'{split!r} has classes that train lacks: {some(unknown)}')
     for name in names:
         # A line of label.labels.txt holds the name; a name that is not UTF-8 has surrogates.
-        if (
-            name != name.strip()
-            or {'\n', '\r'} & set(name)
-            or name.encode(errors='ignore') != os.fsencode(name)
-        ):
+        is_utf8 = name.encode(errors='ignore') == os.fsencode(name)
+        if name != name.strip() or {'\n', '\r'} & set(name) or not is_utf8:
             raise InputError(f'the class name {name!r} cannot be stored as a line of text: rename the class')
     return tuple(names)
