@@ -1,7 +1,9 @@
 """Decodes image files of any format to RGB, and refuses damaged ones with a reason."""
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -33,6 +35,15 @@ class BadImageError(InputError):
     """An image cannot be decoded."""
 
 
+def reason_of(error: BadImageError | OSError) -> str:
+    """Returns why an image cannot be read or decoded."""
+    return (
+        str(error)
+        if isinstance(error, BadImageError)
+        else f'cannot read the image: {error.strerror or error}'
+    )
+
+
 class Reduced:
     """A JPEG image that is decoded when a crop is taken, at the lowest resolution that the crop needs.
 
@@ -59,8 +70,7 @@ class Reduced:
             with _bad_image_errors():
                 self._image.load()
         self._orientation = orientation_of(self._image) if exif_orientation else 1
-        sizes = self._image.size if self._orientation < 5 else self._image.size[::-1]
-        self.width, self.height = sizes
+        self.width, self.height = self._image.size if self._orientation < 5 else self._image.size[::-1]
 
     def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
         """Returns the crop (left, top, right, bottom), possibly at a lower resolution.
@@ -94,8 +104,7 @@ def decode(image: bytes | np.ndarray, exif_orientation: bool = True) -> Image.Im
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
-    rgb = _plain_jpeg(image)
-    if rgb is not None:
+    if (rgb := _plain_jpeg(image)) is not None:
         return rgb
     with _bad_image_errors():
         opened = open_image(image)
@@ -138,9 +147,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _plain_jpeg(image: bytes) -> Image.Image | None:
     """Decodes a complete gray or colour JPEG without EXIF with simplejpeg; returns None for other files."""
-    if simplejpeg is None or not image.startswith(b'\xff\xd8\xff') or b'Exif\0' in image[:_EXIF_WITHIN]:
-        return None
-    if not image.endswith(_EOI):
+    complete = image.startswith(b'\xff\xd8\xff') and image.endswith(_EOI)
+    if simplejpeg is None or not complete or b'Exif\0' in image[:_EXIF_WITHIN]:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
@@ -170,17 +178,16 @@ def _rotated(image: Image.Image, orientation: int) -> Image.Image:
     return image if orientation == 1 else image.transpose(_ORIENTATIONS[orientation])
 
 
-class _bad_image_errors:  # noqa: N801 (a context manager)
+@contextlib.contextmanager
+def _bad_image_errors() -> Iterator[None]:
     """Raises the errors of Pillow as BadImageError with a message of one line."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
-        if not isinstance(error, Exception) or isinstance(error, BadImageError):
-            return
-        # Pillow raises OSError, ValueError, SyntaxError, struct.error, ...
-        reason = 'not a known image format' if isinstance(error, UnidentifiedImageError) else one_line(error)
-        raise BadImageError(f'cannot decode the image: {reason}') from error
+    try:
+        yield
+    except BadImageError:
+        raise
+    except Exception as e:  # Pillow raises OSError, ValueError, SyntaxError, struct.error, ...
+        reason = 'not a known image format' if isinstance(e, UnidentifiedImageError) else one_line(e)
+        raise BadImageError(f'cannot decode the image: {reason}') from e
 
 
 def _is_complete(jpeg: bytes) -> bool:

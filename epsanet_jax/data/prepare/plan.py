@@ -3,10 +3,11 @@
 import bisect
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -130,12 +131,17 @@ def make_shards(folder: str, listing: Listing, shard_bytes: int | None) -> list[
         starts = {split: _starts(items, shard_bytes) for split, items in listing.splits.items()}
         plan = {**identity, 'starts': starts}
         shards.write_json(path, plan)
-    labels = {name: label for label, name in enumerate(listing.class_names)}
-    return [
-        _shard(listing, split, items, labels, f'{index:05d}-of-{len(plan["starts"][split]) + 1:05d}')
-        for split in listing.splits
-        for index, items in enumerate(_cut(listing.splits[split], plan['starts'][split]))
-    ]
+    labels, made = {name: label for label, name in enumerate(listing.class_names)}, []
+    for split, items in listing.splits.items():
+        starts = plan['starts'][split]
+        cuts = [bisect.bisect_left(items, tuple(start), key=archives.order) for start in starts]
+        for index, (begin, end) in enumerate(itertools.pairwise([0, *cuts, len(items)])):
+            file_name = f'{listing.name}-{split}.array_record-{index:05d}-of-{len(starts) + 1:05d}'
+            own = tuple(items[begin:end])
+            own_labels = tuple(labels[item.class_name] for item in own)
+            names, digest = tuple(map(listing.name_of, own)), _digest([file_name], own, own_labels)
+            made.append(Shard(split, file_name, own, own_labels, names, digest))
+    return made
 
 
 def _starts(items: list[Item], shard_bytes: int | None) -> list[tuple[str, ...]]:
@@ -151,34 +157,15 @@ def _starts(items: list[Item], shard_bytes: int | None) -> list[tuple[str, ...]]
     return starts
 
 
-def _cut(items: list[Item], starts: list[list[str]]) -> Iterator[list[Item]]:
-    cuts = [bisect.bisect_left(items, tuple(start), key=archives.order) for start in starts]
-    for begin, end in zip([0, *cuts], [*cuts, len(items)], strict=True):
-        yield items[begin:end]
-
-
-def _shard(listing: Listing, split: str, items: list[Item], labels: dict[str, int], number: str) -> Shard:
-    own = tuple(labels[item.class_name] for item in items)
-    file_name = f'{listing.name}-{split}.array_record-{number}'
-    return Shard(
-        split,
-        file_name,
-        tuple(items),
-        own,
-        tuple(listing.name_of(item) for item in items),
-        _digest([file_name], items, own),
-    )
-
-
 def digest_of(listing: Listing) -> str:
     """Returns a digest of the names, classes, sizes and times of all images, in order."""
     parts = [listing.name, *listing.class_names, '']
     for split, items in listing.splits.items():
         parts.append(_digest([split], items, [0] * len(items)))
-    return _digest(parts, [], [])
+    return _digest(parts)
 
 
-def _digest(parts: list[str], items: list[Item], labels: Any) -> str:
+def _digest(parts: list[str], items: Sequence[Item] = (), labels: Sequence[int] = ()) -> str:
     digest = hashlib.sha256(json.dumps(parts).encode())
     for item, label in zip(items, labels, strict=True):
         digest.update(json.dumps([item.name, item.class_name, item.size, item.mtime, label]).encode())
