@@ -51,12 +51,12 @@ class Reduced:
     those of the whole image resized.
 
     Args:
-        image: the bytes of a file; other formats than JPEG are decoded whole, immediately.
-        least: smallest height and width of a decoded crop in pixels, if the crop has as many in the image.
+        image: the bytes of a file; formats other than JPEG are decoded whole and immediately.
+        least: least height and width of a decoded crop in pixels; smaller crops are not reduced.
         exif_orientation: see `decode`.
 
     Raises:
-        BadImageError: see `open_image`; for other formats than JPEG also `decode`.
+        BadImageError: see `open_image`, and `decode` for formats other than JPEG.
 
     Attributes:
         width: width of the whole image in pixels.
@@ -80,10 +80,10 @@ class Reduced:
         """
         times = min(box[2] - box[0], box[3] - box[1]) // self._least
         with _bad_image_errors():
-            if times > 1:  # otherwise, and for other formats, the whole image is decoded
+            if times > 1:  # without effect for formats other than JPEG
                 self._image.draft(None, (self._image.width // times, self._image.height // times))
             self._image.load()
-            rgb = _rotated(to_rgb(self._image), self._orientation)
+            rgb = _upright_rgb(self._image, self._orientation)
         x, y = rgb.width / self.width, rgb.height / self.height
         left, top = int(box[0] * x), int(box[1] * y)
         return rgb.crop((left, top, max(left + 1, round(box[2] * x)), max(top + 1, round(box[3] * y))))
@@ -109,7 +109,7 @@ def decode(image: bytes | np.ndarray, exif_orientation: bool = True) -> Image.Im
     with _bad_image_errors():
         opened = open_image(image)
         opened.load()
-        return _rotated(to_rgb(opened), orientation_of(opened) if exif_orientation else 1)
+        return _upright_rgb(opened, orientation_of(opened) if exif_orientation else 1)
 
 
 def open_image(image: bytes) -> Image.Image:
@@ -127,12 +127,13 @@ def open_image(image: bytes) -> Image.Image:
         return opened
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts a loaded image of any mode to RGB.
+def _upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
+    """Converts a loaded image of any mode to RGB, and rotates it."""
+    rgb = _rgb(image)
+    return rgb if orientation == 1 else rgb.transpose(_ORIENTATIONS[orientation])
 
-    Raises:
-        BadImageError: the values have no known range.
-    """
+
+def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith('I'):  # Pillow's conversion of 16 bits saturates to white
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() >= 2**16:
@@ -172,10 +173,6 @@ def orientation_of(image: Image.Image) -> int:
     except Exception:  # Pillow raises SyntaxError, struct.error, ... for invalid metadata
         return 1
     return orientation if orientation in _ORIENTATIONS else 1
-
-
-def _rotated(image: Image.Image, orientation: int) -> Image.Image:
-    return image if orientation == 1 else image.transpose(_ORIENTATIONS[orientation])
 
 
 @contextlib.contextmanager

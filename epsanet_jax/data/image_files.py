@@ -50,9 +50,7 @@ def check_paths(paths: Sequence[str], without: str | None = None) -> None:
 
 
 def find_images(
-    paths: Sequence[str],
-    on_bad: OnBad = lambda message: None,
-    without: str | None = None,
+    paths: Sequence[str], on_bad: OnBad = lambda message: None, without: str | None = None
 ) -> Iterator[ImageFile]:
     """Yields the given files, whatever their names, and the images in and below the given folders.
 
@@ -78,8 +76,7 @@ def skipped_lines(paths: Sequence[str], without: str | None = None) -> list[str]
 
 def _skipped(folder: str, without: str | None) -> list[str]:
     skipped: list[str] = []
-    for _ in walk(folder, lambda message: None, skipped.append, without):
-        pass
+    collections.deque(walk(folder, lambda message: None, skipped.append, without), maxlen=0)
     return skipped
 
 

@@ -45,14 +45,11 @@ class Source(Protocol):
 class ImageFolder:
     """A folder with one folder of images per class, in the layout and order of torchvision.
 
-    Classes are numbered in the order of their sorted names. The images of a class are all image files below
-    its folder, in the order of `walk.walk`. The fingerprint depends on the relative paths alone.
-
-    Args:
-        root: path of the folder, on a local disk.
+    The labels follow the sorted names of the classes. The images of a class are all image files below its
+    folder, in the order of `walk.walk`. The fingerprint depends only on the relative paths.
 
     Attributes:
-        root: path of the folder.
+        root: path of the folder, on a local disk.
         files: path of each image relative to the root.
         labels: label of each image.
         skipped: 'PATH: reason' for each entry that is skipped, see `walk.walk`.
@@ -118,10 +115,8 @@ class Tfds:
         self._name = f'{name}[{split}]'
         features = builder.info.features
         pair = builder.info.supervised_keys or ('image', 'label')
-        kinds = (tfds.features.Image, tfds.features.ClassLabel)
-        if len(pair) != 2 or not all(
-            key in features and type(features[key]) is kind for key, kind in zip(pair, kinds, strict=True)
-        ):
+        kinds = [type(features[key]) for key in pair if key in features]
+        if kinds != [tfds.features.Image, tfds.features.ClassLabel]:
             raise InputError(f'TFDS dataset {name!r} has no pair of image and class label: {list(features)}')
         self._image, self._label = pair
         try:

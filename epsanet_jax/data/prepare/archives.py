@@ -21,23 +21,14 @@ _COMPRESSED = {
 
 
 class Item(NamedTuple):
-    """An image that is not read yet: a file, or a member of a tar.
+    """An image that is not read yet: a file, or a member of a tar."""
 
-    Attributes:
-        container: path of the tar, or of the folder that `name` is relative to.
-        name: name that the record keeps; CLASS/FILE, except in ImageNet's tars.
-        class_name: name of the class.
-        size: size in bytes.
-        mtime: time of the last change in nanoseconds, from the file system or the tar.
-        offset: position of the member's first byte in the tar; -1 for a file.
-    """
-
-    container: str
-    name: str
+    container: str  # path of the tar, or of the folder that `name` is relative to
+    name: str  # name that the record keeps; CLASS/FILE, except in ImageNet's tars
     class_name: str
-    size: int
-    mtime: int
-    offset: int = -1
+    size: int  # bytes
+    mtime: int  # time of the last change in nanoseconds, from the file system or the tar
+    offset: int = -1  # position of the member's first byte in the tar; -1 for a file
 
 
 def order(item: Item) -> tuple[str, str, str]:
@@ -46,15 +37,7 @@ def order(item: Item) -> tuple[str, str, str]:
 
 
 def list_folder(root: str, on_skipped: Callable[[str], object]) -> list[Item]:
-    """Lists the images of a folder of class folders.
-
-    Args:
-        root: path of the folder.
-        on_skipped: see `walk.walk`.
-
-    Raises:
-        InputError: see `sources.ImageFolder`.
-    """
+    """Lists the images of a folder of class folders, see `sources.ImageFolder` and `walk.walk`."""
     folder, items = ImageFolder(root), []
     for message in folder.skipped:
         on_skipped(message)

@@ -20,7 +20,7 @@ from epsanet_jax.data.prepare.layouts import Listing
 from epsanet_jax.data.prepare.shards import Shard, Written
 from epsanet_jax.data.walk import skipped_line
 from epsanet_jax.data.worker import handling
-from epsanet_jax.errors import InputError, Interrupted, one_line
+from epsanet_jax.errors import InputError, Interrupted, one_line, some
 
 _DESCRIPTION = ('dataset_info.json', 'features.json', 'label.labels.txt')
 _SKIPPED, _CHECKSUMS = 'skipped.txt', 'checksums.sha256'
@@ -28,40 +28,24 @@ _SKIPPED, _CHECKSUMS = 'skipped.txt', 'checksums.sha256'
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Counts of a split.
+    """Counts of a split."""
 
-    Attributes:
-        kept: images kept byte for byte.
-        converted: images converted to JPEG.
-        skipped: images left out because they cannot be decoded.
-        bytes: total size of the files.
-        shards: number of files.
-    """
-
-    kept: int
-    converted: int
-    skipped: int
-    bytes: int
-    shards: int
+    kept: int  # images kept byte for byte
+    converted: int  # images converted to JPEG
+    skipped: int  # images left out because they cannot be decoded
+    bytes: int  # total size of the files
+    shards: int  # files
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A finished dataset.
+    """A finished dataset."""
 
-    Attributes:
-        folder: path of the dataset.
-        name: name of the dataset in TFDS.
-        splits: counts of each split.
-        images: number of images that this call processed; 0 if the dataset existed already.
-        seconds: duration of this call.
-    """
-
-    folder: str
-    name: str
+    folder: str  # path of the dataset
+    name: str  # name of the dataset in TFDS
     splits: Mapping[str, Counts]
-    images: int
-    seconds: float
+    images: int  # number of images that this call processed; 0 if the dataset existed already
+    seconds: float  # duration of this call
 
 
 def prepare(
@@ -97,12 +81,10 @@ def prepare(
             listing = layouts.list_source(source, labels)
             listing = dataclasses.replace(listing, name=name or listing.name)
             if listing.left_alone:
-                more = ' ...' if listing.left_alone[5:] else ''
-                _report(f'not used: {", ".join(listing.left_alone[:5])}{more}')
+                _report(f'not used: {some(listing.left_alone)}')
             if listing.skipped:
                 _report(skipped_line(source, listing.skipped))
-            report = plan.read_report(folder, listing)
-            if report is not None:
+            if (report := plan.read_report(folder, listing)) is not None:
                 splits = {split: Counts(**counts) for split, counts in report['splits'].items()}
                 return Prepared(folder, listing.name, splits, 0, 0.0)
             with plan.locked(folder):
@@ -132,9 +114,8 @@ def describe(prepared: Prepared) -> list[str]:
         lines.append(f'{prepared.folder} exists already; nothing was done')
     validation = [split for split in prepared.splits if split != 'train']
     if 'train' in prepared.splits and validation:
-        recipe, usual = ('image_folder', 'val')
-        if prepared.name == 'imagenet2012':
-            recipe, usual = ('imagenet', 'validation')
+        imagenet = prepared.name == 'imagenet2012'
+        recipe, usual = ('imagenet', 'validation') if imagenet else ('image_folder', 'val')
         split = '' if usual in validation else f' --config.data.eval_split={validation[0]}'
         lines.append(
             f'train on it: python train.py --config=configs/{recipe}.py --config.data.source=records '
@@ -148,7 +129,7 @@ def _write(
 ) -> tuple[dict[str, Written], int]:
     """Writes the missing shards; returns the result of every shard by file name, and the number of images."""
     found = {part.file_name: plan.read_written(folder, part, on_bad) for part in parts}
-    written = {name: record for name, record in found.items() if record is not None}
+    written = {name: record for name, record in found.items() if record}
     missing = [part for part in parts if part.file_name not in written]
     images = sum(len(part.items) for part in missing)
     for part in missing:  # of images that have changed
@@ -175,7 +156,7 @@ def _write(
 
 
 def _finish(
-    parts: list[Shard], written: dict[str, Written], listing: Listing, folder: str
+    parts: list[Shard], written: Mapping[str, Written], listing: Listing, folder: str
 ) -> dict[str, Counts]:
     """Writes the metadata, the report and the checksums, and removes the progress folder."""
     import tensorflow_datasets as tfds

@@ -1,8 +1,8 @@
 """ImageNet as it is distributed: ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
 
 The labels of the validation images are synsets, in the order of the sorted file names; TFDS has the list.
-The class numbers of the development kit of ILSVRC2012 are not accepted: TFDS, torchvision and this package
-number the sorted synsets, the kit has another order, and with the wrong numbers the accuracy is about 0 %.
+The class numbers of the ILSVRC2012 development kit are not accepted: TFDS, torchvision and this package
+number the sorted synsets, and the kit uses another order. With wrong numbers the accuracy is about 0 %.
 """
 
 import os
@@ -18,14 +18,11 @@ _MOST_BYTES = 64 * 2**20  # of a list of labels
 
 
 def list_tars(root: str, labels: str | None) -> dict[str, list[Item]]:
-    """Lists the images of ImageNet's tars in a folder.
+    """Lists the images of 'train' and 'validation', for each of ImageNet's tars that a folder holds.
 
     Args:
-        root: folder that holds one or both tars.
+        root: path of the folder.
         labels: list of the labels of the validation images, see `read_labels`; None: the list of TFDS.
-
-    Returns:
-        The images of 'train' and of 'validation', for each tar that the folder holds.
 
     Raises:
         InputError: a tar is damaged or not ImageNet's, or the labels do not fit the images.
@@ -80,13 +77,10 @@ def _labels_of_tfds() -> str:
 
 
 def read_labels(path: str) -> list[str]:
-    """Returns the synset of each validation image, in the order of the sorted file names.
-
-    Args:
-        path: text file with one synset per line.
+    """Returns the synset of each validation image from a text file with one synset per line.
 
     Raises:
-        InputError: the file cannot be read, or holds anything but synsets.
+        InputError: the file cannot be read, or a line is not a synset.
     """
     try:
         with open(path, 'rb') as f:

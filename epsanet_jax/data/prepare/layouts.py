@@ -18,23 +18,14 @@ _COMPRESSED_TAR = re.compile(r'.*\.(tar\.\w+|tgz|tbz2?|txz)', re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The images of a source.
+    """The images of a source."""
 
-    Attributes:
-        root: path of the source.
-        name: default name of the dataset.
-        class_names: sorted names of the classes; the label is the index.
-        splits: images of each split, in order.
-        left_alone: names of the entries of the root that are not used.
-        skipped: 'PATH: reason' for each entry skipped by `walk.walk`; PATH is relative to the root.
-    """
-
-    root: str
-    name: str
-    class_names: tuple[str, ...]
-    splits: dict[str, list[Item]]
-    left_alone: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = ()
+    root: str  # path of the source
+    name: str  # name of the dataset
+    class_names: tuple[str, ...]  # sorted; the label of a class is its index
+    splits: dict[str, list[Item]]  # images of each split, in order
+    left_alone: tuple[str, ...] = ()  # names of the entries of the root that are not used
+    skipped: tuple[str, ...] = ()  # 'PATH: reason' of `walk.walk`; PATH is relative to the root
 
     def name_of(self, item: Item) -> str:
         """Returns the name of an image for messages: its path relative to the root, or 'TAR: MEMBER'."""
@@ -49,7 +40,7 @@ def list_source(root: str, labels: str | None = None) -> Listing:
 
     - split folders (train, val, validation, test) that hold class folders or one tar per class;
     - one tar per split (train.tar and so on) that holds class folders;
-    - class folders, or one tar per class: the split 'train';
+    - class folders, or one tar per class, without a split: the split is 'train';
     - ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as ImageNet is distributed.
 
     Args:
@@ -91,9 +82,9 @@ def list_source(root: str, labels: str | None = None) -> Listing:
 
 def _list_split(root: str, split: str, skipped: list[str]) -> list[Item]:
     folder, tar = os.path.join(root, split), os.path.join(root, f'{split}.tar')
-    if os.path.exists(folder) and os.path.exists(tar):
-        raise InputError(f'{root} holds both {split} and {split}.tar: move one of them elsewhere')
     if os.path.exists(tar):
+        if os.path.exists(folder):
+            raise InputError(f'{root} holds both {split} and {split}.tar: move one of them elsewhere')
         return archives.list_tar_of_classes(tar, split)
     if not os.path.isdir(folder):
         raise InputError(

@@ -47,7 +47,7 @@ def read_report(folder: str, listing: Listing) -> dict[str, Any] | None:
     """Returns the report of a finished dataset made from the same images, or None if there is no dataset.
 
     Raises:
-        InputError: the folder holds something else, a damaged report, or a dataset made from other images.
+        InputError: the folder holds other files, a damaged report, or a dataset made from other images.
     """
     if not os.path.isdir(folder):
         if os.path.lexists(folder):
@@ -159,10 +159,8 @@ def _starts(items: list[Item], shard_bytes: int | None) -> list[tuple[str, ...]]
 
 def digest_of(listing: Listing) -> str:
     """Returns a digest of the names, classes, sizes and times of all images, in order."""
-    parts = [listing.name, *listing.class_names, '']
-    for split, items in listing.splits.items():
-        parts.append(_digest([split], items, [0] * len(items)))
-    return _digest(parts)
+    splits = [_digest([split], items, [0] * len(items)) for split, items in listing.splits.items()]
+    return _digest([listing.name, *listing.class_names, '', *splits])
 
 
 def _digest(parts: list[str], items: Sequence[Item] = (), labels: Sequence[int] = ()) -> str:

@@ -26,44 +26,26 @@ _MOST_PIXELS = 65500  # per side of a JPEG
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """The images of one ArrayRecord file.
-
-    Attributes:
-        split: name of the split.
-        file_name: name of the file.
-        items: images in order.
-        labels: label of each image.
-        names: name of each image for messages.
-        digest: digest of everything that determines the content of the file.
-    """
+    """The images of one ArrayRecord file."""
 
     split: str
     file_name: str
     items: tuple[Item, ...]
     labels: tuple[int, ...]
-    names: tuple[str, ...]
-    digest: str
+    names: tuple[str, ...]  # of the images, for messages
+    digest: str  # of everything that determines the content of the file
 
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """The result of writing a shard.
+    """The result of writing a shard."""
 
-    Attributes:
-        digest: digest of the shard.
-        kept: number of images kept byte for byte.
-        converted: number of images converted to JPEG.
-        bytes: size of the file.
-        sha256: checksum of the file; empty if bad images prevented the file.
-        bad: (name, reason) of each image that cannot be decoded.
-    """
-
-    digest: str
-    kept: int
-    converted: int
-    bytes: int
-    sha256: str
-    bad: tuple[tuple[str, str], ...]
+    digest: str  # of the shard
+    kept: int  # number of images kept byte for byte
+    converted: int  # number of images converted to JPEG
+    bytes: int  # size of the file
+    sha256: str  # checksum of the file; empty if no file was written because of bad images
+    bad: tuple[tuple[str, str], ...]  # name of each image that cannot be decoded, and the reason
 
 
 def features(num_classes: int | None = None, class_names: Sequence[str] | None = None) -> Any:
@@ -82,7 +64,7 @@ def features(num_classes: int | None = None, class_names: Sequence[str] | None =
 def as_jpeg(image: bytes) -> tuple[bytes, bool]:
     """Returns an image as a gray or RGB JPEG file, and whether the file is unchanged.
 
-    An EXIF orientation stays a tag; the reader decides whether to rotate the pixels.
+    The EXIF orientation is kept as a tag, and the pixels are not rotated.
 
     Raises:
         BadImageError: the image cannot be decoded, or is too large for JPEG.
@@ -110,7 +92,7 @@ def as_jpeg(image: bytes) -> tuple[bytes, bool]:
 def write_shard(
     shard: Shard, folder: str, on_bad: str, num_classes: int, tick: Callable[[], object]
 ) -> Written:
-    """Writes a shard. The complete file is renamed to its final name, then its result is written.
+    """Writes a shard: renames the complete file to its final name, then writes the result.
 
     Args:
         shard: shard to write.
@@ -160,6 +142,7 @@ def write_json(path: str, content: Any) -> None:
 
 
 def _write_records(shard: Shard, path: str, on_bad: str, num_classes: int, tick: Callable[[], object]) -> Any:
+    """Returns how many images were kept and converted, and the name and reason of each bad image."""
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
 

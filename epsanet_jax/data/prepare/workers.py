@@ -1,6 +1,6 @@
 """Writes shards in several processes, which end with this one.
 
-This is not a ProcessPoolExecutor, whose workers share locks: a killed worker could block all others.
+ProcessPoolExecutor is not used because its workers share locks: a killed worker could block all others.
 """
 
 import functools
@@ -20,6 +20,7 @@ from epsanet_jax.data.worker import end_with_parent, handling
 from epsanet_jax.errors import InputError
 
 _SECONDS = 0.3  # between updates of the progress
+Results = Generator[tuple[Shard, Written]]
 
 
 def write_shards(
@@ -29,18 +30,18 @@ def write_shards(
     num_classes: int,
     workers: int,
     done: Callable[[int], object],
-) -> Generator[tuple[Shard, Written]]:
+) -> Results:
     """Writes shards, and yields each shard with its result when it is finished, in any order.
 
-    After a shard that bad images stopped, no other shard is started; those in progress are finished.
+    After a shard that bad images stopped, it starts no other shard, and finishes those in progress.
 
     Args:
         shards: shards to write.
-        folder: folder of the dataset.
-        on_bad: 'stop' or 'skip', see `shards.write_shard`.
-        num_classes: number of classes of the dataset.
+        folder: path of the dataset.
+        on_bad: see `shards.write_shard`.
+        num_classes: see `shards.write_shard`.
         workers: number of processes; 1: write in this process.
-        done: called repeatedly with the number of images processed so far.
+        done: called repeatedly with the number of processed images.
 
     Raises:
         InputError: a file cannot be written, or a worker was killed.
@@ -59,7 +60,7 @@ def write_shards(
 
 def _write_in_processes(
     shards: Sequence[Shard], write: Callable[..., Written], workers: int, done: Callable[[int], object]
-) -> Generator[tuple[Shard, Written]]:
+) -> Results:
     context = multiprocessing.get_context('spawn')
     shared = context.RawArray('q', len(shards))  # images processed per shard
     crew: dict[Any, SpawnProcess] = {}
