@@ -34,7 +34,7 @@ def normalize(
 
 
 def row_keys(seed: int | jax.Array, step: int | jax.Array, rows: jax.Array) -> jax.Array:
-    """Returns keys [N] that depend only on the seed, the step and the rows' indices [N] in the global batch."""
+    """Returns keys [N] that depend only on the seed, the step and the rows [N] of the global batch."""
     # Independent of JAX's configuration: with other generators, a draw depends on the rows drawn with it.
     key = jax.random.fold_in(jax.random.key(seed, impl='threefry2x32'), step)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)

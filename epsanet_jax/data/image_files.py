@@ -52,7 +52,7 @@ def check_paths(paths: Sequence[str], without: str | None = None) -> None:
 def find_images(
     paths: Sequence[str], on_bad: OnBad = lambda message: None, without: str | None = None
 ) -> Iterator[ImageFile]:
-    """Yields the given files, whatever their names, and the images in and below the given folders.
+    """Yields the given files, with any extension, and the images in and below the given folders.
 
     Args:
         paths: files and folders. The order within a folder, and what is skipped, are those of `walk.walk`.

@@ -31,17 +31,10 @@ _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EMFILE
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The rows of each global batch that this process holds.
+    """The rows of each global batch that this process holds: contiguous rows of each microbatch."""
 
-    Attributes:
-        batch_size: number of rows of the global batch.
-        process: index of this process.
-        processes: number of processes.
-        microbatches: number of microbatches of a batch; the process holds contiguous rows of each.
-    """
-
-    batch_size: int
-    process: int = 0
+    batch_size: int  # rows of the global batch
+    process: int = 0  # index of this process
     processes: int = 1
     microbatches: int = 1
 

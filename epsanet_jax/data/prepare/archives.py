@@ -12,12 +12,7 @@ from epsanet_jax.data.walk import is_image_name, no_image
 from epsanet_jax.errors import InputError, one_line
 
 _BLOCK = 512
-_COMPRESSED = {
-    b'\x1f\x8b': 'gzip -d',
-    b'BZh': 'bzip2 -d',
-    b'\xfd7zXZ\x00': 'xz -d',
-    b'\x28\xb5\x2f\xfd': 'zstd -d',
-}
+_COMPRESSED = {b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ\x00': 'xz', b'\x28\xb5\x2f\xfd': 'zstd'}
 
 
 class Item(NamedTuple):
@@ -165,8 +160,8 @@ def _refuse_compressed(f: BinaryIO, called: str) -> None:
     start = f.tell()
     magic = f.read(8)
     f.seek(start)
-    for prefix, command in _COMPRESSED.items():
+    for prefix, program in _COMPRESSED.items():
         if magic.startswith(prefix):
             raise InputError(
-                f'{called} is compressed, which prevents random access: run `{command}` on it first'
+                f'{called} is compressed, which prevents random access: run `{program} -d` on it first'
             )

@@ -95,11 +95,11 @@ def locked(folder: str) -> Iterator[None]:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise InputError(f'another process is preparing {folder}: wait for it, or stop it') from e
-        _remove_partial(folder)  # from a call that was killed
+        _remove_partial(folder)  # files of a call that was killed
         try:
             yield
         finally:
-            _remove_partial(folder)  # from workers that were ended
+            _remove_partial(folder)  # files of workers that were ended
 
 
 def _remove_partial(folder: str) -> None:
@@ -123,10 +123,8 @@ def make_shards(folder: str, listing: Listing, shard_bytes: int | None) -> list[
         plan = _read_json(path, {*identity, 'starts'})
         for key, value in identity.items():
             if plan[key] != value:
-                raise InputError(
-                    f'{folder} was started with the {key} {plan[key]!r}, not {value!r}: choose another DST, '
-                    'or remove the folder'
-                )
+                started = f'{folder} was started with the {key} {plan[key]!r}, not {value!r}'
+                raise InputError(f'{started}: choose another DST, or remove the folder')
     else:
         starts = {split: _starts(items, shard_bytes) for split, items in listing.splits.items()}
         plan = {**identity, 'starts': starts}
