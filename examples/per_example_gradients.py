@@ -2,11 +2,11 @@
 
     python examples/per_example_gradients.py [--steps 200]
 
-Trains a small EPSANet on digits. One label in twenty is wrong. Then it computes a gradient for
-each of 256 training images. With BatchNorm in inference mode images do not influence each other, so the mean
-of these gradients is the gradient of the batch. The longest gradients point to wrong labels. The spread of
-the gradients gives the gradient noise scale tr(covariance) / |mean|^2, the batch size above which averaging
-gains little (arXiv 1812.06162).
+Trains a small EPSANet on digits with one wrong label in twenty. Then it computes a gradient for each of 256
+training images. With BatchNorm in inference mode images do not influence each other, so the mean of these
+gradients is the gradient of the batch. The longest gradients point to wrong labels. The spread of the
+gradients gives the gradient noise scale tr(covariance) / |mean|^2, the batch size above which averaging gains
+little (arXiv 1812.06162).
 
 Output with 200 steps:
 
