@@ -2,11 +2,11 @@
 
     python examples/per_example_gradients.py [--steps 200]
 
-Trains a small EPSANet on digits of which one in twenty has a wrong label. Then it computes a gradient for
-each of 256 training images. With BatchNorm in inference mode images do not influence each other, so the mean
-of these gradients is the gradient of the batch. The longest gradients point to wrong labels. The spread of
-the gradients gives the gradient noise scale tr(covariance) / |mean|^2, the batch size above which averaging
-gains little (arXiv 1812.06162).
+Trains a small EPSANet on digits with one wrong label in twenty. Then it computes a gradient for each of 256
+training images. With BatchNorm in inference mode images do not influence each other, so the mean of these
+gradients is the gradient of the batch. The longest gradients point to wrong labels. The spread of the
+gradients gives the gradient noise scale tr(covariance) / |mean|^2, the batch size above which averaging gains
+little (arXiv 1812.06162).
 
 Output with 200 steps:
 
@@ -29,7 +29,7 @@ WRONG = 20  # one label in 20 is wrong
 
 
 def mislabel(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Returns labels [N] of which every twentieth is wrong, and a mask [N] of the wrong ones."""
+    """Returns labels [N] with every twentieth label wrong, and a mask [N] of the wrong labels."""
     rng = np.random.default_rng(0)
     wrong = np.arange(len(labels)) % WRONG == 0
     other = (labels + rng.integers(1, 10, len(labels))) % 10

@@ -94,13 +94,13 @@ def main(argv: list[str] | None = None) -> None:
     times_hessian = jax.jit(functools.partial(hvp, loss))
     direction = random_direction(jax.random.key(1), params)
     sharpness = jnp.nan
-    if options.dtype == 'float64':  # float32 would need differences so large that they cross kinks of ReLU
-        ahead, behind = (
+    if options.dtype == 'float64':  # float32 would need differences so large that they cross the kinks of ReLU
+        forward, backward = (
             value_and_grad(jax.tree.map(lambda p, d, s=size: p + s * d, params, direction))[1]
             for size in (1e-8, -1e-8)
         )
         product = times_hessian(params, direction)
-        error = jax.tree.map(lambda h, a, b: h - (a - b) / 2e-8, product, ahead, behind)
+        error = jax.tree.map(lambda h, a, b: h - (a - b) / 2e-8, product, forward, backward)
         error = jnp.sqrt(dot(error, error) / dot(product, product))
         print(f'Hessian-vector product against differences of gradients: error {error:.1e}')
     for step in range(options.steps + 1):

@@ -34,13 +34,7 @@ def normalize(
 
 
 def row_keys(seed: int | jax.Array, step: int | jax.Array, rows: jax.Array) -> jax.Array:
-    """Returns keys [N] that depend only on the seed, the step and the rows.
-
-    Args:
-        seed: seed of the run.
-        step: step of the batch.
-        rows: integers [N], indices in the global batch.
-    """
+    """Returns keys [N] that depend only on the seed, the step and the rows [N] of the global batch."""
     # Independent of JAX's configuration: with other generators, a draw depends on the rows drawn with it.
     key = jax.random.fold_in(jax.random.key(seed, impl='threefry2x32'), step)
     return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
@@ -79,10 +73,8 @@ def mix(
         raise ValueError(f'{images.shape[0]} rows do not divide into pairs')
     height, width = images.shape[1:3]
 
-    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return _draw_shares(key, height, width, mixup_alpha, cutmix_alpha)
-
-    of_pixels, of_targets = jax.vmap(draw)(keys)
+    draw = jax.vmap(lambda key: _draw_shares(key, height, width, mixup_alpha, cutmix_alpha))
+    of_pixels, of_targets = draw(keys)
     return _blend(images, of_pixels[..., None]), _blend(targets, of_targets[:, None])
 
 
@@ -104,7 +96,7 @@ def _draw_shares(
 
 
 def _draw_box(key: jax.Array, share: jax.Array, height: int, width: int) -> jax.Array:
-    """Draws the box of cutmix as torchvision and the paper: a mask [H, W], true for about 1 - share of it."""
+    """Draws the box of cutmix: a mask [H, W], which is true for about 1 - share of the pixels."""
     half = 0.5 * jnp.sqrt(1 - share)  # half of the box's sides, as a fraction of the image's
 
     def inside(key: jax.Array, size: int) -> jax.Array:

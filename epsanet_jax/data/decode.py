@@ -1,7 +1,9 @@
 """Decodes image files of any format to RGB, and refuses damaged ones with a reason."""
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -33,6 +35,15 @@ class BadImageError(InputError):
     """An image cannot be decoded."""
 
 
+def reason_of(error: BadImageError | OSError) -> str:
+    """Returns why an image cannot be read or decoded."""
+    return (
+        str(error)
+        if isinstance(error, BadImageError)
+        else f'cannot read the image: {error.strerror or error}'
+    )
+
+
 class Reduced:
     """A JPEG image that is decoded when a crop is taken, at the lowest resolution that the crop needs.
 
@@ -40,12 +51,12 @@ class Reduced:
     those of the whole image resized.
 
     Args:
-        image: the bytes of a file; other formats than JPEG are decoded whole, immediately.
-        least: smallest height and width of a decoded crop in pixels, if the crop has as many in the image.
+        image: the bytes of a file; formats other than JPEG are decoded whole and immediately.
+        least: least height and width of a decoded crop in pixels; smaller crops are not reduced.
         exif_orientation: see `decode`.
 
     Raises:
-        BadImageError: see `open_image`; for other formats than JPEG also `decode`.
+        BadImageError: see `open_image`, and `decode` for formats other than JPEG.
 
     Attributes:
         width: width of the whole image in pixels.
@@ -59,8 +70,7 @@ class Reduced:
             with _bad_image_errors():
                 self._image.load()
         self._orientation = orientation_of(self._image) if exif_orientation else 1
-        sizes = self._image.size if self._orientation < 5 else self._image.size[::-1]
-        self.width, self.height = sizes
+        self.width, self.height = self._image.size if self._orientation < 5 else self._image.size[::-1]
 
     def crop(self, box: tuple[int, int, int, int]) -> Image.Image:
         """Returns the crop (left, top, right, bottom), possibly at a lower resolution.
@@ -70,10 +80,10 @@ class Reduced:
         """
         times = min(box[2] - box[0], box[3] - box[1]) // self._least
         with _bad_image_errors():
-            if times > 1:  # otherwise, and for other formats, the whole image is decoded
+            if times > 1:  # without effect for formats other than JPEG
                 self._image.draft(None, (self._image.width // times, self._image.height // times))
             self._image.load()
-            rgb = _rotated(to_rgb(self._image), self._orientation)
+            rgb = _upright_rgb(self._image, self._orientation)
         x, y = rgb.width / self.width, rgb.height / self.height
         left, top = int(box[0] * x), int(box[1] * y)
         return rgb.crop((left, top, max(left + 1, round(box[2] * x)), max(top + 1, round(box[3] * y))))
@@ -94,13 +104,12 @@ def decode(image: bytes | np.ndarray, exif_orientation: bool = True) -> Image.Im
     """
     if isinstance(image, np.ndarray):
         return Image.fromarray(image)
-    rgb = _plain_jpeg(image)
-    if rgb is not None:
+    if (rgb := _plain_jpeg(image)) is not None:
         return rgb
     with _bad_image_errors():
         opened = open_image(image)
         opened.load()
-        return _rotated(to_rgb(opened), orientation_of(opened) if exif_orientation else 1)
+        return _upright_rgb(opened, orientation_of(opened) if exif_orientation else 1)
 
 
 def open_image(image: bytes) -> Image.Image:
@@ -118,12 +127,13 @@ def open_image(image: bytes) -> Image.Image:
         return opened
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts a loaded image of any mode to RGB.
+def _upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
+    """Converts a loaded image of any mode to RGB, and rotates it."""
+    rgb = _rgb(image)
+    return rgb if orientation == 1 else rgb.transpose(_ORIENTATIONS[orientation])
 
-    Raises:
-        BadImageError: the values have no known range.
-    """
+
+def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith('I'):  # Pillow's conversion of 16 bits saturates to white
         values = np.asarray(image).astype(np.int64)
         if values.min() < 0 or values.max() >= 2**16:
@@ -138,9 +148,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _plain_jpeg(image: bytes) -> Image.Image | None:
     """Decodes a complete gray or colour JPEG without EXIF with simplejpeg; returns None for other files."""
-    if simplejpeg is None or not image.startswith(b'\xff\xd8\xff') or b'Exif\0' in image[:_EXIF_WITHIN]:
-        return None
-    if not image.endswith(_EOI):
+    complete = image.startswith(b'\xff\xd8\xff') and image.endswith(_EOI)
+    if simplejpeg is None or not complete or b'Exif\0' in image[:_EXIF_WITHIN]:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
@@ -166,21 +175,16 @@ def orientation_of(image: Image.Image) -> int:
     return orientation if orientation in _ORIENTATIONS else 1
 
 
-def _rotated(image: Image.Image, orientation: int) -> Image.Image:
-    return image if orientation == 1 else image.transpose(_ORIENTATIONS[orientation])
-
-
-class _bad_image_errors:  # noqa: N801 (a context manager)
+@contextlib.contextmanager
+def _bad_image_errors() -> Iterator[None]:
     """Raises the errors of Pillow as BadImageError with a message of one line."""
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: object, error: BaseException | None, where: object) -> None:
-        if not isinstance(error, Exception) or isinstance(error, BadImageError):
-            return
-        # Pillow raises OSError, ValueError, SyntaxError, struct.error, ...
-        reason = 'not a known image format' if isinstance(error, UnidentifiedImageError) else one_line(error)
-        raise BadImageError(f'cannot decode the image: {reason}') from error
+    try:
+        yield
+    except BadImageError:
+        raise
+    except Exception as e:  # Pillow raises OSError, ValueError, SyntaxError, struct.error, ...
+        reason = 'not a known image format' if isinstance(e, UnidentifiedImageError) else one_line(e)
+        raise BadImageError(f'cannot decode the image: {reason}') from e
 
 
 def _is_complete(jpeg: bytes) -> bool:

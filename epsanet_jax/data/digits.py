@@ -65,6 +65,5 @@ def prepare(data_dir: str | None = None) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()
     except OSError as e:
-        raise InputError(
-            f'cannot prepare the digits in {data_dir or "the default folder of TFDS"}: {e}'
-        ) from e
+        folder = data_dir or 'the default folder of TFDS'
+        raise InputError(f'cannot prepare the digits in {folder}: {e}') from e

@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
-from epsanet_jax.data.decode import BadImageError, decode
+from epsanet_jax.data.decode import BadImageError, decode, reason_of
 from epsanet_jax.data.transforms import CentreCrop
 from epsanet_jax.data.walk import is_there, no_image, read_file, skipped_line, walk
 from epsanet_jax.errors import InputError
@@ -50,11 +50,9 @@ def check_paths(paths: Sequence[str], without: str | None = None) -> None:
 
 
 def find_images(
-    paths: Sequence[str],
-    on_bad: OnBad = lambda message: None,
-    without: str | None = None,
+    paths: Sequence[str], on_bad: OnBad = lambda message: None, without: str | None = None
 ) -> Iterator[ImageFile]:
-    """Yields the given files, whatever their names, and the images in and below the given folders.
+    """Yields the given files, with any extension, and the images in and below the given folders.
 
     Args:
         paths: files and folders. The order within a folder, and what is skipped, are those of `walk.walk`.
@@ -78,8 +76,7 @@ def skipped_lines(paths: Sequence[str], without: str | None = None) -> list[str]
 
 def _skipped(folder: str, without: str | None) -> list[str]:
     skipped: list[str] = []
-    for _ in walk(folder, lambda message: None, skipped.append, without):
-        pass
+    collections.deque(walk(folder, lambda message: None, skipped.append, without), maxlen=0)
     return skipped
 
 
@@ -105,8 +102,15 @@ def read_batches(
         The files of a batch, at most `batch_size`, and their images, uint8 [batch_size, size, size, 3]. Zeros
         fill the unused rows of the last batch.
     """
+
+    def read(file: ImageFile) -> np.ndarray | str:
+        try:
+            return crop(decode(read_file(file.path), exif_orientation))
+        except (BadImageError, OSError) as e:
+            return reason_of(e)
+
     batch, images = [], np.zeros((batch_size, crop.size, crop.size, 3), np.uint8)
-    for file, image in _in_threads(files, crop, exif_orientation, threads, batch_size + threads):
+    for file, image in _in_threads(read, files, threads, batch_size + threads):
         if isinstance(image, str):
             on_bad(f'{file.path}: {image}')
             continue
@@ -120,14 +124,14 @@ def read_batches(
 
 
 def _in_threads(
-    files: Iterable[ImageFile], crop: CentreCrop, exif_orientation: bool, threads: int, ahead: int
+    read: Callable[[ImageFile], np.ndarray | str], files: Iterable[ImageFile], threads: int, ahead: int
 ) -> Iterator[tuple[ImageFile, np.ndarray | str]]:
-    """Yields each file with its image, or with the reason why it cannot be decoded."""
+    """Yields each file with what `read` returns for it."""
     executor = ThreadPoolExecutor(threads)
     waiting: collections.deque[tuple[ImageFile, Future[np.ndarray | str]]] = collections.deque()
     try:
         for file in files:
-            waiting.append((file, executor.submit(_read, file.path, crop, exif_orientation)))
+            waiting.append((file, executor.submit(read, file)))
             if len(waiting) > ahead:
                 first, image = waiting.popleft()
                 yield first, image.result()
@@ -135,12 +139,3 @@ def _in_threads(
             yield first, image.result()
     finally:
         executor.shutdown(cancel_futures=True)
-
-
-def _read(path: str, crop: CentreCrop, exif_orientation: bool) -> np.ndarray | str:
-    try:
-        return crop(decode(read_file(path), exif_orientation))
-    except BadImageError as e:
-        return str(e)
-    except OSError as e:
-        return f'cannot read the image: {e.strerror or e}'

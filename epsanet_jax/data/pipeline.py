@@ -10,21 +10,19 @@ import functools
 import os
 import time
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
-from PIL import Image
 
-from epsanet_jax.data.decode import BadImageError, Reduced, decode
+from epsanet_jax.data.decode import BadImageError, Reduced, decode, reason_of
 from epsanet_jax.data.sources import Record, Source
 from epsanet_jax.data.stack import Stack
 from epsanet_jax.data.transforms import CentreCrop, TrainTransform
 from epsanet_jax.data.worker import InWorkers, until_killed
 from epsanet_jax.errors import InputError
 
-_Image = TypeVar('_Image')
 Batch = dict[str, np.ndarray]
 NOT_BAD = -1
 _MOST_REPLACEMENTS = 100
@@ -33,17 +31,10 @@ _PASSING = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EMFILE
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The rows of each global batch that this process holds.
+    """The rows of each global batch that this process holds: contiguous rows of each microbatch."""
 
-    Attributes:
-        batch_size: number of rows of the global batch.
-        process: index of this process.
-        processes: number of processes.
-        microbatches: number of microbatches of a batch; the process holds contiguous rows of each.
-    """
-
-    batch_size: int
-    process: int = 0
+    batch_size: int  # rows of the global batch
+    process: int = 0  # index of this process
     processes: int = 1
     microbatches: int = 1
 
@@ -51,24 +42,20 @@ class Rows:
     def local(self) -> int:
         """Number of rows of this process."""
         if self.batch_size % (self.processes * self.microbatches):
-            raise InputError(
-                f'a global batch of {self.batch_size} is not divisible by {self.processes} processes and '
-                f'{self.microbatches} microbatches'
-            )
+            parts = f'{self.processes} processes and {self.microbatches} microbatches'
+            raise InputError(f'a global batch of {self.batch_size} is not divisible by {parts}')
         return self.batch_size // self.processes
 
     def in_batch(self, row: int) -> int:
         """Returns the index in the global batch of row `row` of this process."""
         rows = self.local // self.microbatches
-        microbatch, row = divmod(row, rows)
-        return (microbatch * self.processes + self.process) * rows + row
+        microbatch, place = divmod(row, rows)
+        return (microbatch * self.processes + self.process) * rows + place
 
 
 def _cores() -> int:
     """Returns the number of processors that this process may use."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +67,7 @@ class Reading:
             processors, or 0 for up to 8 processors.
         threads: number of threads that decode, in this process or in each worker; 0: one per processor.
         on_bad: 'stop': an image that cannot be decoded raises BadImageError, which names it;
-            'skip': in training the next good image replaces it, in evaluation it is not counted.
+            'skip': in training the next good image replaces it; evaluation does not count it.
         exif_orientation: whether to rotate images by their EXIF tag.
         reduced: whether to decode large JPEGs for training at the lowest resolution that their crops need.
     """
@@ -133,8 +120,8 @@ def eval_batches(
     """Yields this process's rows of the batches that hold every example once, in order.
 
     Yields:
-        'image', 'label', 'bad_index' and 'seconds' as `train_batches`, and 'mask' bool [rows], which is false
-        for the padding of the last batch and for images that could not be decoded.
+        'image', 'label', 'bad_index' and 'seconds' as `train_batches`, and 'mask' bool [rows]: false for the
+        padding of the last batch and for images that could not be decoded.
     """
     padded = num_eval_batches(len(source), rows.batch_size) * rows.batch_size
     data = grain.MapDataset.range(padded).map(_LoadForEvaluation(source, crop, reading))
@@ -172,7 +159,7 @@ def _iterate(data: grain.MapDataset, rows: Rows, reading: Reading) -> Iterator[B
 
 
 class _LocalRows(grain.MapDataset):
-    """The rows of one process, batch after batch, of a dataset in global order."""
+    """The rows of one process from each batch of a dataset in global order."""
 
     def __init__(self, parent: grain.MapDataset, rows: Rows, start_step: int):
         super().__init__(parent)
@@ -195,85 +182,71 @@ class _LoadForTraining(InWorkers, grain.transforms.RandomMap):
     def __init__(self, source: Source, transform: TrainTransform, reading: Reading):
         self._source, self._transform, self._reading = source, transform, reading
 
-    def _read(self, image: bytes | np.ndarray) -> Image.Image | Reduced:
-        exif_orientation = self._reading.exif_orientation
+    def _read(self, image: bytes | np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        size, exif_orientation = self._transform.crop.size, self._reading.exif_orientation
         if self._reading.reduced and isinstance(image, bytes):
-            return Reduced(image, self._transform.crop.size, exif_orientation)
-        return decode(image, exif_orientation)
+            return self._transform(Reduced(image, size, exif_orientation), rng)
+        return self._transform(decode(image, exif_orientation), rng)
 
     def random_map(self, element, rng: np.random.Generator):
-        bad, began = NOT_BAD, time.perf_counter()
+        began = time.perf_counter()
+        read = functools.partial(self._read, rng=rng)
         for index in range(element, element + _MOST_REPLACEMENTS):
             try:
-                image, label = _load(
-                    self._source,
-                    index % len(self._source),
-                    lambda image: self._transform(self._read(image), rng),
-                )
+                image, label = _load(self._source, index % len(self._source), read)
             except BadImageError:
                 if self._reading.on_bad == 'stop':
                     raise
-                bad = element
                 continue
-            return {
-                'image': image,
-                'label': np.int32(label),
-                'bad_index': np.int64(bad),
-                'seconds': np.float32(time.perf_counter() - began),
-            }
-        raise BadImageError(
-            f'{_MOST_REPLACEMENTS} images in a row cannot be decoded, the first is '
-            f'{self._source.name_of(element)}'
-        )
+            return _row(image, label, NOT_BAD if index == element else element, began)
+        first = self._source.name_of(element)
+        raise BadImageError(f'{_MOST_REPLACEMENTS} images in a row cannot be decoded, the first is {first}')
 
 
 class _LoadForEvaluation(InWorkers, grain.transforms.Map):
     def __init__(self, source: Source, crop: CentreCrop, reading: Reading):
         self._source, self._crop, self._reading = source, crop, reading
 
+    def _read(self, image: bytes | np.ndarray) -> np.ndarray:
+        return self._crop(decode(image, self._reading.exif_orientation))
+
     def map(self, element):
-        image = np.zeros((self._crop.size, self._crop.size, 3), np.uint8)
-        label, mask, bad, began = 0, False, NOT_BAD, time.perf_counter()
-        read = functools.partial(decode, exif_orientation=self._reading.exif_orientation)
+        began, image = time.perf_counter(), np.zeros((self._crop.size, self._crop.size, 3), np.uint8)
+        label, mask, bad = 0, False, NOT_BAD
         if element < len(self._source):
             try:
-                decoded, label = _load(self._source, element, read)
-                image, mask = self._crop(decoded), True
+                image, label = _load(self._source, element, self._read)
+                mask = True
             except BadImageError:
                 if self._reading.on_bad == 'stop':
                     raise
                 bad = element
-        return {
-            'image': image,
-            'label': np.int32(label),
-            'mask': np.bool_(mask),
-            'bad_index': np.int64(bad),
-            'seconds': np.float32(time.perf_counter() - began),
-        }
+        return {**_row(image, label, bad, began), 'mask': np.bool_(mask)}
 
 
-def _read_record(source: Source, index: int, tries: int = 4) -> Record:
-    """Returns a record; retries errors of network file systems that may pass."""
-    for left in reversed(range(tries)):
-        try:
-            return source[index]
-        except OSError as e:
-            if e.errno not in _PASSING or not left:
-                raise
-            time.sleep(0.5)
-    raise AssertionError('unreachable')
+def _row(image: np.ndarray, label: int, bad: int, began: float) -> dict[str, Any]:
+    seconds = np.float32(time.perf_counter() - began)
+    return {'image': image, 'label': np.int32(label), 'bad_index': np.int64(bad), 'seconds': seconds}
 
 
-def _load(source: Source, index: int, read: Callable[[bytes | np.ndarray], _Image]) -> tuple[_Image, int]:
+def _load(source: Source, index: int, read: Callable[[bytes | np.ndarray], Any]) -> tuple[Any, int]:
     """Returns `read` of the record's image, and its label; errors name the record."""
     try:
         record = _read_record(source, index)
         image, label = read(record['image']), record['label']
     except (BadImageError, OSError) as e:
-        reason = str(e) if isinstance(e, BadImageError) else f'cannot read the image: {e.strerror or e}'
-        raise BadImageError(f'{source.name_of(index)}: {reason}') from e
-    if not 0 <= label < len(source.class_names):
-        raise InputError(
-            f'{source.name_of(index)} has the label {label}, but there are {len(source.class_names)} classes'
-        )
+        raise BadImageError(f'{source.name_of(index)}: {reason_of(e)}') from e
+    if (classes := len(source.class_names)) <= label or label < 0:
+        raise InputError(f'{source.name_of(index)} has the label {label}, but there are {classes} classes')
     return image, label
+
+
+def _read_record(source: Source, index: int, tries: int = 4) -> Record:
+    """Returns a record; retries after errors of network file systems that may pass."""
+    try:
+        return source[index]
+    except OSError as e:
+        if e.errno not in _PASSING or tries == 1:
+            raise
+    time.sleep(0.5)
+    return _read_record(source, index, tries - 1)

@@ -6,16 +6,11 @@ nearest-neighbour interpolation and black fill.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
-
-_ENHANCERS = {
-    'Brightness': ImageEnhance.Brightness,
-    'Color': ImageEnhance.Color,
-    'Contrast': ImageEnhance.Contrast,
-    'Sharpness': ImageEnhance.Sharpness,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,26 +42,23 @@ class RandAugment:
 
 @functools.cache  # all images have the same size here
 def augmentation_space(num_bins: int, width: int, height: int) -> dict[str, tuple[tuple[float, ...], bool]]:
-    """Returns {operation: (magnitude of each bin, whether the sign is random)} for images of one size.
+    """Returns {operation: (magnitude of each of at least 2 bins, whether the sign is random)}.
 
-    Args:
-        num_bins: number of magnitudes, at least 2.
-        width: width of the images in pixels.
-        height: height of the images in pixels.
+    The width and the height of the images are in pixels.
     """
     none = (0.0,) * num_bins
     bits = 8 - np.round(np.arange(num_bins, dtype=np.float32) / np.float32((num_bins - 1) / 4))
+    strongest = {
+        'ShearX': 0.3,
+        'ShearY': 0.3,
+        'TranslateX': 150.0 / 331.0 * width,
+        'TranslateY': 150.0 / 331.0 * height,
+        'Rotate': 30.0,
+        **dict.fromkeys(('Brightness', 'Color', 'Contrast', 'Sharpness'), 0.9),
+    }
     return {
         'Identity': (none, False),
-        'ShearX': (_linspace(0.0, 0.3, num_bins), True),
-        'ShearY': (_linspace(0.0, 0.3, num_bins), True),
-        'TranslateX': (_linspace(0.0, 150.0 / 331.0 * width, num_bins), True),
-        'TranslateY': (_linspace(0.0, 150.0 / 331.0 * height, num_bins), True),
-        'Rotate': (_linspace(0.0, 30.0, num_bins), True),
-        'Brightness': (_linspace(0.0, 0.9, num_bins), True),
-        'Color': (_linspace(0.0, 0.9, num_bins), True),
-        'Contrast': (_linspace(0.0, 0.9, num_bins), True),
-        'Sharpness': (_linspace(0.0, 0.9, num_bins), True),
+        **{name: (_linspace(0.0, end, num_bins), True) for name, end in strongest.items()},
         'Posterize': (tuple(bits.tolist()), False),
         'Solarize': (_linspace(255.0, 0.0, num_bins), False),
         'AutoContrast': (none, False),
@@ -75,7 +67,7 @@ def augmentation_space(num_bins: int, width: int, height: int) -> dict[str, tupl
 
 
 def apply_op(image: Image.Image, name: str, magnitude: float) -> Image.Image:
-    """Applies one operation.
+    """Applies one operation to an RGB image.
 
     Args:
         image: RGB image.
@@ -86,30 +78,9 @@ def apply_op(image: Image.Image, name: str, magnitude: float) -> Image.Image:
             is inverted. 'Brightness', 'Color', 'Contrast', 'Sharpness': Pillow's factor minus 1. Others: not
             used.
     """
-    match name:
-        case 'Identity':
-            return image
-        case 'ShearX':
-            return _affine(image, (1.0, magnitude, 0.0, 0.0, 1.0, 0.0))
-        case 'ShearY':
-            return _affine(image, (1.0, 0.0, 0.0, magnitude, 1.0, 0.0))
-        case 'TranslateX':
-            return _affine(image, (1.0, 0.0, -float(int(magnitude)), 0.0, 1.0, 0.0))
-        case 'TranslateY':
-            return _affine(image, (1.0, 0.0, 0.0, 0.0, 1.0, -float(int(magnitude))))
-        case 'Rotate':
-            return image.rotate(magnitude, Image.Resampling.NEAREST, fillcolor=(0, 0, 0))
-        case 'Brightness' | 'Color' | 'Contrast' | 'Sharpness':
-            return _ENHANCERS[name](image).enhance(1.0 + magnitude)
-        case 'Posterize':
-            return ImageOps.posterize(image, int(magnitude))
-        case 'Solarize':
-            return ImageOps.solarize(image, magnitude)  # pyright: ignore[reportArgumentType]
-        case 'AutoContrast':
-            return ImageOps.autocontrast(image)
-        case 'Equalize':
-            return ImageOps.equalize(image)
-    raise ValueError(f'no such operation: {name!r}')
+    if name not in _OPERATIONS:
+        raise ValueError(f'no such operation: {name!r}')
+    return _OPERATIONS[name](image, magnitude)
 
 
 def _affine(image: Image.Image, matrix: tuple[float, ...]) -> Image.Image:
@@ -125,3 +96,21 @@ def _linspace(start: float, end: float, num: int) -> tuple[float, ...]:
     step, i = np.float64((last - first) / np.float32(num - 1)), np.arange(num)
     values = np.where(i < num // 2, first + step * i, last - step * (num - 1 - i))
     return tuple(values.astype(np.float32).tolist())
+
+
+_OPERATIONS: dict[str, Callable[[Image.Image, Any], Image.Image]] = {
+    'Identity': lambda image, _: image,
+    'ShearX': lambda image, slope: _affine(image, (1.0, slope, 0.0, 0.0, 1.0, 0.0)),
+    'ShearY': lambda image, slope: _affine(image, (1.0, 0.0, 0.0, slope, 1.0, 0.0)),
+    'TranslateX': lambda image, right: _affine(image, (1.0, 0.0, -float(int(right)), 0.0, 1.0, 0.0)),
+    'TranslateY': lambda image, down: _affine(image, (1.0, 0.0, 0.0, 0.0, 1.0, -float(int(down)))),
+    'Rotate': lambda image, degrees: image.rotate(degrees, Image.Resampling.NEAREST, fillcolor=(0, 0, 0)),
+    'Brightness': lambda image, change: ImageEnhance.Brightness(image).enhance(1.0 + change),
+    'Color': lambda image, change: ImageEnhance.Color(image).enhance(1.0 + change),
+    'Contrast': lambda image, change: ImageEnhance.Contrast(image).enhance(1.0 + change),
+    'Sharpness': lambda image, change: ImageEnhance.Sharpness(image).enhance(1.0 + change),
+    'Posterize': lambda image, bits: ImageOps.posterize(image, int(bits)),
+    'Solarize': ImageOps.solarize,
+    'AutoContrast': lambda image, _: ImageOps.autocontrast(image),
+    'Equalize': lambda image, _: ImageOps.equalize(image),
+}

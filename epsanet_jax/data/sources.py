@@ -45,15 +45,14 @@ class Source(Protocol):
 class ImageFolder:
     """A folder with one folder of images per class, in the layout and order of torchvision.
 
-    Classes are numbered in the order of their sorted names. The images of a class are all image files below
-    its folder, in the order of `walk.walk`. The fingerprint depends on the relative paths alone.
-
-    Args:
-        root: path of the folder, on a local disk.
+    The labels follow the sorted names of the classes. The images of a class are all image files below its
+    folder, in the order of `walk.walk`. The fingerprint depends only on the relative paths.
 
     Attributes:
-        root: the folder.
-        skipped: 'PATH: reason' for each entry that is no image to read, see `walk.walk`.
+        root: path of the folder, on a local disk.
+        files: path of each image relative to the root.
+        labels: label of each image.
+        skipped: 'PATH: reason' for each entry that is skipped, see `walk.walk`.
 
     Raises:
         InputError: the folder does not exist, holds no class folder or an empty one, or holds a folder that
@@ -70,26 +69,26 @@ class ImageFolder:
         if not self.class_names:
             raise InputError(f'no class folders in {self.root}: expected one folder of images per class')
         labels = {name: label for label, name in enumerate(self.class_names)}
-        self._files: list[str] = []
-        self._labels: list[int] = []
+        self.files: list[str] = []
+        self.labels: list[int] = []
         for folder in folders:
-            self._files += [os.path.join(folder.path, entry.name) for entry in folder.images]
-            self._labels += [labels[folder.path.split(os.sep)[0]]] * len(folder.images)
-        for label in sorted({*labels.values()} - {*self._labels}):
+            self.files += [os.path.join(folder.path, entry.name) for entry in folder.images]
+            self.labels += [labels[folder.path.split(os.sep)[0]]] * len(folder.images)
+        for label in sorted({*labels.values()} - {*self.labels}):
             folder = os.path.join(self.root, self.class_names[label])
             raise InputError(f'empty class folder: {no_image(folder, self.root, skipped)}')
         self.skipped = tuple(skipped)
-        self.fingerprint = _fingerprint(self._files)
+        self.fingerprint = _fingerprint(self.files)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     def __getitem__(self, index: int) -> Record:
-        return {'image': read_file(self.name_of(index)), 'label': self._labels[index]}
+        return {'image': read_file(self.name_of(index)), 'label': self.labels[index]}
 
     def name_of(self, index: int) -> str:
         """Returns the path of the image."""
-        return os.path.join(self.root, self._files[index])
+        return os.path.join(self.root, self.files[index])
 
 
 class Tfds:
@@ -116,10 +115,8 @@ class Tfds:
         self._name = f'{name}[{split}]'
         features = builder.info.features
         pair = builder.info.supervised_keys or ('image', 'label')
-        kinds = (tfds.features.Image, tfds.features.ClassLabel)
-        if len(pair) != 2 or not all(
-            key in features and type(features[key]) is kind for key, kind in zip(pair, kinds, strict=True)
-        ):
+        kinds = [type(features[key]) for key in pair if key in features]
+        if kinds != [tfds.features.Image, tfds.features.ClassLabel]:
             raise InputError(f'TFDS dataset {name!r} has no pair of image and class label: {list(features)}')
         self._image, self._label = pair
         try:

@@ -15,9 +15,8 @@ def _references(arrays: list[np.ndarray]) -> list[int]:
     return [sys.getrefcount(array) for array in arrays]
 
 
-_UNUSED = _references([np.empty(1)])[
-    0
-]  # of an array that only its list refers to; depends on Python's version
+# References to an array that only a list holds; the number depends on the version of Python.
+(_UNUSED,) = _references([np.empty(1)])
 
 
 class Stack:
@@ -41,10 +40,10 @@ class Stack:
         with self._lock:
             owned = self._free.setdefault((shape, first.dtype), [])
             # Code that still needs the memory, including JAX, holds a reference.
-            unused = (i for i, count in enumerate(_references(owned)) if count == _UNUSED)
-            place = next(unused, None)
-            batch = None if place is None else owned[place]
-            if batch is None:
+            counts = _references(owned)
+            if _UNUSED in counts:
+                batch = owned[counts.index(_UNUSED)]
+            else:
                 batch = np.empty(shape, first.dtype)
                 owned.append(batch)
                 del owned[:-_KEPT]

@@ -26,11 +26,7 @@ class Part(NamedTuple):
 
 
 class TfRecords:
-    """The records of a split, file after file.
-
-    Args:
-        parts: the parts of the files, in order.
-    """
+    """The records of the parts of several files, in order."""
 
     def __init__(self, parts: Sequence[Part]):
         self._parts = list(parts)
@@ -49,12 +45,10 @@ class TfRecords:
             raise IndexError(index)
         which = bisect.bisect_right(self._ends, index)
         path, skip, take = self._parts[which]
-        places = _places(path)
-        number = skip + index - (self._ends[which] - take)
+        places, number = _places(path), skip + index - (self._ends[which] - take)
         if number >= len(places):
-            raise InputError(
-                f'{path} is truncated: record {number} is missing, the file holds {len(places)} whole records'
-            )
+            missing = f'record {number} is missing, the file holds {len(places)} whole records'
+            raise InputError(f'{path} is truncated: {missing}')
         start, length = places[number]
         with open(path, 'rb') as f:
             f.seek(start)
@@ -69,22 +63,13 @@ def _places(path: str) -> list[tuple[int, int]]:
         while position + _HEADER.size <= size:
             f.seek(position)
             length, _ = _HEADER.unpack(f.read(_HEADER.size))
-            start = position + _HEADER.size
-            position = start + length + _CHECKSUM
-            if position > size:
-                break  # truncated
-            places.append((start, length))
-    return places
+            places.append((position + _HEADER.size, length))
+            position += _HEADER.size + length + _CHECKSUM
+    return places if position <= size else places[:-1]  # the last record is truncated
 
 
 class Examples:
-    """The parsed examples of a TFDS split in TFRecord files.
-
-    Args:
-        builder: TFDS builder of the dataset.
-        split: 'train', 'train[:90%]' ...
-        decoders: TFDS decoders of the features.
-    """
+    """The parsed examples of a TFDS split in TFRecord files, with TFDS decoders of the features."""
 
     def __init__(self, builder: Any, split: str, decoders: Any):
         parts = builder.info.splits[split].file_instructions

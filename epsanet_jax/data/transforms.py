@@ -41,9 +41,8 @@ class RandomCrop:
         # resize(box=...) would be faster, but would mix in pixels from outside the box at its border.
         part = image.crop((left, top, left + width, top + height))
         part = part.resize((self.size, self.size), Image.Resampling.BILINEAR)
-        if self.flip and rng.random() < 0.5:
-            part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return part
+        mirrored = self.flip and rng.random() < 0.5
+        return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else part
 
     def box(self, width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
         """Draws left, top, width and height; if ten draws do not fit, returns the largest centred crop."""
@@ -136,8 +135,7 @@ class RandomErasing:
         probability: probability that a rectangle is erased.
         scale: smallest and largest area of the rectangle, as a fraction of the image's area.
         ratio: smallest and largest height / width of the rectangle.
-        fill: value of each erased channel, 0..255. torchvision fills with 0 after normalisation: the mean
-            colour.
+        fill: value of each erased channel, 0..255. torchvision's default is the mean colour.
     """
 
     probability: float = 0.25
@@ -183,9 +181,7 @@ class TrainTransform:
     def __call__(self, image: Image.Image | Reduced, rng: np.random.Generator) -> np.ndarray:
         """Returns uint8 [size, size, 3]."""
         part = self.crop.cut(image, rng)
-        if self.jitter is not None:
-            part = self.jitter(part, rng)
-        if self.randaugment is not None:
-            part = self.randaugment(part, rng)
+        for change in (self.jitter, self.randaugment):
+            part = part if change is None else change(part, rng)
         pixels = np.asarray(part)
         return pixels if self.erasing is None else self.erasing(pixels, rng)

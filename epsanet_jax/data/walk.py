@@ -48,9 +48,9 @@ def walk(
 ) -> Iterator[Folder]:
     """Yields a folder and every folder below it.
 
-    The root comes first, then one subfolder of the root after the other. The folders below each subfolder are
-    sorted by their whole path. This is the order of torchvision's ImageFolder. In memory are only the names
-    in one folder and those of the folders still to visit.
+    The root comes first, then each subfolder of the root with the folders below it, sorted by their whole
+    path. This is the order of torchvision's ImageFolder. Only the names in one folder, and those of the
+    folders that are not visited yet, are in memory.
 
     Args:
         root: path of the folder.
@@ -58,7 +58,7 @@ def walk(
         on_skipped: called with 'PATH: reason' for each entry that is skipped; PATH is relative to the root.
         without: path of a folder to leave out, with everything below it.
     """
-    left_out = _identity(without) if without is not None and os.path.isdir(without) else None
+    left_out = _identity(without) if without and os.path.isdir(without) else None
     try:
         top = _identity(root)
     except OSError as e:
@@ -84,12 +84,11 @@ def walk(
                 continue
             if reason:
                 on_skipped(f'{below}: {reason}')
-            elif identity is None:
-                if is_image_name(entry.name):
-                    images.append(entry)
-            elif identity != left_out:
+            elif identity and identity != left_out:
                 folders.append(entry.name)
                 heapq.heappush(pending, (first or entry.name, below, above | {identity}))
+            elif not identity and is_image_name(entry.name):
+                images.append(entry)
         yield Folder(path, tuple(folders), tuple(images))
 
 
@@ -98,18 +97,19 @@ def _look(entry: os.DirEntry[str], above: frozenset[Identity]) -> tuple[Identity
     if not entry.is_symlink():
         if entry.is_dir():
             return _identity(entry.path), ''
-        return None, '' if not is_image_name(entry.name) or entry.is_file() else 'not a regular file'
-    try:
-        status = entry.stat()
-    except OSError as e:
-        if e.errno not in _BROKEN:
-            raise
-        return None, f'broken link: {e.strerror}'
-    if stat.S_ISDIR(status.st_mode):
-        identity = status.st_dev, status.st_ino
-        return identity, 'link to a folder that contains it' if identity in above else ''
-    regular = stat.S_ISREG(status.st_mode) or not is_image_name(entry.name)
-    return None, '' if regular else 'not a regular file'
+        regular = entry.is_file()
+    else:
+        try:
+            mode = entry.stat().st_mode
+        except OSError as e:
+            if e.errno not in _BROKEN:
+                raise
+            return None, f'broken link: {e.strerror}'
+        if stat.S_ISDIR(mode):
+            identity = _identity(entry.path)
+            return identity, 'link to a folder that contains it' if identity in above else ''
+        regular = stat.S_ISREG(mode)
+    return None, '' if regular or not is_image_name(entry.name) else 'not a regular file'
 
 
 def _identity(folder: str) -> Identity:
@@ -132,8 +132,8 @@ def _unreadable(path: str, error: OSError) -> str:
     return f'{path}: cannot {kind}: {error.strerror or one_line(error)}'
 
 
-def no_image(where: str, root: str, skipped: Sequence[str]) -> str:
-    """Returns the message that a place below a folder holds no image, and what was skipped in the folder."""
+def no_image(where: str, root: str = '', skipped: Sequence[str] = ()) -> str:
+    """Returns the message that a place holds no image, and what was skipped below the folder `root`."""
     reason = f'; {skipped_line(root, skipped)}' if skipped else ''
     return f'{where} holds no image ({" ".join(IMAGE_EXTENSIONS)}){reason}'
 

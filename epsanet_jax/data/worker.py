@@ -1,11 +1,12 @@
 """Worker processes that read images: they ignore signals meant for the run, and end when the run ends."""
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from epsanet_jax.errors import TrainingError, one_line
@@ -20,14 +21,23 @@ class InWorkers:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if (
-            multiprocessing.parent_process() is None
-            or threading.current_thread() is not threading.main_thread()
-        ):
-            return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.SIG_IGN)
-        end_with_parent()
+        if multiprocessing.parent_process() and threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+            end_with_parent()
+
+
+@contextlib.contextmanager
+def handling(number: int, handler: Callable[..., Any] | signal.Handlers) -> Iterator[None]:
+    """Handles a signal with `handler` within the block; other threads than the main one cannot do this."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
 
 
 def end_with_parent() -> None:

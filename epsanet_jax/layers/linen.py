@@ -12,8 +12,8 @@ def _conv_general_dilated():
 class GroupedConv(nn.Conv):
     """`flax.linen.Conv` whose 2-D convolutions are computed by `epsanet_jax.ops.grouped_conv`.
 
-    Arguments, parameters, initial values and results are those of `flax.linen.Conv`. Convolutions that
-    `grouped_conv` does not support are XLA's own, see `layers.conv_general.is_supported`.
+    Arguments, parameters, initial values and results are those of `flax.linen.Conv`. XLA computes the
+    convolutions that `grouped_conv` does not support, see `layers.conv_general.is_supported`.
     """
 
     def __post_init__(self):
@@ -22,6 +22,5 @@ class GroupedConv(nn.Conv):
         super().__post_init__()
 
 
-# Flax names a layer without a name by its class. With this one, its parameters have the names and the initial
-# values that those of `nn.Conv` have.
+# Flax names layers after their class: with this name, parameters keep their names and initial values.
 GroupedConv.__name__ = 'Conv'

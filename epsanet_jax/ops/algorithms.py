@@ -75,7 +75,7 @@ def check_name(name: str) -> None:
 
 
 def by_name(name: str, kernel_shape: tuple[int, ...], groups: int) -> Algorithm:
-    """Returns the algorithm with this name, with parameters that suit the shape.
+    """Returns the algorithm with a name of `NAMES`, for a kernel [k, k, C_in / groups, C_out].
 
     stock: one convolution with `feature_group_count = groups`; used if the named one does not apply
     merged: neighbouring groups are merged until each has `MERGED_CHANNELS` input channels
@@ -84,11 +84,6 @@ def by_name(name: str, kernel_shape: tuple[int, ...], groups: int) -> Algorithm:
     banded: all groups are merged; two columns at once
     phases: groups are not merged; each phase of the stride is a separate convolution
     matmul: a matrix product, for 1x1 kernels
-
-    Args:
-        name: one of `NAMES`.
-        kernel_shape: [k, k, C_in / groups, C_out].
-        groups: number of groups.
     """
     size, _, channels, _ = kernel_shape
     if name == 'matmul':

@@ -20,27 +20,16 @@ TABLE = 'choices.json'
 
 
 class Problem(NamedTuple):
-    """A convolution of [batch, size, size, channels] with a square kernel.
+    """A convolution of [batch, size, size, channels] with a square kernel."""
 
-    Attributes:
-        kernel: height and width of the kernel.
-        stride: step in both directions.
-        groups: number of groups.
-        channels: input channels of all groups together.
-        features: output channels of all groups together.
-        size: height or width of the images, the larger one.
-        batch: number of images; a symbolic size, as in an export, is ignored.
-        dtype: name of the images' type.
-    """
-
-    kernel: int
-    stride: int
-    groups: int
-    channels: int
-    features: int
-    size: int
-    batch: int
-    dtype: str
+    kernel: int  # height and width of the kernel
+    stride: int  # step in both directions
+    groups: int  # number of groups
+    channels: int  # input channels of all groups together
+    features: int  # output channels of all groups together
+    size: int  # height or width of the images, the larger one
+    batch: int  # number of images; a symbolic size, as in an export, is ignored
+    dtype: str  # name of the images' type
 
 
 class Choice(NamedTuple):

@@ -145,7 +145,7 @@ def test_explicit_sharding_takes_xlas_own(calls):
 def test_importing_it_imports_neither_nnx_nor_the_trainer():
     code = (
         'import sys, epsanet_jax.layers.linen; '
-        'unwanted = ("flax.nnx", "epsanet_jax.training", "epsanet_jax.data", "PIL", "orbax"); '
+        'unwanted = ("flax.nnx", "epsanet_jax.training", "epsanet_jax.data.pipeline", "PIL", "orbax"); '
         'print([name for name in unwanted if name in sys.modules])'
     )
     output = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)

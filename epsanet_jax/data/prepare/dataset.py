@@ -6,14 +6,12 @@ has a file with its result. The same call continues; a shard whose images have c
 
 import contextlib
 import dataclasses
-import hashlib
 import os
 import shlex
 import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from tqdm import tqdm
 
@@ -21,7 +19,8 @@ from epsanet_jax.data.prepare import layouts, plan, shards, workers
 from epsanet_jax.data.prepare.layouts import Listing
 from epsanet_jax.data.prepare.shards import Shard, Written
 from epsanet_jax.data.walk import skipped_line
-from epsanet_jax.errors import InputError, Interrupted, one_line
+from epsanet_jax.data.worker import handling
+from epsanet_jax.errors import InputError, Interrupted, one_line, some
 
 _DESCRIPTION = ('dataset_info.json', 'features.json', 'label.labels.txt')
 _SKIPPED, _CHECKSUMS = 'skipped.txt', 'checksums.sha256'
@@ -29,40 +28,24 @@ _SKIPPED, _CHECKSUMS = 'skipped.txt', 'checksums.sha256'
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Counts of a split.
+    """Counts of a split."""
 
-    Attributes:
-        kept: images kept byte for byte.
-        converted: images converted to JPEG.
-        skipped: images left out because they cannot be decoded.
-        bytes: total size of the files.
-        shards: number of files.
-    """
-
-    kept: int
-    converted: int
-    skipped: int
-    bytes: int
-    shards: int
+    kept: int  # images kept byte for byte
+    converted: int  # images converted to JPEG
+    skipped: int  # images left out because they cannot be decoded
+    bytes: int  # total size of the files
+    shards: int  # files
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A finished dataset.
+    """A finished dataset."""
 
-    Attributes:
-        folder: path of the dataset.
-        name: name of the dataset in TFDS.
-        splits: counts of each split.
-        images: number of images that this call processed; 0 if the dataset existed already.
-        seconds: duration of this call.
-    """
-
-    folder: str
-    name: str
+    folder: str  # path of the dataset
+    name: str  # name of the dataset in TFDS
     splits: Mapping[str, Counts]
-    images: int
-    seconds: float
+    images: int  # number of images that this call processed; 0 if the dataset existed already
+    seconds: float  # duration of this call
 
 
 def prepare(
@@ -93,17 +76,15 @@ def prepare(
     source, folder = (os.path.abspath(os.path.expanduser(path)) for path in (source, folder))
     begin = time.perf_counter()
     try:
-        with _terminated_as_interrupted():
+        with handling(signal.SIGTERM, signal.default_int_handler):  # which raises KeyboardInterrupt
             _report(f'listing {source} ...')
             listing = layouts.list_source(source, labels)
             listing = dataclasses.replace(listing, name=name or listing.name)
             if listing.left_alone:
-                more = ' ...' if listing.left_alone[5:] else ''
-                _report(f'not used: {", ".join(listing.left_alone[:5])}{more}')
+                _report(f'not used: {some(listing.left_alone)}')
             if listing.skipped:
                 _report(skipped_line(source, listing.skipped))
-            report = plan.read_report(folder, listing)
-            if report is not None:
+            if (report := plan.read_report(folder, listing)) is not None:
                 splits = {split: Counts(**counts) for split, counts in report['splits'].items()}
                 return Prepared(folder, listing.name, splits, 0, 0.0)
             with plan.locked(folder):
@@ -133,9 +114,8 @@ def describe(prepared: Prepared) -> list[str]:
         lines.append(f'{prepared.folder} exists already; nothing was done')
     validation = [split for split in prepared.splits if split != 'train']
     if 'train' in prepared.splits and validation:
-        recipe, usual = ('image_folder', 'val')
-        if prepared.name == 'imagenet2012':
-            recipe, usual = ('imagenet', 'validation')
+        imagenet = prepared.name == 'imagenet2012'
+        recipe, usual = ('imagenet', 'validation') if imagenet else ('image_folder', 'val')
         split = '' if usual in validation else f' --config.data.eval_split={validation[0]}'
         lines.append(
             f'train on it: python train.py --config=configs/{recipe}.py --config.data.source=records '
@@ -144,43 +124,23 @@ def describe(prepared: Prepared) -> list[str]:
     return lines
 
 
-@contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
-    """Raises KeyboardInterrupt on SIGTERM, as on SIGINT."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _write(
     parts: list[Shard], listing: Listing, folder: str, on_bad: str, num_workers: int
 ) -> tuple[dict[str, Written], int]:
-    """Writes the missing shards; returns the result of every shard by file name, and the number of images.
-
-    Raises:
-        InputError: a file cannot be written, or an image cannot be decoded and `on_bad` is 'stop'.
-    """
+    """Writes the missing shards; returns the result of every shard by file name, and the number of images."""
     found = {part.file_name: plan.read_written(folder, part, on_bad) for part in parts}
-    written = {name: record for name, record in found.items() if record is not None}
+    written = {name: record for name, record in found.items() if record}
     missing = [part for part in parts if part.file_name not in written]
     images = sum(len(part.items) for part in missing)
     for part in missing:  # of images that have changed
         for path in (shards.record_path(folder, part), os.path.join(folder, part.file_name)):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
-    seconds = 0.5 if sys.stderr.isatty() else 30
+    seconds, classes = 0.5 if sys.stderr.isatty() else 30, len(listing.class_names)
     with tqdm(total=images, unit=' images', mininterval=seconds, disable=not missing) as bar:
-
-        def done(count: int) -> None:
-            bar.update(count - bar.n)
-
-        classes = len(listing.class_names)
-        results = workers.write_shards(missing, folder, on_bad, classes, num_workers, done)
+        results = workers.write_shards(
+            missing, folder, on_bad, classes, num_workers, done=lambda count: bar.update(count - bar.n)
+        )
         with contextlib.closing(results):
             for part, record in results:
                 written[part.file_name] = record
@@ -196,19 +156,28 @@ def _write(
 
 
 def _finish(
-    parts: list[Shard], written: dict[str, Written], listing: Listing, folder: str
+    parts: list[Shard], written: Mapping[str, Written], listing: Listing, folder: str
 ) -> dict[str, Counts]:
     """Writes the metadata, the report and the checksums, and removes the progress folder."""
-    splits = {}
+    import tensorflow_datasets as tfds
+
+    splits, infos = {}, []
     for split in listing.splits:
         own = [written[part.file_name] for part in parts if part.split == split]
         kept, converted = sum(w.kept for w in own), sum(w.converted for w in own)
         if not kept + converted:
             raise InputError(f'no image of {split!r} can be decoded: the split would be empty')
-        splits[split] = Counts(
-            kept, converted, sum(len(w.bad) for w in own), sum(w.bytes for w in own), len(own)
-        )
-    _write_description(parts, written, listing, folder)
+        size = sum(w.bytes for w in own)
+        splits[split] = Counts(kept, converted, sum(len(w.bad) for w in own), size, len(own))
+        infos.append(tfds.core.SplitInfo(split, [w.kept + w.converted for w in own], size))
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=shards.features(class_names=listing.class_names),
+        split_infos=infos,
+        check_data=False,  # the check needs TensorFlow
+        supervised_keys=('image', 'label'),
+        description='Images and their classes, written by `epsanet prepare`.',
+    )
     names = [*_DESCRIPTION, plan.REPORT]
     if bad := [pair for part in parts for pair in written[part.file_name].bad]:
         with open(os.path.join(folder, _SKIPPED), 'w', errors='surrogateescape') as f:
@@ -219,34 +188,10 @@ def _finish(
     shards.write_json(os.path.join(folder, plan.REPORT), report)
     with open(os.path.join(folder, _CHECKSUMS), 'w') as f:
         for name in sorted([*names, *written]):
-            sha256 = written[name].sha256 if name in written else _sha256(os.path.join(folder, name))
+            sha256 = written[name].sha256 if name in written else shards.sha256(os.path.join(folder, name))
             f.write(f'{sha256}  {name}\n')
     plan.remove_progress(folder)
     return splits
-
-
-def _write_description(
-    parts: list[Shard], written: dict[str, Written], listing: Listing, folder: str
-) -> None:
-    import tensorflow_datasets as tfds
-
-    infos = []
-    for split in listing.splits:
-        own = [written[part.file_name] for part in parts if part.split == split]
-        infos.append(tfds.core.SplitInfo(split, [w.examples for w in own], sum(w.bytes for w in own)))
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder,
-        features=shards.features(class_names=listing.class_names),
-        split_infos=infos,
-        check_data=False,  # the check needs TensorFlow
-        supervised_keys=('image', 'label'),
-        description='Images and their classes, written by `epsanet prepare`.',
-    )
-
-
-def _sha256(path: str) -> str:
-    with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
 def _report(line: str) -> None:

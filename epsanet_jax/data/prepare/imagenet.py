@@ -1,15 +1,14 @@
 """ImageNet as it is distributed: ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar.
 
 The labels of the validation images are synsets, in the order of the sorted file names; TFDS has the list.
-The class numbers of the development kit of ILSVRC2012 are not accepted: TFDS, torchvision and this package
-number the sorted synsets, the kit has another order, and with the wrong numbers the accuracy is about 0 %.
+The class numbers of the ILSVRC2012 development kit are not accepted: TFDS, torchvision and this package
+number the sorted synsets, and the kit uses another order. With wrong numbers the accuracy is about 0 %.
 """
 
 import os
 import re
 
-from epsanet_jax.data.prepare import archives
-from epsanet_jax.data.prepare.archives import Item
+from epsanet_jax.data.prepare.archives import Item, images_of_class, index_tar, order
 from epsanet_jax.data.walk import is_image_name
 from epsanet_jax.errors import InputError, one_line
 
@@ -19,14 +18,11 @@ _MOST_BYTES = 64 * 2**20  # of a list of labels
 
 
 def list_tars(root: str, labels: str | None) -> dict[str, list[Item]]:
-    """Lists the images of ImageNet's tars in a folder.
+    """Lists the images of 'train' and 'validation', for each of ImageNet's tars that a folder holds.
 
     Args:
-        root: folder that holds one or both tars.
+        root: path of the folder.
         labels: list of the labels of the validation images, see `read_labels`; None: the list of TFDS.
-
-    Returns:
-        The images of 'train' and of 'validation', as far as the tars are there.
 
     Raises:
         InputError: a tar is damaged or not ImageNet's, or the labels do not fit the images.
@@ -43,26 +39,23 @@ def list_tars(root: str, labels: str | None) -> dict[str, list[Item]]:
 
 def _list_training(path: str) -> list[Item]:
     items = []
-    for tar in archives.index_tar(path)[0]:
+    for tar in index_tar(path)[0]:
         synset = tar.name.removesuffix('.tar')
         if not _SYNSET.fullmatch(synset) or synset == tar.name:
             raise InputError(
                 f'{path} holds {tar.name!r}: expected one tar per synset, n01440764.tar and so on'
             )
-        found = [m for m in archives.index_tar(path, tar)[0] if is_image_name(m.name)]
-        if not found:
-            raise InputError(f'empty class: {path}: {tar.name} holds no image')
-        items += [Item(path, m.name, synset, m.size, m.mtime, m.offset) for m in found]
+        items += images_of_class(synset, path, tar)
     if not items:
         raise InputError(f'{path} holds no tar of images')
-    return archives.in_order(items)
+    return sorted(items, key=order)
 
 
 def _list_validation(path: str, labels: str | None, known: set[str]) -> list[Item]:
-    members = sorted(m for m in archives.index_tar(path)[0] if is_image_name(m.name))
+    items = sorted(item for item in index_tar(path)[0] if is_image_name(item.name))
     synsets = read_labels(labels or _labels_of_tfds())
-    if len(synsets) != len(members):
-        have = f'{path} has {len(members):,} images'
+    if len(synsets) != len(items):
+        have = f'{path} has {len(items):,} images'
         if labels:
             raise InputError(f'{labels} has {len(synsets):,} labels, {have}')
         raise InputError(
@@ -73,10 +66,8 @@ def _list_validation(path: str, labels: str | None, known: set[str]) -> list[Ite
         raise InputError(
             f'{TRAIN_TAR} lacks {len(unknown):,} synsets of the validation images: {unknown[0]} ...'
         )
-    return archives.in_order(
-        Item(path, m.name, synset, m.size, m.mtime, m.offset)
-        for m, synset in zip(members, synsets, strict=True)
-    )
+    labelled = zip(items, synsets, strict=True)
+    return sorted((item._replace(class_name=synset) for item, synset in labelled), key=order)
 
 
 def _labels_of_tfds() -> str:
@@ -86,23 +77,19 @@ def _labels_of_tfds() -> str:
 
 
 def read_labels(path: str) -> list[str]:
-    """Returns the synset of each validation image, in the order of the sorted file names.
-
-    Args:
-        path: text file with one synset per line.
+    """Returns the synset of each validation image from a text file with one synset per line.
 
     Raises:
-        InputError: the file cannot be read, or holds anything but synsets.
+        InputError: the file cannot be read, or a line is not a synset.
     """
     try:
         with open(path, 'rb') as f:
-            content = f.read(_MOST_BYTES)
-        lines = content.decode().strip().splitlines()
+            lines = [line.strip() for line in f.read(_MOST_BYTES).decode().strip().splitlines()]
     except OSError as e:
         raise InputError(f'cannot read the labels in {path}: {e.strerror or one_line(e)}') from e
     except UnicodeDecodeError as e:
         raise InputError(f'{path} is not a text file: expected one synset per line') from e
-    for number, line in enumerate(map(str.strip, lines), 1):
+    for number, line in enumerate(lines, 1):
         if not _SYNSET.fullmatch(line):
             raise InputError(f'{path} line {number}: expected a synset (n01440764), got {line[:40]!r}')
-    return [line.strip() for line in lines]
+    return lines

@@ -18,23 +18,14 @@ _COMPRESSED_TAR = re.compile(r'.*\.(tar\.\w+|tgz|tbz2?|txz)', re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True)
 class Listing:
-    """The images of a source.
+    """The images of a source."""
 
-    Attributes:
-        root: path of the source.
-        name: default name of the dataset.
-        class_names: sorted names of the classes; the label is the index.
-        splits: images of each split, in order.
-        left_alone: names of the entries of the root that are not used.
-        skipped: 'PATH: reason' for each entry skipped by `walk.walk`; PATH is relative to the root.
-    """
-
-    root: str
-    name: str
-    class_names: tuple[str, ...]
-    splits: dict[str, list[Item]]
-    left_alone: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = ()
+    root: str  # path of the source
+    name: str  # name of the dataset
+    class_names: tuple[str, ...]  # sorted; the label of a class is its index
+    splits: dict[str, list[Item]]  # images of each split, in order
+    left_alone: tuple[str, ...] = ()  # names of the entries of the root that are not used
+    skipped: tuple[str, ...] = ()  # 'PATH: reason' of `walk.walk`; PATH is relative to the root
 
     def name_of(self, item: Item) -> str:
         """Returns the name of an image for messages: its path relative to the root, or 'TAR: MEMBER'."""
@@ -49,7 +40,7 @@ def list_source(root: str, labels: str | None = None) -> Listing:
 
     - split folders (train, val, validation, test) that hold class folders or one tar per class;
     - one tar per split (train.tar and so on) that holds class folders;
-    - class folders, or one tar per class: the split 'train';
+    - class folders, or one tar per class, without a split: the split is 'train';
     - ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as ImageNet is distributed.
 
     Args:
@@ -91,9 +82,9 @@ def list_source(root: str, labels: str | None = None) -> Listing:
 
 def _list_split(root: str, split: str, skipped: list[str]) -> list[Item]:
     folder, tar = os.path.join(root, split), os.path.join(root, f'{split}.tar')
-    if os.path.exists(folder) and os.path.exists(tar):
-        raise InputError(f'{root} holds both {split} and {split}.tar: move one of them elsewhere')
     if os.path.exists(tar):
+        if os.path.exists(folder):
+            raise InputError(f'{root} holds both {split} and {split}.tar: move one of them elsewhere')
         return archives.list_tar_of_classes(tar, split)
     if not os.path.isdir(folder):
         raise InputError(
@@ -103,12 +94,8 @@ def _list_split(root: str, split: str, skipped: list[str]) -> list[Item]:
 
 
 def _list_classes(folder: str, on_skipped: Callable[[str], object]) -> list[Item]:
-    class_names = next(walk(folder)).folders
-    tars = sorted(
-        name
-        for name in os.listdir(folder)
-        if name.endswith('.tar') and not os.path.isdir(os.path.join(folder, name))
-    )
+    class_names, names = next(walk(folder)).folders, sorted(os.listdir(folder))
+    tars = [n for n in names if n.endswith('.tar') and not os.path.isdir(os.path.join(folder, n))]
     if class_names and tars:
         raise InputError(
             f'{folder} holds folders ({class_names[0]} ...) and tars ({tars[0]} ...): move one kind elsewhere'
@@ -116,22 +103,19 @@ def _list_classes(folder: str, on_skipped: Callable[[str], object]) -> list[Item
     if class_names:
         return archives.list_folder(folder, on_skipped)
     if not tars:
-        _refuse_compressed(folder, sorted(os.listdir(folder)))
+        _refuse_compressed(folder, names)
         raise InputError(
             f'no class folders in {folder}: expected one folder of images per class, or one tar per class'
         )
-    return archives.in_order(
-        item for tar in tars for item in archives.list_tar_of_class(os.path.join(folder, tar))
-    )
+    items = [item for tar in tars for item in archives.list_tar_of_class(os.path.join(folder, tar))]
+    return sorted(items, key=archives.order)
 
 
 def _refuse_compressed(folder: str, names: list[str]) -> None:
     for name in names:
         if _COMPRESSED_TAR.fullmatch(name):
-            raise InputError(
-                f'{os.path.join(folder, name)} is compressed, which prevents random access: '
-                'decompress it first'
-            )
+            path = os.path.join(folder, name)
+            raise InputError(f'{path} is compressed, which prevents random access: decompress it first')
 
 
 def _class_names(splits: dict[str, list[Item]]) -> tuple[str, ...]:
@@ -143,10 +127,7 @@ def _class_names(splits: dict[str, list[Item]]) -> tuple[str, ...]:
             raise InputError(f'{split!r} has classes that train lacks: {some(unknown)}')
     for name in names:
         # A line of label.labels.txt holds the name; a name that is not UTF-8 has surrogates.
-        if (
-            name != name.strip()
-            or {'\n', '\r'} & set(name)
-            or name.encode(errors='ignore') != os.fsencode(name)
-        ):
+        is_utf8 = name.encode(errors='ignore') == os.fsencode(name)
+        if name != name.strip() or {'\n', '\r'} & set(name) or not is_utf8:
             raise InputError(f'the class name {name!r} cannot be stored as a line of text: rename the class')
     return tuple(names)

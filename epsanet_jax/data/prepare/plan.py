@@ -3,10 +3,11 @@
 import bisect
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -46,7 +47,7 @@ def read_report(folder: str, listing: Listing) -> dict[str, Any] | None:
     """Returns the report of a finished dataset made from the same images, or None if there is no dataset.
 
     Raises:
-        InputError: the folder holds something else, a damaged report, or a dataset made from other images.
+        InputError: the folder holds other files, a damaged report, or a dataset made from other images.
     """
     if not os.path.isdir(folder):
         if os.path.lexists(folder):
@@ -94,11 +95,11 @@ def locked(folder: str) -> Iterator[None]:
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise InputError(f'another process is preparing {folder}: wait for it, or stop it') from e
-        _remove_partial(folder)  # from a call that was killed
+        _remove_partial(folder)  # files of a call that was killed
         try:
             yield
         finally:
-            _remove_partial(folder)  # from workers that were ended
+            _remove_partial(folder)  # files of workers that were ended
 
 
 def _remove_partial(folder: str) -> None:
@@ -122,20 +123,23 @@ def make_shards(folder: str, listing: Listing, shard_bytes: int | None) -> list[
         plan = _read_json(path, {*identity, 'starts'})
         for key, value in identity.items():
             if plan[key] != value:
-                raise InputError(
-                    f'{folder} was started with the {key} {plan[key]!r}, not {value!r}: choose another DST, '
-                    'or remove the folder'
-                )
+                started = f'{folder} was started with the {key} {plan[key]!r}, not {value!r}'
+                raise InputError(f'{started}: choose another DST, or remove the folder')
     else:
         starts = {split: _starts(items, shard_bytes) for split, items in listing.splits.items()}
         plan = {**identity, 'starts': starts}
         shards.write_json(path, plan)
-    labels = {name: label for label, name in enumerate(listing.class_names)}
-    return [
-        _shard(listing, split, items, labels, f'{index:05d}-of-{len(plan["starts"][split]) + 1:05d}')
-        for split in listing.splits
-        for index, items in enumerate(_cut(listing.splits[split], plan['starts'][split]))
-    ]
+    labels, made = {name: label for label, name in enumerate(listing.class_names)}, []
+    for split, items in listing.splits.items():
+        starts = plan['starts'][split]
+        cuts = [bisect.bisect_left(items, tuple(start), key=archives.order) for start in starts]
+        for index, (begin, end) in enumerate(itertools.pairwise([0, *cuts, len(items)])):
+            file_name = f'{listing.name}-{split}.array_record-{index:05d}-of-{len(starts) + 1:05d}'
+            own = tuple(items[begin:end])
+            own_labels = tuple(labels[item.class_name] for item in own)
+            names, digest = tuple(map(listing.name_of, own)), _digest([file_name], own, own_labels)
+            made.append(Shard(split, file_name, own, own_labels, names, digest))
+    return made
 
 
 def _starts(items: list[Item], shard_bytes: int | None) -> list[tuple[str, ...]]:
@@ -151,34 +155,13 @@ def _starts(items: list[Item], shard_bytes: int | None) -> list[tuple[str, ...]]
     return starts
 
 
-def _cut(items: list[Item], starts: list[list[str]]) -> Iterator[list[Item]]:
-    cuts = [bisect.bisect_left(items, tuple(start), key=archives.order) for start in starts]
-    for begin, end in zip([0, *cuts], [*cuts, len(items)], strict=True):
-        yield items[begin:end]
-
-
-def _shard(listing: Listing, split: str, items: list[Item], labels: dict[str, int], number: str) -> Shard:
-    own = tuple(labels[item.class_name] for item in items)
-    file_name = f'{listing.name}-{split}.array_record-{number}'
-    return Shard(
-        split,
-        file_name,
-        tuple(items),
-        own,
-        tuple(listing.name_of(item) for item in items),
-        _digest([file_name], items, own),
-    )
-
-
 def digest_of(listing: Listing) -> str:
     """Returns a digest of the names, classes, sizes and times of all images, in order."""
-    parts = [listing.name, *listing.class_names, '']
-    for split, items in listing.splits.items():
-        parts.append(_digest([split], items, [0] * len(items)))
-    return _digest(parts, [], [])
+    splits = [_digest([split], items, [0] * len(items)) for split, items in listing.splits.items()]
+    return _digest([listing.name, *listing.class_names, '', *splits])
 
 
-def _digest(parts: list[str], items: list[Item], labels: Any) -> str:
+def _digest(parts: list[str], items: Sequence[Item] = (), labels: Sequence[int] = ()) -> str:
     digest = hashlib.sha256(json.dumps(parts).encode())
     for item, label in zip(items, labels, strict=True):
         digest.update(json.dumps([item.name, item.class_name, item.size, item.mtime, label]).encode())

@@ -6,9 +6,9 @@ import io
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, BinaryIO
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
 
 from PIL import ExifTags, Image
 
@@ -26,49 +26,26 @@ _MOST_PIXELS = 65500  # per side of a JPEG
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """The images of one ArrayRecord file.
-
-    Attributes:
-        split: name of the split.
-        file_name: name of the file.
-        items: images in order.
-        labels: label of each image.
-        names: name of each image for messages.
-        digest: digest of everything that determines the content of the file.
-    """
+    """The images of one ArrayRecord file."""
 
     split: str
     file_name: str
     items: tuple[Item, ...]
     labels: tuple[int, ...]
-    names: tuple[str, ...]
-    digest: str
+    names: tuple[str, ...]  # of the images, for messages
+    digest: str  # of everything that determines the content of the file
 
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """The result of writing a shard.
+    """The result of writing a shard."""
 
-    Attributes:
-        digest: digest of the shard.
-        kept: number of images kept byte for byte.
-        converted: number of images converted to JPEG.
-        bytes: size of the file.
-        sha256: checksum of the file; empty if bad images prevented the file.
-        bad: (name, reason) of each image that cannot be decoded.
-    """
-
-    digest: str
-    kept: int
-    converted: int
-    bytes: int
-    sha256: str
-    bad: tuple[tuple[str, str], ...]
-
-    @property
-    def examples(self) -> int:
-        """Number of records."""
-        return self.kept + self.converted
+    digest: str  # of the shard
+    kept: int  # number of images kept byte for byte
+    converted: int  # number of images converted to JPEG
+    bytes: int  # size of the file
+    sha256: str  # checksum of the file; empty if no file was written because of bad images
+    bad: tuple[tuple[str, str], ...]  # name of each image that cannot be decoded, and the reason
 
 
 def features(num_classes: int | None = None, class_names: Sequence[str] | None = None) -> Any:
@@ -87,7 +64,7 @@ def features(num_classes: int | None = None, class_names: Sequence[str] | None =
 def as_jpeg(image: bytes) -> tuple[bytes, bool]:
     """Returns an image as a gray or RGB JPEG file, and whether the file is unchanged.
 
-    An EXIF orientation stays a tag; the reader decides whether to rotate the pixels.
+    The EXIF orientation is kept as a tag, and the pixels are not rotated.
 
     Raises:
         BadImageError: the image cannot be decoded, or is too large for JPEG.
@@ -113,9 +90,9 @@ def as_jpeg(image: bytes) -> tuple[bytes, bool]:
 
 
 def write_shard(
-    shard: Shard, folder: str, on_bad: str, num_classes: int, tick: Callable[[], None]
+    shard: Shard, folder: str, on_bad: str, num_classes: int, tick: Callable[[], object]
 ) -> Written:
-    """Writes a shard. The complete file is renamed to its final name, then its result is written.
+    """Writes a shard: renames the complete file to its final name, then writes the result.
 
     Args:
         shard: shard to write.
@@ -132,15 +109,15 @@ def write_shard(
         kept, converted, bad = _write_records(shard, partial, on_bad, num_classes, tick)
         if bad and on_bad == 'stop':
             return Written(shard.digest, kept, converted, 0, '', tuple(bad))
-        with open(partial, 'rb') as f:
-            sha256 = hashlib.file_digest(f, 'sha256').hexdigest()
-            os.fsync(f.fileno())
         size = os.path.getsize(partial)
+        written = Written(shard.digest, kept, converted, size, sha256(partial), tuple(bad))
+        with open(partial, 'rb') as f:
+            os.fsync(f.fileno())
         os.replace(partial, os.path.join(folder, shard.file_name))
-        written = Written(shard.digest, kept, converted, size, sha256, tuple(bad))
         write_json(record_path(folder, shard), dataclasses.asdict(written))
-    except OSError as e:
-        raise InputError(f'cannot write {shard.file_name} in {folder}: {e.strerror or one_line(e)}') from e
+    except (OSError, RuntimeError) as e:  # the writer raises RuntimeError when the disk is full
+        reason = getattr(e, 'strerror', None) or one_line(e)
+        raise InputError(f'cannot write {shard.file_name} in {folder}: {reason}') from e
     finally:
         with suppress(OSError):
             os.unlink(partial)
@@ -152,20 +129,27 @@ def record_path(folder: str, shard: Shard) -> str:
     return os.path.join(folder, PROGRESS, f'{shard.file_name}.json')
 
 
+def sha256(path: str) -> str:
+    """Returns the checksum of a file."""
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
 def write_json(path: str, content: Any) -> None:
     """Writes a JSON file whole or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2))
 
 
-def _write_records(shard: Shard, path: str, on_bad: str, num_classes: int, tick: Callable[[], None]) -> Any:
+def _write_records(shard: Shard, path: str, on_bad: str, num_classes: int, tick: Callable[[], object]) -> Any:
+    """Returns how many images were kept and converted, and the name and reason of each bad image."""
     from array_record.python.array_record_module import ArrayRecordWriter
     from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
     encoder = features(num_classes)
     serializer = ExampleSerializer(encoder.get_serialized_info())
     kept, converted, bad = 0, 0, []
-    with _Reader() as reader, warnings.catch_warnings(), _array_record_errors():
+    with warnings.catch_warnings():
         warnings.simplefilter('ignore')  # about invalid metadata
         warnings.simplefilter('error', Image.DecompressionBombWarning)
         writer = ArrayRecordWriter(path, 'group_size:1')
@@ -173,7 +157,7 @@ def _write_records(shard: Shard, path: str, on_bad: str, num_classes: int, tick:
             for item, label, name in zip(shard.items, shard.labels, shard.names, strict=True):
                 tick()
                 try:
-                    jpeg, unchanged = as_jpeg(reader.read(item))
+                    jpeg, unchanged = as_jpeg(_read(item))
                 except BadImageError as e:
                     bad.append((name, str(e)))
                     continue
@@ -189,48 +173,16 @@ def _write_records(shard: Shard, path: str, on_bad: str, num_classes: int, tick:
     return kept, converted, bad
 
 
-@contextmanager
-def _array_record_errors() -> Iterator[None]:
+def _read(item: Item) -> bytes:
+    """Returns the bytes of an image; raises BadImageError if it cannot be read."""
     try:
-        yield
-    except RuntimeError as e:  # raised by the writer when the disk is full
-        raise OSError(one_line(e)) from e
-
-
-class _Reader:
-    """Reads images, and keeps the tar of the last image open."""
-
-    def __init__(self):
-        self._path, self._tar = '', None
-
-    def __enter__(self) -> '_Reader':
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._tar:
-            self._tar.close()
-
-    def read(self, item: Item) -> bytes:
-        """Returns the bytes of an image.
-
-        Raises:
-            BadImageError: the image cannot be read, or the tar ends within it.
-        """
-        try:
-            if item.offset < 0:
-                return read_file(os.path.join(item.container, item.name))
-            tar = self._open(item.container)
+        if item.offset < 0:
+            return read_file(os.path.join(item.container, item.name))
+        with open(item.container, 'rb') as tar:
             tar.seek(item.offset)
             image = tar.read(item.size)
-        except OSError as e:
-            raise BadImageError(f'cannot read the image: {e.strerror or e}') from e
-        if len(image) < item.size:
-            raise BadImageError('cannot read the image: the tar ends within it')
-        return image
-
-    def _open(self, path: str) -> BinaryIO:
-        if self._tar is None or path != self._path:
-            if self._tar:
-                self._tar.close()
-            self._path, self._tar = path, open(path, 'rb')  # noqa: SIM115 (closed on exit)
-        return self._tar
+    except OSError as e:
+        raise BadImageError(decode.reason_of(e)) from e
+    if len(image) < item.size:
+        raise BadImageError('cannot read the image: the tar ends within it')
+    return image

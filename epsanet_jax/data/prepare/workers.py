@@ -1,25 +1,26 @@
 """Writes shards in several processes, which end with this one.
 
-This is not a ProcessPoolExecutor, whose workers share locks: a killed worker could block all others.
+ProcessPoolExecutor is not used because its workers share locks: a killed worker could block all others.
 """
 
 import functools
+import itertools
 import multiprocessing
 import multiprocessing.connection
 import signal
-import threading
 import traceback
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from epsanet_jax.data.prepare.shards import Shard, Written, write_shard
-from epsanet_jax.data.worker import end_with_parent
+from epsanet_jax.data.worker import end_with_parent, handling
 from epsanet_jax.errors import InputError
 
 _SECONDS = 0.3  # between updates of the progress
+Results = Generator[tuple[Shard, Written]]
 
 
 def write_shards(
@@ -28,57 +29,45 @@ def write_shards(
     on_bad: str,
     num_classes: int,
     workers: int,
-    done: Callable[[int], None],
-) -> Generator[tuple[Shard, Written]]:
+    done: Callable[[int], object],
+) -> Results:
     """Writes shards, and yields each shard with its result when it is finished, in any order.
 
-    After a shard that bad images stopped, no other shard is started; those in progress are finished.
+    After a shard that bad images stopped, it starts no other shard, and finishes those in progress.
 
     Args:
         shards: shards to write.
-        folder: folder of the dataset.
-        on_bad: 'stop' or 'skip', see `shards.write_shard`.
-        num_classes: number of classes of the dataset.
+        folder: path of the dataset.
+        on_bad: see `shards.write_shard`.
+        num_classes: see `shards.write_shard`.
         workers: number of processes; 1: write in this process.
-        done: called repeatedly with the number of images processed so far.
+        done: called repeatedly with the number of processed images.
 
     Raises:
         InputError: a file cannot be written, or a worker was killed.
     """
     write = functools.partial(write_shard, folder=folder, on_bad=on_bad, num_classes=num_classes)
-    if workers == 1 or len(shards) <= 1:
-        yield from _write_here(shards, write, done)
-    else:
+    if workers > 1 and len(shards) > 1:
         yield from _write_in_processes(shards, write, workers, done)
-
-
-def _write_here(
-    shards: Sequence[Shard], write: Callable[..., Written], done: Callable[[int], None]
-) -> Generator[tuple[Shard, Written]]:
-    images = 0
-
-    def tick() -> None:
-        nonlocal images
-        images += 1
-        done(images)
-
+        return
+    images = itertools.count(1)
     for shard in shards:
-        written = write(shard, tick=tick)
+        written = write(shard, tick=lambda: done(next(images)))
         yield shard, written
         if not written.sha256:
             return
 
 
 def _write_in_processes(
-    shards: Sequence[Shard], write: Callable[..., Written], workers: int, done: Callable[[int], None]
-) -> Generator[tuple[Shard, Written]]:
+    shards: Sequence[Shard], write: Callable[..., Written], workers: int, done: Callable[[int], object]
+) -> Results:
     context = multiprocessing.get_context('spawn')
     shared = context.RawArray('q', len(shards))  # images processed per shard
     crew: dict[Any, SpawnProcess] = {}
     waiting = list(enumerate(shards))[::-1]
     busy: dict[Any, Shard] = {}
     try:
-        with _interrupts_ignored():  # inherited by the workers
+        with handling(signal.SIGINT, signal.SIG_IGN):  # inherited by the workers
             for _ in range(min(workers, len(shards))):
                 ours, theirs = context.Pipe()
                 crew[ours] = context.Process(target=_work, args=(theirs, shared, write), daemon=True)
@@ -113,35 +102,20 @@ def _write_in_processes(
             process.close()
 
 
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def _work(connection: Connection, shared: Any, write: Callable[..., Written]) -> None:
     """Writes the shards received through the pipe until it is closed, and sends each result back."""
     end_with_parent()
-    while True:
-        try:
+    with suppress(EOFError, ConnectionError):  # the main process is ending
+        while True:
             slot, shard = connection.recv()
-        except (EOFError, ConnectionError):
-            return
 
-        def tick(slot: int = slot) -> None:
-            shared[slot] += 1
+            def tick(slot: int = slot) -> None:
+                shared[slot] += 1
 
-        try:
-            answer = write(shard, tick=tick)
-        except Exception as e:
-            if not isinstance(e, InputError):
-                e.add_note(traceback.format_exc())
-            answer = e
-        with suppress(ConnectionError):  # the main process is ending
+            try:
+                answer = write(shard, tick=tick)
+            except Exception as e:
+                if not isinstance(e, InputError):
+                    e.add_note(traceback.format_exc())
+                answer = e
             connection.send(answer)
