@@ -15,14 +15,13 @@ class Result:
     """How a run ended.
 
     Attributes:
-        step: updates made.
+        step: number of updates made.
         last: the last evaluation, a line of metrics.jsonl.
-        best: the evaluation with the highest top-1, of the averages where there are any (the latest of
-            equals), likewise.
-        workdir: of the run.
-        seconds: that the steps took, without compiling and pauses, interruptions taken together; None if no
-            line of metrics knows.
-        images_per_s: during these.
+        best: the evaluation with the highest top-1 (of the moving averages if the run keeps them; the latest
+            if several are equal), a line of metrics.jsonl.
+        workdir: folder of the run.
+        seconds: time of all training steps, without compilation and pauses; None if metrics.jsonl has none.
+        images_per_s: images per second during that time.
     """
 
     step: int
@@ -47,7 +46,7 @@ class Result:
 
 
 def make_result(run: Run, step: int, workdir: str) -> Result:
-    """Reads from metrics.jsonl how a run ended, which a finished one tells again in the same words."""
+    """Returns how a run ended, read from metrics.jsonl; for a finished run the result is always the same."""
     lines = read_metrics(run.workdir)
     evaluations = [line for line in lines if line['split'] == 'eval']
     best = max(evaluations, key=lambda line: (best_by(line), line['step']))
@@ -57,15 +56,8 @@ def make_result(run: Run, step: int, workdir: str) -> Result:
         if line['split'] != 'train':
             continue
         if line['images_per_s']:
-            made = (line['step'] - before) * run.config.batch_size
-            images, seconds = images + made, seconds + made / line['images_per_s']
+            new = (line['step'] - before) * run.config.batch_size
+            images, seconds = images + new, seconds + new / line['images_per_s']
         before = line['step']
-    known = seconds > 0
-    return Result(
-        step,
-        evaluations[-1],
-        best,
-        workdir,
-        seconds if known else None,
-        images / seconds if known else None,
-    )
+    speed = images / seconds if seconds else None
+    return Result(step, evaluations[-1], best, workdir, seconds or None, speed)
