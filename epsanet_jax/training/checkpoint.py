@@ -42,11 +42,8 @@ def _arrays(state: TrainState) -> dict[str, Any]:
 class Checkpoints:
     """The checkpoints of a run: the latest few, and the one with the best top-1.
 
-    Saving is asynchronous: `save` returns as soon as the arrays are copied from the devices.
-
-    Args:
-        workdir: folder of the run; checkpoints are in its subfolder 'checkpoints'.
-        keep: number of latest checkpoints to keep.
+    Saving is asynchronous: `save` returns as soon as the arrays are copied from the devices. `keep` is the
+    number of latest checkpoints to keep in the workdir's folder 'checkpoints'.
     """
 
     def __init__(self, workdir: epath.Path, keep: int = 2):
@@ -69,10 +66,7 @@ class Checkpoints:
     def save(self, state: TrainState, metadata: dict[str, Any], metrics: dict[str, float] | None) -> None:
         """Saves a checkpoint of the state's step, unless it exists already.
 
-        Args:
-            state: the complete training state.
-            metadata: from `weights.metadata.make_metadata`.
-            metrics: results of an evaluation at this step, if there was one.
+        `metadata` is from `weights.metadata.make_metadata`; `metrics` is of an evaluation at this step.
         """
         step = int(state.step)
         if step == self.latest_step:
@@ -113,11 +107,8 @@ class Checkpoints:
     def restore(self, abstract: TrainState, log: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]]:
         """Returns the newest undamaged state and its metadata.
 
-        Damaged checkpoints that are newer are moved to the folder 'checkpoints-damaged'.
-
-        Args:
-            abstract: a state of ShapeDtypeStructs with the shardings to restore to.
-            log: called with a line for each damaged checkpoint.
+        `abstract` is a state of ShapeDtypeStructs with the shardings to restore to. Damaged checkpoints that
+        are newer are moved to the folder 'checkpoints-damaged', and `log` is called with a line for each.
 
         Raises:
             InputError: all checkpoints are damaged; nothing was moved.

@@ -219,9 +219,8 @@ def with_frozen_bn(config: Config) -> ModelConfig:
 
 def mixing(config: Config) -> Mixing | None:
     """Returns the settings of mixup and cutmix, or None if both are off."""
-    if not config.mixup_alpha and not config.cutmix_alpha:
-        return None
-    return Mixing(config.mixup_alpha, config.cutmix_alpha)
+    mixup, cutmix = config.mixup_alpha, config.cutmix_alpha
+    return Mixing(mixup, cutmix) if mixup or cutmix else None
 
 
 # Fields that may change when a run is continued; all others, and the data's fingerprint, identify the run.

@@ -47,7 +47,8 @@ def join(
     # The run handles signals itself (training.signals); JAX would catch SIGTERM.
     jax.config.update('jax_enable_preemption_service', False)
     # JAX itself, with a timeout 10 seconds later, would end the process with a stack trace.
-    late = threading.Timer(timeout, _not_joined, [timeout])
+    message = f'error: not all processes joined within {timeout} s; start all processes again'
+    late = threading.Timer(timeout, liveness.end_now, [message, 1])
     late.daemon = True
     late.start()
     try:
@@ -68,10 +69,6 @@ def join(
         late.cancel()
     if jax.process_count() > 1:
         liveness.Watch()
-
-
-def _not_joined(timeout: int) -> None:
-    liveness.end_now(f'error: not all processes joined within {timeout} s; start all processes again', 1)
 
 
 def _check(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -122,8 +119,8 @@ def check_shared(workdir: epath.Path, timeout: float = 20) -> None:
         probe.unlink()
     if not seen.all():
         raise InputError(
-            f'process {int(np.argmin(seen))} does not see --workdir={workdir} of process 0: use a folder on a '
-            'network file system or in a bucket, such as gs://BUCKET/RUN'
+            f'process {int(np.argmin(seen))} does not see --workdir={workdir} of process 0: use a bucket '
+            '(gs://BUCKET/RUN) or a network file system'
         )
 
 

@@ -47,17 +47,12 @@ def run(main: Callable[[Config, str], None]) -> None:
         except Interrupted as e:
             print(e, file=sys.stderr)
             sys.exit(INTERRUPTED)  # not `leave`: the other processes save too and end by themselves
-        except jax.errors.JaxRuntimeError as e:
+        except Exception as e:
             if not jax.distributed.is_initialized():
                 raise
-            _exit(
-                f'another process of this run failed or was lost ({one_line(e, 200)}); start all processes '
-                'again to continue at the last checkpoint',
-                1,
-            )
-        except Exception:
-            if not jax.distributed.is_initialized():
-                raise
+            if isinstance(e, jax.errors.JaxRuntimeError):
+                lost = f'another process of this run failed or was lost ({one_line(e, 200)})'
+                _exit(f'{lost}; start all processes again to continue at the last checkpoint', 1)
             traceback.print_exc()
             distributed.leave('error: this process failed, see above', 1)
 
@@ -94,14 +89,12 @@ def _parse(argv: list[str]) -> list[str]:
 def _parse_with(values: flags.FlagValues, argv: list[str]) -> list[str]:
     try:
         rest = values(argv)
-        if len(rest) > 1:
-            raise InputError(f'unexpected argument {rest[1]!r}; options are written --config.FIELD=VALUE')
-        return rest
-    except InputError:
-        raise
     # config_flags raises flags.Error for values, and various errors for fields.
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError, IndexError, OSError) as e:
         raise InputError(str(e).strip('"\'') or type(e).__name__) from e
+    if len(rest) > 1:
+        raise InputError(f'unexpected argument {rest[1]!r}; options are written --config.FIELD=VALUE')
+    return rest
 
 
 def _load_recipe(argv: list[str]) -> Any:

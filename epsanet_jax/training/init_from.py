@@ -35,11 +35,7 @@ class Start:
 
 
 def read_start(network: Network, config: OptimizerConfig) -> Start:
-    """Returns where a run with `config.init_optimizer` starts.
-
-    Args:
-        network: network that was loaded with its checkpoint.
-        config: the run's optimizer.
+    """Returns where a run with `init_optimizer` starts, from a network that was loaded with its checkpoint.
 
     Raises:
         InputError: the optimizer state or the epoch is missing, or the optimizer's settings differ.
@@ -88,10 +84,8 @@ class InitialState:
         if self.step is None:
             return state
         step = jnp.asarray(self.step, jnp.int32)
-        opt_state = optax.tree_utils.tree_set(state.opt_state, count=step)
-        if self.momentum is not None:
-            momentum = jax.tree.map(jnp.array, self.momentum)
-            opt_state = optax.tree_utils.tree_set(opt_state, trace=momentum)
+        buffers = {} if self.momentum is None else {'trace': jax.tree.map(jnp.array, self.momentum)}
+        opt_state = optax.tree_utils.tree_set(state.opt_state, count=step, **buffers)
         return state.replace(step=step, opt_state=opt_state)
 
 
@@ -105,15 +99,9 @@ def make_initial_state(
 ) -> InitialState:
     """Fits the weights of a network to the model of a run.
 
-    Args:
-        network: network to start from.
-        model: the model of the run.
-        class_names: class names of the run, in the order of the outputs. If the network's class names or
-            their number differ, the classifier is replaced by a new one; a network without class names is
-            assumed to have the same classes.
-        key: random key for a new classifier.
-        step: step to start at; None: only the weights are taken.
-        momentum: whether to take over momentum; needs `step`.
+    If the network's class names or their number differ from those of the run, in the order of the outputs,
+    a new classifier is drawn with `key`; a network without class names is assumed to have the same classes.
+    Without `step` only the weights are taken, otherwise the optimizer's `momentum` too if it has one.
 
     Raises:
         InputError: the weights do not fit the model, or `step` is given and the classes differ.

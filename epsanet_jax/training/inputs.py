@@ -209,9 +209,7 @@ class Feed:
 
     def close(self) -> None:
         """Ends the threads and processes that decode."""
-        close = getattr(self._batches, 'close', None)  # generators have it, plain iterators do not
-        if close:
-            close()
+        getattr(self._batches, 'close', lambda: None)()  # plain iterators have nothing to close
 
 
 def with_labels_of(source: Source, model_classes: Sequence[str], num_classes: int) -> Source:

@@ -100,7 +100,7 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
                         stop = True
                     save(evaluation)
             if stop:
-                raise Interrupted(f'stopped and saved at step {step}; the same command continues')
+                raise Interrupted(f'stopped at step {step} and saved; the same command continues')
             if step >= run.total_steps:
                 break
             batch = next(feed)

@@ -21,13 +21,8 @@ class Meter:
 
     The measured time contains neither the first step nor pauses. Steps run asynchronously, at most two at a
     time. A thread records when each one ends: this measures how long the devices wait for images, without
-    stopping them.
-
-    Args:
-        run: the run.
-        report: writes the lines.
-        feed: supplies the batches.
-        sums: sums of the steps between the last line and the checkpoint that the run continues from.
+    stopping them. `sums` are those of the steps between the last line and the checkpoint that the run
+    continues from.
 
     Attributes:
         sums: sums of the steps collected since the last line.

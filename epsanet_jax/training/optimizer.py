@@ -34,7 +34,8 @@ def make_optimizer(
         schedule: maps the step to the learning rate.
         freeze: regular expression; parameters whose names match do not change.
     """
-    mask = None if config.decay_norm_and_bias else _is_kernel
+    kernels = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731 (no BatchNorm, no biases)
+    mask = None if config.decay_norm_and_bias else kernels
     decay = config.weight_decay
     if config.name == 'sgd':
         optimizer = optax.chain(
@@ -73,8 +74,7 @@ def frozen_mask(params: Any, freeze: str) -> Any:
         InputError: no name matches, or all names match.
     """
 
-    def is_frozen(path: Any, leaf: Any) -> bool:
-        del leaf
+    def is_frozen(path: Any, _: Any) -> bool:
         return re.search(freeze, '/'.join(key.key for key in path)) is not None
 
     mask = jax.tree_util.tree_map_with_path(is_frozen, params)
@@ -84,11 +84,6 @@ def frozen_mask(params: Any, freeze: str) -> Any:
     if all(found):
         raise InputError(f'config.freeze={freeze!r} matches all parameters')
     return mask
-
-
-def _is_kernel(params: Any) -> Any:
-    """Returns a tree like the parameters: false for arrays with one axis (BatchNorm and biases)."""
-    return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
 def make_schedule(

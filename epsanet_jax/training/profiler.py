@@ -14,10 +14,8 @@ from epsanet_jax.workdir import PROFILE
 class Profiler:
     """Traces `config.steps` steps after the first `config.start`, in process 0 only.
 
-    Args:
-        config: the steps to trace.
-        workdir: folder of the run, on a local disk; traces are in its subfolder 'profile'.
-        step: step at which the run starts or continues.
+    Traces are in the folder 'profile' of the workdir, which must be on a local disk. The run starts or
+    continues at `step`.
     """
 
     def __init__(self, config: ProfileConfig, workdir: epath.Path, step: int):

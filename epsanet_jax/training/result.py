@@ -32,16 +32,18 @@ class Result:
     images_per_s: float | None
 
     def __str__(self) -> str:
-        lines = [f'finished at step {self.step}, {describe(self.last)}']
-        best = f'top-1 {best_by(self.best):.2%} at step {self.best["step"]}'
-        lines.append(f'best: {best} ({self.workdir}/{CHECKPOINTS}/{self.best["step"]})')
+        best, workdir, time = self.best['step'], shlex.quote(self.workdir), []
         if self.seconds is not None:
             duration = datetime.timedelta(seconds=round(self.seconds))
-            lines.append(f'time: {duration} of training steps, {self.images_per_s:.1f} images/s')
-        lines.append(f'workdir: {self.workdir} (config.json, metrics.jsonl, checkpoints/)')
-        workdir = shlex.quote(self.workdir)
-        lines.append(f'evaluate it: epsanet evaluate {workdir} --step best')
-        lines.append(f'see the curves: epsanet plot {workdir}')
+            time = [f'time: {duration} of training steps, {self.images_per_s:.1f} images/s']
+        lines = [
+            f'finished at step {self.step}, {describe(self.last)}',
+            f'best: top-1 {best_by(self.best):.2%} at step {best} ({self.workdir}/{CHECKPOINTS}/{best})',
+            *time,
+            f'workdir: {self.workdir} (config.json, metrics.jsonl, checkpoints/)',
+            f'evaluate it: epsanet evaluate {workdir} --step best',
+            f'see the curves: epsanet plot {workdir}',
+        ]
         return '\n'.join(lines)
 
 
@@ -52,9 +54,7 @@ def make_result(run: Run, step: int, workdir: str) -> Result:
     best = max(evaluations, key=lambda line: (best_by(line), line['step']))
     seconds, images = 0.0, 0
     before = 0 if run.start is None else run.start.step(run.steps_per_epoch)
-    for line in lines:
-        if line['split'] != 'train':
-            continue
+    for line in (line for line in lines if line['split'] == 'train'):
         if line['images_per_s']:
             new = (line['step'] - before) * run.config.batch_size
             images, seconds = images + new, seconds + new / line['images_per_s']

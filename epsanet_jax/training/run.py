@@ -101,10 +101,7 @@ _OF_A_HOST = ('data.dir', 'data.workers', 'data.threads', 'data.on_bad', 'data.m
 def prepare(config: Config, workdir: str, init_from: Network | None = None) -> Run:
     """Checks a configuration against the data, the devices and the workdir, and builds the run.
 
-    Args:
-        config: configuration of the run.
-        workdir: folder of the run.
-        init_from: network to start from instead of the file that `config.init_from` names.
+    The arguments are those of `loop.train`.
 
     Raises:
         InputError: one of them is invalid; nothing has been compiled or written.

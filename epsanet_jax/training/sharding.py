@@ -90,13 +90,10 @@ def bind(model: EPSANet, mesh: Mesh) -> EPSANet:
 def shard_step(
     step: Callable[..., Any], mesh: Mesh, replicated_args: int, microbatches: int = 1
 ) -> Callable[..., Any]:
-    """Turns a function of one device's rows into a function of global arrays.
+    """Turns `step(*replicated, batch)`, a function of one device's rows, into one of global arrays.
 
-    Args:
-        step: `step(*replicated, batch)`; its results must be the same on every device.
-        mesh: from `make_mesh`.
-        replicated_args: number of arguments before the batch.
-        microbatches: number of microbatches in the batch, see `by_rows`.
+    Its results must be the same on every device. `replicated_args` is the number of arguments before the
+    batch, which is placed `by_rows`.
     """
     # check_vma=False: gradients of replicated parameters stay local, and `mean` and `total` are the only
     # reductions besides BatchNorm's.
@@ -117,11 +114,9 @@ def total(tree: Any) -> Any:
 
 
 def global_rows(count: int, microbatch: jax.Array | int = 0) -> jax.Array:
-    """Returns the indices [count] of this device's rows in the global batch, within a sharded step.
+    """Returns the indices [count] in the global batch of this device's rows in a microbatch.
 
-    Args:
-        count: number of the device's rows in each microbatch.
-        microbatch: number of the microbatch, from 0.
+    To be called within a sharded step.
     """
     device, devices = lax.axis_index(_AXES), lax.axis_size(_AXES)
     return (microbatch * devices + device) * count + lax.iota(jnp.int32, count)

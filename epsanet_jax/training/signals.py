@@ -25,8 +25,7 @@ class StopSignals:
     """
 
     def __init__(self):
-        self.requested = False
-        self.unsaved = False
+        self.requested = self.unsaved = False
         self._handlers: dict[int, object] = {}
 
     def __enter__(self) -> Self:

@@ -15,9 +15,8 @@ _NO_CURVE = ('split', 'step', 'examples')
 class Events:
     """Writes lines of metrics.jsonl as scalars 'train/loss', 'eval/top1' and so on.
 
-    Args:
-        workdir: folder of the run, on a local disk; events are in its subfolder 'tensorboard'.
-        step: step at which the run starts or continues; TensorBoard ignores older events of later steps.
+    Events are in the folder 'tensorboard' of the workdir, which must be on a local disk. The run starts or
+    continues at `step`; TensorBoard ignores older events of later steps.
 
     Raises:
         InputError: the folder cannot be created or written to.

@@ -20,12 +20,7 @@ _TRAIN_REQUESTS, _EVAL_REQUESTS = 2, 1  # of each process: stop and save; stop
 
 
 def run_mesh(config: Config, bn_group: int, devices: Sequence[sharding.Device] | None = None) -> Mesh:
-    """Arranges devices for a run's batches.
-
-    Args:
-        config: configuration of the run.
-        bn_group: number of examples in a BatchNorm group; 0: the whole batch.
-        devices: the devices to use; None: all.
+    """Arranges devices (None: all) for a run's batches, in BatchNorm groups of `bn_group` (0: one group).
 
     Raises:
         InputError: the batch does not divide evenly among devices, microbatches, groups or mixed pairs.
@@ -67,10 +62,7 @@ def trace_train_step(
 
 
 def trace_eval_step(config: Config, model: EPSANet, mesh: Mesh, variables: Any, batch_size: int) -> Any:
-    """Returns the evaluation step of a run, traced for global batches of `batch_size`.
-
-    `variables` holds arrays or shapes.
-    """
+    """Returns the evaluation step of a run, traced for variables (arrays or shapes) and a batch size."""
     data, smoothing = config.data, config.label_smoothing
     step: Any = steps.make_eval_step(model, mesh, smoothing=smoothing, mean=data.mean, std=data.std)
     rows = inputs.abstract_batch(batch_size, data.size_in_use, requests=_EVAL_REQUESTS, mask=True)

@@ -26,9 +26,7 @@ _BELOW_1 = (
 def validate(config: Config, with_data: bool = True) -> None:
     """Raises InputError, with the field and its value, if a configuration is invalid.
 
-    Args:
-        config: the configuration.
-        with_data: whether to require the place of the data too.
+    `with_data` requires the place of the data too.
     """
     if not isinstance(config, Config):
         raise InputError(f'get_config() must return an epsanet_jax Config, got {type(config).__name__}')
@@ -52,16 +50,16 @@ def validate(config: Config, with_data: bool = True) -> None:
         raise InputError(
             'config.init_optimizer needs config.optimizer.name=sgd, decay_norm_and_bias and no config.freeze'
         )
-    for field in ('freeze', 'model.frozen_bn'):
-        pattern = flatten(config)[field]
+    patterns = {
+        'config.freeze': config.freeze,
+        'config.model.frozen_bn': config.model.frozen_bn,
+        'config.freeze combined with config.model.frozen_bn': with_frozen_bn(config).frozen_bn,
+    }
+    for field, pattern in patterns.items():
         try:
             re.compile(pattern)
         except re.error as e:
-            raise InputError(f'config.{field} must be a regular expression, got {pattern!r}: {e}') from e
-    try:
-        re.compile(with_frozen_bn(config).frozen_bn)
-    except re.error as e:
-        raise InputError(f'config.freeze and config.model.frozen_bn cannot be combined: {e}') from e
+            raise InputError(f'{field} must be a regular expression, got {pattern!r}: {e}') from e
     if config.ema_decay and config.model.param_dtype in ('bfloat16', 'float16'):
         raise InputError(
             f'config.ema_decay needs config.model.param_dtype=float32: changes by {1 - config.ema_decay:.1g} '
