@@ -76,7 +76,7 @@ def test_each_command_does_what_the_readme_says(place):
     assert re.search(r'best: top-1 [\d.]+% at step \d \(runs/pets/checkpoints/\d\)', scratch)
     assert 'evaluate it: epsanet evaluate runs/pets --step best' in scratch
     assert 'written: runs/pets/curves.png' in plot
-    assert 'of 16 pictures' in evaluate
+    assert 'of 16 images' in evaluate
     for text in (tuned, head):
         assert 'checkpoint.pth.tar: classifier of 3 classes replaced by a new one of 2' in text
     assert (place / 'runs/pets/curves.png').stat().st_size > 10_000
