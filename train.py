@@ -9,14 +9,14 @@ from epsanet_jax.training.malloc import allocate_in_main_thread
 
 
 def main(config: Config, workdir: str) -> None:
-    """Trains or continues the run in `workdir` and prints how it ended."""
+    """Trains a network or continues the run in `workdir`, then prints how the run ended."""
     use_persistent_cache()
     allocate_in_main_thread()
     result = loop.train(config, workdir)
     if jax.process_index() > 0:
         return
     print(result)
-    print(f'train longer: the same command with --config.{"steps" if config.steps else "epochs"} raised')
+    print(f'train longer: the same command with a larger --config.{"steps" if config.steps else "epochs"}')
 
 
 if __name__ == '__main__':

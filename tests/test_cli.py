@@ -68,7 +68,7 @@ def test_evaluate_gives_what_training_gave(capsys, digits_run):
         assert content == pytest.approx(expected, rel=1e-5)
     status, out, _ = run(capsys, 'evaluate', workdir, '--step', 20, '--split', 'train')
     assert out.startswith('step 20, ')
-    assert 'of 1437 pictures' in out
+    assert 'of 1437 images' in out
 
 
 def test_evaluate_on_a_folder_matches_classes_by_name(capsys, digits_run, digits_dir, tmp_path):

@@ -1,7 +1,7 @@
-"""The checkpoints of a run. Nothing but this module and `weights.orbax` knows Orbax.
+"""The checkpoints of a run. Only this module and `weights.orbax` use Orbax.
 
-A checkpoint holds the variables ('model'), their moving averages if the run keeps any ('ema'), the
-optimizer's state and step ('optimizer'), and everything that use of the weights needs ('metadata'): model,
+A checkpoint holds the variables ('model'), their moving averages if the run keeps them ('ema'), the
+optimizer's state and step ('optimizer'), and what is needed to use the weights ('metadata'): model settings,
 class names, preprocessing, configuration, package version.
 """
 
@@ -26,33 +26,31 @@ from epsanet_jax.workdir import CHECKPOINTS, DAMAGED_CHECKPOINTS, best_by
 
 
 def has_checkpoint(workdir: epath.Path) -> bool:
-    """Whether a workdir holds a complete checkpoint; in a bucket one may be there that is not."""
+    """Whether a workdir holds a complete checkpoint; a bucket may also hold incomplete ones."""
     folder = workdir / CHECKPOINTS
     return folder.is_dir() and any(
         entry.name.isdigit() and ocp.utils.is_checkpoint_finalized(entry) for entry in folder.iterdir()
     )
 
 
+def _arrays(state: TrainState) -> dict[str, Any]:
+    """Returns the items of a checkpoint that hold arrays."""
+    items = {'model': state.variables, 'optimizer': {'step': state.step, 'state': state.opt_state}}
+    return items if state.ema is None else {**items, 'ema': state.ema}
+
+
 class Checkpoints:
     """The checkpoints of a run: the latest few, and the one with the best top-1.
 
-    Saving is asynchronous: `save` returns once the arrays are copied from the devices.
-
-    Args:
-        workdir: of the run; checkpoints lie in its folder 'checkpoints'.
-        keep: how many of the latest to keep.
+    Saving is asynchronous: `save` returns as soon as the arrays are copied from the devices. `keep` is the
+    number of latest checkpoints to keep in the workdir's folder 'checkpoints'.
     """
 
     def __init__(self, workdir: epath.Path, keep: int = 2):
-        policies = checkpoint_managers
+        kept = [checkpoint_managers.LatestN(keep), checkpoint_managers.BestN(get_metric_fn=best_by, n=1)]
         options = ocp.CheckpointManagerOptions(
             # With best_fn alone, max_to_keep would delete the newest checkpoint if it is not among the best.
-            preservation_policy=policies.AnyPreservationPolicy(
-                [
-                    policies.LatestN(keep),
-                    policies.BestN(get_metric_fn=best_by, n=1),
-                ]
-            ),
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
             best_fn=best_by,
             best_mode='max',
             cleanup_tmp_directories=True,
@@ -62,37 +60,29 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """Step of the newest complete checkpoint."""
+        """Step of the newest complete checkpoint; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, state: TrainState, metadata: dict[str, Any], metrics: dict[str, float] | None) -> None:
-        """Saves under the state's step, unless that is saved already.
+        """Saves a checkpoint of the state's step, unless it exists already.
 
-        Args:
-            state: to be saved whole.
-            metadata: from `weights.metadata.make_metadata`.
-            metrics: of an evaluation at this very step.
+        `metadata` is from `weights.metadata.make_metadata`; `metrics` is of an evaluation at this step.
         """
         step = int(state.step)
         if step == self.latest_step:
             if metrics and not self._manager.metrics(step):
                 self._add_metrics(step, metrics)
             return
-        items = {
-            'model': ocp.args.StandardSave(state.variables),
-            'optimizer': ocp.args.StandardSave({'step': state.step, 'state': state.opt_state}),
-            'metadata': ocp.args.JsonSave(metadata),
-        }
-        if state.ema is not None:
-            items['ema'] = ocp.args.StandardSave(state.ema)
+        items = {k: ocp.args.StandardSave(tree) for k, tree in _arrays(state).items()}
+        args = ocp.args.Composite(**items, metadata=ocp.args.JsonSave(metadata))
         with self._saving():
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=metrics or {})
+            self._manager.save(step, args=args, metrics=metrics or {})
 
     def _add_metrics(self, step: int, metrics: dict[str, float]) -> None:
-        """Adds those of an evaluation made late, by which the best checkpoint is kept."""
+        """Adds the metrics of a late evaluation to a checkpoint, so that the best one is kept."""
         with self._saving():
             self._manager.wait_until_finished()
-            if jax.process_index() == 0:  # the file that Orbax wrote without any
+            if jax.process_index() == 0:  # the file that Orbax wrote without metrics
                 file = self._manager.directory / str(step) / 'metrics' / 'metrics'
                 with replacing(file) as temporary:
                     temporary.write_text(json.dumps(metrics))
@@ -100,7 +90,7 @@ class Checkpoints:
         self._manager.reload()
 
     def check(self) -> None:
-        """Raises TrainingError if what was to be written in the background could not be."""
+        """Raises TrainingError if writing in the background failed."""
         with self._saving():
             self._manager.check_for_errors()
 
@@ -110,21 +100,18 @@ class Checkpoints:
             yield
         except (OSError, ValueError, RuntimeError) as e:
             raise TrainingError(
-                f'cannot write a checkpoint to {self._manager.directory}: {one_line(e)}; make room or give '
-                'permission: the same command continues at the last complete one'
+                f'cannot write a checkpoint to {self._manager.directory}: {one_line(e)}; free disk space or '
+                'fix permissions, then the same command continues at the last complete checkpoint'
             ) from e
 
-    def restore(self, abstract: TrainState, say: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]]:
-        """Returns the newest state that is whole, placed as `abstract` says, and its metadata.
+    def restore(self, abstract: TrainState, log: Callable[[str], None]) -> tuple[TrainState, dict[str, Any]]:
+        """Returns the newest undamaged state and its metadata.
 
-        Newer ones that are damaged are set aside, into the folder 'checkpoints-damaged'.
-
-        Args:
-            abstract: ShapeDtypeStructs with shardings.
-            say: told of damaged ones.
+        `abstract` is a state of ShapeDtypeStructs with the shardings to restore to. Damaged checkpoints that
+        are newer are moved to the folder 'checkpoints-damaged', and `log` is called with a line for each.
 
         Raises:
-            InputError: all are damaged; nothing was moved.
+            InputError: all checkpoints are damaged; nothing was moved.
         """
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -139,47 +126,32 @@ class Checkpoints:
                 damaged[step] = reason
                 continue
             for number, reason in damaged.items():
-                say(f'checkpoint {number} is damaged and set aside: {reason}')
-            self._set_aside(list(damaged))
-            state = TrainState(
-                step=saved['optimizer']['step'],
-                params=saved['model']['params'],
-                batch_stats=saved['model']['batch_stats'],
-                opt_state=saved['optimizer']['state'],
-                ema=saved.get('ema'),
-            )
+                log(f'checkpoint {number} is damaged, moved to {DAMAGED_CHECKPOINTS}: {reason}')
+            if damaged:
+                self._move_damaged(list(damaged))
+            step, opt_state = (saved['optimizer'][k] for k in ('step', 'state'))
+            state = TrainState(step, **saved['model'], opt_state=opt_state, ema=saved.get('ema'))
             return state, saved['metadata']
         newest = max(damaged)
         raise InputError(
-            f'no checkpoint in {self._manager.directory} is whole; the newest, {newest}: {damaged[newest]}'
+            f'all checkpoints in {self._manager.directory} are damaged; newest: {newest}: {damaged[newest]}'
         )
 
     def _restore(self, step: int, abstract: TrainState) -> Any:
-        optimizer = {'step': abstract.step, 'state': abstract.opt_state}
-        items = {
-            'model': ocp.args.StandardRestore(abstract.variables),
-            'optimizer': ocp.args.StandardRestore(optimizer),
-            'metadata': ocp.args.JsonRestore(),
-        }
-        if abstract.ema is not None:
-            items['ema'] = ocp.args.StandardRestore(abstract.ema)
-        return self._manager.restore(step, args=ocp.args.Composite(**items))
+        items = {k: ocp.args.StandardRestore(tree) for k, tree in _arrays(abstract).items()}
+        args = ocp.args.Composite(**items, metadata=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)
 
-    def _set_aside(self, numbers: list[int]) -> None:
-        if not numbers:
-            return
+    def _move_damaged(self, numbers: list[int]) -> None:
         if jax.process_index() == 0:
-            self._move(numbers)
-        distributed.barrier('damaged checkpoints are set aside')
+            folder = self._manager.directory.parent / DAMAGED_CHECKPOINTS
+            folder.mkdir(exist_ok=True)
+            for number in numbers:
+                names = itertools.chain([str(number)], (f'{number}-{i}' for i in itertools.count(2)))
+                free = next(folder / name for name in names if not (folder / name).exists())
+                (self._manager.directory / str(number)).rename(free)
+        distributed.barrier('damaged checkpoints are moved')
         self._manager.reload()
-
-    def _move(self, numbers: list[int]) -> None:
-        folder = self._manager.directory.parent / DAMAGED_CHECKPOINTS
-        folder.mkdir(exist_ok=True)
-        for number in numbers:
-            names = itertools.chain([str(number)], (f'{number}-{i}' for i in itertools.count(2)))
-            free = next(folder / name for name in names if not (folder / name).exists())
-            (self._manager.directory / str(number)).rename(free)
 
     def __enter__(self) -> Self:
         self._first_error.__enter__()
@@ -199,6 +171,6 @@ class Checkpoints:
         finally:
             self._manager.close()
         self._first_error.__exit__(kind, error or failure, where)
-        if failure is not None and error is None:  # else it is told already, or not what went wrong first
+        if failure is not None and error is None:  # an earlier error matters more
             with self._saving():
                 raise failure

@@ -1,6 +1,7 @@
-"""The configuration of a run: its fields and their defaults, the reference's recipe.
+"""The configuration of a run. The defaults are the recipe of the reference.
 
-0, '' and () stand for "not set" where a field has a derived default: a command line can then set any field.
+0, '' and () mean "not set" where a default is derived from other fields, so that the command line can set
+every field.
 """
 
 import dataclasses
@@ -13,36 +14,35 @@ from epsanet_jax.models import ModelConfig
 
 @dataclasses.dataclass(slots=True)
 class DataConfig:
-    """The pictures.
+    """The images.
 
     Attributes:
-        source: 'folder' (an image folder), 'records' (what `epsanet prepare` makes of one), 'tfds' (a TFDS
-            data set, among them 'digits') or 'synthetic'.
-        name: of the TFDS data set.
-        dir: the folder that holds the splits' folders or the records, or TFDS's data directory ('': its
-            default).
-        train_split: folder or TFDS split to train on.
-        eval_split: folder or TFDS split to evaluate on.
-        image_size: height and width that the network sees, pixels.
-        eval_image_size: the same in evaluation and use; 0: `image_size`.
-        resize_size: shorter side before the centre crop of evaluation, pixels.
-        crop_scale: share of a picture's area that a training crop takes, smallest and largest.
-        crop_ratio: width / height of a training crop, smallest and largest.
-        flip: whether training mirrors every second picture.
-        color_jitter: brightness, contrast, saturation and hue, as torchvision's ColorJitter.
-        randaugment_ops: RandAugment's operations on each picture; 0: none.
-        randaugment_magnitude: their strength, 0 to 30.
-        random_erasing: share of the pictures of which a rectangle is erased, to the mean colour.
-        reduced_decoding: decode a large JPEG for training only as large as its crop needs; much faster, and
-            not the same pixels.
-        mean: per channel, of values in 0..1.
-        std: per channel, of values in 0..1.
-        exif_orientation: whether to turn pictures as their EXIF tag says; torchvision's ImageFolder does not.
-        workers: processes that decode; 0: threads of this process; -1: one for every 8 processors, above 8.
-        threads: that decode, in this process or each worker; 0: as many as there are processors for it.
-        on_bad: 'stop' or 'skip' at a picture that cannot be decoded.
-        max_bad_images: how many different pictures a process may skip before the run stops after all.
-        synthetic_examples: number of synthetic pictures to train on (and to evaluate on).
+        source: 'folder' (an image folder), 'records' (the output of `epsanet prepare`), 'tfds' (a TFDS
+            dataset or 'digits') or 'synthetic'.
+        name: name of the TFDS dataset.
+        dir: folder that contains the splits or the records, or TFDS's data directory ('': its default).
+        train_split: folder or TFDS split for training.
+        eval_split: folder or TFDS split for evaluation.
+        image_size: height and width of the network's input in training, pixels.
+        eval_image_size: height and width of the input in evaluation and use; 0: `image_size`.
+        resize_size: shorter side before the centre crop in evaluation, pixels.
+        crop_scale: smallest and largest share of an image's area in a training crop.
+        crop_ratio: smallest and largest width / height of a training crop.
+        flip: whether training mirrors images at random, with probability 1/2.
+        color_jitter: brightness, contrast, saturation and hue, as in torchvision's ColorJitter.
+        randaugment_ops: number of RandAugment operations per image; 0: none.
+        randaugment_magnitude: strength of RandAugment, 0 to 30.
+        random_erasing: probability that a rectangle of an image is filled with the mean colour.
+        reduced_decoding: decode large JPEGs for training only at the resolution that the crop needs: much
+            faster, with slightly different pixels.
+        mean: mean per channel of pixel values in 0..1.
+        std: standard deviation per channel of pixel values in 0..1.
+        exif_orientation: whether to rotate images by their EXIF tag; torchvision's ImageFolder does not.
+        workers: decoding processes; 0: threads of this process; -1: one per 8 processors, if more than 8.
+        threads: decoding threads in this process or in each worker; 0: by the number of processors.
+        on_bad: 'stop' or 'skip' at an image that cannot be decoded.
+        max_bad_images: number of different images that a process may skip before the run stops.
+        synthetic_examples: number of synthetic images in training, and in evaluation.
         synthetic_classes: number of their classes.
     """
 
@@ -74,12 +74,12 @@ class DataConfig:
 
     @property
     def size_in_use(self) -> int:
-        """Height and width in evaluation and use, pixels."""
+        """Height and width of the network's input in evaluation and use, pixels."""
         return self.eval_image_size or self.image_size
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """What images go through before the network, in evaluation and use."""
+        """The preprocessing of images in evaluation and use."""
         return Preprocessing(
             self.size_in_use, self.resize_size, tuple(self.mean), tuple(self.std), self.exif_orientation
         )
@@ -90,19 +90,19 @@ class OptimizerConfig:
     """The optimizer, see `training.optimizer.make_optimizer`.
 
     Attributes:
-        lr: the schedule's peak.
-        momentum: of SGD and LARS.
-        nesterov: Nesterov's variant of it.
-        weight_decay: coupled with SGD and LARS, decoupled with AdamW and LAMB.
+        lr: peak learning rate of the schedule.
+        momentum: momentum of SGD and LARS.
+        nesterov: whether to use Nesterov momentum.
+        weight_decay: coupled in SGD and LARS, decoupled in AdamW and LAMB.
         name: 'sgd', 'adamw', 'lamb' or 'lars'.
-        lr_batch: batch size that `lr` is meant for, which is scaled linearly to `batch_size`; 0: not scaled.
-        b1: of AdamW and LAMB: decay of the gradient's mean.
-        b2: likewise, of its square's mean.
-        eps: likewise, added to the root of that.
-        trust_coefficient: of LARS.
-        decay_norm_and_bias: whether weight decay (and LARS's trust ratio) are for BatchNorm's parameters and
-            biases too.
-        clip_norm: largest norm of the whole gradient; larger ones are scaled down. 0: any.
+        lr_batch: batch size for which `lr` is given; `lr` is scaled linearly to `batch_size`. 0: not scaled.
+        b1: decay rate of the gradient's mean in AdamW and LAMB.
+        b2: decay rate of the squared gradient's mean in AdamW and LAMB.
+        eps: term added to the square root of that mean in AdamW and LAMB.
+        trust_coefficient: trust coefficient of LARS.
+        decay_norm_and_bias: whether weight decay (and LARS's trust ratio) also apply to BatchNorm parameters
+            and biases.
+        clip_norm: largest norm of the whole gradient, which is scaled down if it is longer. 0: no limit.
     """
 
     lr: float = 0.1
@@ -132,12 +132,12 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(slots=True)
 class CheckpointConfig:
-    """When to save, besides after every evaluation and at the end, and what to keep besides the best.
+    """When to save in addition to every evaluation and the end, and which checkpoints to keep.
 
     Attributes:
-        every_steps: 0: never by count.
-        every_minutes: 0: never by time.
-        keep: how many of the latest checkpoints to keep.
+        every_steps: save after every so many steps; 0: off.
+        every_minutes: save after every so many minutes; 0: off.
+        keep: number of latest checkpoints to keep; the best is always kept.
     """
 
     every_steps: int = 0
@@ -147,7 +147,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(slots=True)
 class ProfileConfig:
-    """A window of steps whose trace is written to profile/ in the workdir; `steps` 0: none."""
+    """The steps whose trace is written to profile/ in the workdir; `steps` 0: no trace."""
 
     start: int = 10
     steps: int = 0
@@ -158,28 +158,29 @@ class Config:
     """A run.
 
     Attributes:
-        seed: of parameters, order and augmentation.
-        batch_size: of the global batch, however many devices share it.
-        gradient_accumulation_steps: microbatches that the batch is cut into, computed one after the other to
-            save memory; each must hold whole BatchNorm groups, and the update stays the batch's.
-        epochs: length of the training; may be fractional.
-        steps: length in steps instead of epochs; 0: by epochs.
-        label_smoothing: in training and evaluation.
-        mixup_alpha: of mixup's Beta distribution; 0: no mixup.
-        cutmix_alpha: of cutmix's; with both, each picture takes one of them, evenly.
-        stochastic_depth: probability that the last block is skipped for a picture in training; it grows
-            linearly from the first block's, which is none.
-        ema_decay: of the moving average of parameters and BatchNorm statistics, which is evaluated beside
-            them and then is what is used; 0: none is kept.
-        log_every_steps: how often a line of metrics is written.
-        eval_every_epochs: how often to evaluate; 0: only at the end.
-        eval_batch_size: 0: batch_size. Rounded up to divide among the devices.
+        seed: seed of the initial parameters, the order of examples and the augmentation.
+        batch_size: size of the global batch, for any number of devices.
+        gradient_accumulation_steps: number of microbatches that are computed one after the other to save
+            memory. Each must hold whole BatchNorm groups; the update is the same.
+        epochs: length of the training, possibly a fraction.
+        steps: length in steps instead of epochs; 0: use `epochs`.
+        label_smoothing: label smoothing in training and evaluation.
+        mixup_alpha: parameter of mixup's Beta distribution; 0: no mixup.
+        cutmix_alpha: parameter of cutmix's Beta distribution; 0: no cutmix. With both, each image gets one of
+            them with probability 1/2.
+        stochastic_depth: probability in training that the last block is skipped for an image. It grows
+            linearly from 0 at the first block.
+        ema_decay: decay of the moving average of parameters and BatchNorm statistics, which is evaluated too
+            and used by the commands; 0: no moving average.
+        log_every_steps: steps between two lines of training metrics.
+        eval_every_epochs: epochs between two evaluations; 0: only at the end.
+        eval_batch_size: rounded up to a multiple of the number of devices; 0: `batch_size`.
         init_from: weights to start from: a PyTorch or safetensors file, a workdir or a checkpoint. A
-            classifier of another size is replaced by a new one.
-        init_optimizer: go on from the file's momentum, epoch and learning rate too.
-        freeze: regular expression; parameters in whose names it is found ('layer1_0/conv1/kernel') stay as
-            they are, and so do the BatchNorms there: '^conv1|^bn1|^layer[12]', or '^(?!fc)' for all but the
-            classifier.
+            classifier for other classes is replaced by a new one.
+        init_optimizer: whether to take momentum, epoch and learning rate from that file too.
+        freeze: regular expression. Parameters whose names match, such as 'layer1_0/conv1/kernel', do not
+            change, nor do the statistics of BatchNorms that match. Examples: '^conv1|^bn1|^layer[12]', or
+            '^(?!fc)' for everything but the classifier.
         tensorboard: whether to write events for TensorBoard into the workdir, if it is on a local disk.
     """
 
@@ -209,7 +210,7 @@ class Config:
 
 
 def with_frozen_bn(config: Config) -> ModelConfig:
-    """Returns the model's configuration, with the BatchNorms frozen whose parameters `freeze` finds."""
+    """Returns the model's configuration, in which BatchNorms that match `freeze` are frozen too."""
     patterns = [pattern for pattern in (config.model.frozen_bn, config.freeze) if pattern]
     if len(patterns) > 1:
         patterns = [f'(?:{pattern})' for pattern in patterns]
@@ -217,29 +218,17 @@ def with_frozen_bn(config: Config) -> ModelConfig:
 
 
 def mixing(config: Config) -> Mixing | None:
-    """Returns mixup and cutmix of a run, or None if it has neither."""
-    if not config.mixup_alpha and not config.cutmix_alpha:
-        return None
-    return Mixing(config.mixup_alpha, config.cutmix_alpha)
+    """Returns the settings of mixup and cutmix, or None if both are off."""
+    mixup, cutmix = config.mixup_alpha, config.cutmix_alpha
+    return Mixing(mixup, cutmix) if mixup or cutmix else None
 
 
 # Fields that may change when a run is continued; all others, and the data's fingerprint, identify the run.
 _FREE = (
-    'epochs',
-    'steps',
-    'gradient_accumulation_steps',
-    'log_every_steps',
-    'eval_every_epochs',
-    'eval_batch_size',
-    'checkpoint.',
-    'profile.',
-    'tensorboard',
-    'data.dir',
-    'data.workers',
-    'data.threads',
-    'data.on_bad',
-    'data.max_bad_images',
-)
+    'epochs', 'steps', 'gradient_accumulation_steps', 'log_every_steps', 'eval_every_epochs',
+    'eval_batch_size', 'checkpoint.', 'profile.', 'tensorboard', 'data.dir', 'data.workers', 'data.threads',
+    'data.on_bad', 'data.max_bad_images',
+)  # fmt: skip
 
 
 def flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
@@ -255,6 +244,6 @@ def flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
 
 
 def identity(config: Config, fingerprint: str, num_classes: int) -> dict[str, Any]:
-    """Returns what must agree for a run to be continued, as {'field': value}."""
+    """Returns the fields that must be equal to continue a run, as {'field': value}."""
     fields = {k: v for k, v in flatten(config).items() if not k.startswith(_FREE)}
     return {**fields, 'model.num_classes': num_classes, 'data.fingerprint': fingerprint}

@@ -1,4 +1,4 @@
-"""Many processes as one run: joining them, and what they must agree on. Bounded waits, errors in one line."""
+"""Several processes as one run: joins them and checks that they agree. All waits have a time limit."""
 
 import hashlib
 import json
@@ -16,40 +16,39 @@ from jax.experimental import multihost_utils
 from epsanet_jax.errors import InputError, TrainingError, one_line
 from epsanet_jax.training import liveness
 
-TIMEOUT = 300  # seconds in which all processes must have joined
+TIMEOUT = 300  # seconds within which all processes must join
 
 
 def join(
     coordinator: str | None, num_processes: int | None, process_id: int | None, timeout: int = TIMEOUT
 ) -> None:
-    """Joins the processes of a run; to be called before anything asks for a device.
+    """Joins the processes of a run; call it before anything uses a device.
 
-    Without arguments the processes are found by what JAX knows of clusters (Cloud TPU, SLURM, Open MPI,
-    Kubernetes); where there is nothing to be found, this process is the only one.
+    Without arguments JAX detects the cluster (Cloud TPU, SLURM, Open MPI, Kubernetes); without a cluster this
+    process is the only one.
 
     Args:
-        coordinator: host:port of process 0, as the others reach it.
-        num_processes: how many there are.
-        process_id: which of them this is, from 0.
-        timeout: seconds to wait for the others.
+        coordinator: host:port at which the other processes reach process 0.
+        num_processes: number of processes.
+        process_id: number of this process, from 0.
+        timeout: seconds to wait for the others; the process ends if they have not joined by then.
 
     Raises:
         InputError: some of the arguments are missing or out of range.
-        TrainingError: the processes cannot be joined. If the others do not come in time, the process ends.
+        TrainingError: the processes cannot be joined.
     """
-    given = {'--coordinator': coordinator, '--num_processes': num_processes, '--process_id': process_id}
-    missing = [name for name, value in given.items() if value is None]
-    explicit = len(missing) < len(given)
+    explicit = any(value is not None for value in (coordinator, num_processes, process_id))
     if explicit:
-        _check(missing, coordinator, num_processes, process_id)
+        _check(coordinator, num_processes, process_id)
         if num_processes == 1:
             return
         wanted = f'{num_processes} processes at {coordinator}, this is {process_id}'
         print(f'waiting up to {timeout} s for {wanted}', file=sys.stderr, flush=True)
-    # The run takes signals itself (training.signals), and JAX would take SIGTERM away from it.
+    # The run handles signals itself (training.signals); JAX would catch SIGTERM.
     jax.config.update('jax_enable_preemption_service', False)
-    # JAX would end the process with a stack trace instead of an error, 10 seconds later.
-    late = threading.Timer(timeout, _not_joined, [timeout])
+    # JAX itself, with a timeout 10 seconds later, would end the process with a stack trace.
+    message = f'error: not all processes joined within {timeout} s; start all processes again'
+    late = threading.Timer(timeout, liveness.end_now, [message, 1])
     late.daemon = True
     late.start()
     try:
@@ -72,15 +71,11 @@ def join(
         liveness.Watch()
 
 
-def _not_joined(timeout: int) -> None:
-    liveness.end_now(f'error: not all processes joined within {timeout} s; start all processes again', 1)
-
-
-def _check(
-    missing: list[str], coordinator: str | None, num_processes: int | None, process_id: int | None
-) -> None:
-    if missing or coordinator is None or num_processes is None or process_id is None:
-        raise InputError(f'--coordinator, --num_processes, --process_id go together: {missing[0]} is missing')
+def _check(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    if coordinator is None or num_processes is None or process_id is None:
+        given = {'--coordinator': coordinator, '--num_processes': num_processes, '--process_id': process_id}
+        missing = next(name for name, value in given.items() if value is None)
+        raise InputError(f'--coordinator, --num_processes and --process_id are needed: {missing} is missing')
     host, _, port = coordinator.rpartition(':')
     if not host or not port.isdecimal():
         raise InputError(f'--coordinator={coordinator} must be HOST:PORT')
@@ -89,7 +84,7 @@ def _check(
 
 
 def check_agreement(facts: dict[str, Any]) -> None:
-    """Raises InputError if another process has other facts; each is a value that JSON knows."""
+    """Raises InputError if the processes have different facts; the values must be valid in JSON."""
     if jax.process_count() == 1:
         return
     digests = [
@@ -98,18 +93,16 @@ def check_agreement(facts: dict[str, Any]) -> None:
     own = np.frombuffer(b''.join(digests), np.uint8).reshape(len(facts), -1)
     everyone = multihost_utils.process_allgather(own)  # [P, facts, 32]
     for process, other in enumerate(everyone):
-        differing = [
-            name for name, same in zip(facts, (other == everyone[0]).all(axis=-1), strict=True) if not same
-        ]
+        equal = (other == everyone[0]).all(axis=-1)
+        differing = ', '.join(name for name, same in zip(facts, equal, strict=True) if not same)
         if differing:
             raise InputError(
-                f'processes 0 and {process} differ in {", ".join(differing)}: give all of them the same '
-                'recipe, options and data'
+                f'processes 0 and {process} differ in {differing}: give all the same recipe, options and data'
             )
 
 
 def check_shared(workdir: epath.Path, timeout: float = 20) -> None:
-    """Raises InputError unless what process 0 writes into a folder is seen by all processes."""
+    """Raises InputError unless all processes see the files that process 0 writes into a folder."""
     if jax.process_count() == 1:
         return
     token = int(multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32))))
@@ -118,7 +111,7 @@ def check_shared(workdir: epath.Path, timeout: float = 20) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         probe.touch()
     barrier('probe')
-    until = time.monotonic() + timeout  # network file systems show new files late
+    until = time.monotonic() + timeout  # network file systems show new files with a delay
     while not probe.exists() and time.monotonic() < until:
         time.sleep(0.5)
     seen = multihost_utils.process_allgather(np.asarray(probe.exists()))
@@ -126,8 +119,8 @@ def check_shared(workdir: epath.Path, timeout: float = 20) -> None:
         probe.unlink()
     if not seen.all():
         raise InputError(
-            f'--workdir={workdir} of process 0 is not seen by process {int(np.argmin(seen))}: a run of many '
-            'hosts needs a folder that all of them share, such as gs://BUCKET/RUN or a network file system'
+            f'process {int(np.argmin(seen))} does not see --workdir={workdir} of process 0: use a bucket '
+            '(gs://BUCKET/RUN) or a network file system'
         )
 
 
@@ -143,7 +136,7 @@ def barrier(name: str) -> None:
 
 
 def leave(message: str, status: int) -> NoReturn:
-    """Ends this process with a line on stderr, and with it the others, who would wait for it."""
+    """Ends this process with a line on stderr, and the others too, which would wait for it."""
     sys.stdout.flush()
     liveness.leave_first(message, status)
     if jax.distributed.is_initialized():

@@ -1,4 +1,4 @@
-"""Evaluation: every example counted exactly once, for any batch size and number of devices."""
+"""Evaluation that counts every example exactly once, for any batch size and number of devices."""
 
 import dataclasses
 import sys
@@ -33,13 +33,13 @@ def evaluate(
     """Evaluates a network on every image of a dataset, each exactly once.
 
     Args:
-        network: a network, or the path of its weights, see `weights.load`.
+        network: a network, or the path of its weights (see `weights.load`).
         data: an image folder, a folder of records, or a TFDS name; None: the validation set of the run.
-        split: folder or TFDS split; None: the run's, or 'val' or 'test'.
-        data_dir: folder of TFDS datasets; None: the run's, or TFDS's default.
+        split: folder or TFDS split; None: that of the run, or 'val' or 'test'.
+        data_dir: folder of TFDS datasets; None: that of the run, or TFDS's default.
         batch_size: rounded up to a multiple of the number of devices.
         on_bad: 'stop' or 'skip' at an image that cannot be decoded.
-        report: called with a line for each image that is skipped.
+        report: called with a line for each skipped image or file.
 
     Returns:
         'loss', 'top1', 'top5' (fractions), 'examples', and 'skipped' if images could not be decoded.
@@ -88,21 +88,14 @@ def run_evaluation(
     report: Callable[[str], None],
     stop: Callable[[], bool] | None = None,
 ) -> dict[str, float]:
-    """Returns 'loss', 'top1', 'top5' (fractions), 'examples', and 'skipped' if pictures were not decodable.
+    """Evaluates variables on a whole source; returns the same as `evaluate`.
 
-    Args:
-        eval_step: from `steps.make_eval_step`.
-        variables: for the model.
-        source: to be evaluated whole.
-        data: size, resize, and how to read.
-        mesh: on whose devices.
-        batch_size: of the global batch; divides among the devices.
-        report: called with a line for each image that is skipped.
-        stop: whether this process asks to give up.
+    `eval_step` is from `steps.make_eval_step`; `batch_size` is a multiple of the number of devices; `stop`
+    returns whether this process wants to interrupt the evaluation.
 
     Raises:
-        BadImageError: a picture cannot be decoded (`data.on_bad` 'stop'), too many cannot, or none can.
-        Interrupted: a process asked to give up; all of them do, at the same batch.
+        BadImageError: an image cannot be decoded (`data.on_bad` 'stop'), too many cannot, or none can.
+        Interrupted: a process wanted to interrupt; all processes stop at the same batch.
     """
     requests = None if stop is None else lambda: (stop(),)
     feed = inputs.Feed(inputs.eval_batches(data, source, batch_size), mesh, requests)
@@ -121,11 +114,11 @@ def run_evaluation(
     counted = jax.device_get(sums)
     added = {k: sum(float(s[k]) for s in counted) for k in counted[0] if k != 'requests'}
     if not added['count']:
-        raise BadImageError(f'none of the {len(source)} pictures to evaluate can be decoded')
-    skipped = len(source) - round(added['count'])  # by all processes
+        raise BadImageError(f'none of the {len(source)} images of the evaluation can be decoded')
+    skipped = len(source) - round(added['count'])  # in all processes
     if skipped > data.max_bad_images:
         raise BadImageError(
-            f'{skipped} pictures to evaluate cannot be decoded, more than '
+            f'{skipped} images of the evaluation cannot be decoded, more than '
             f'config.data.max_bad_images={data.max_bad_images}'
         )
     means = metrics.averages(added)

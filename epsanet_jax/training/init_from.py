@@ -1,4 +1,4 @@
-"""Runs that start from other weights, or continue another training with its momentum."""
+"""Starts a run from other weights, or continues another training with its momentum."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from epsanet_jax.weights import Network
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """Where a run starts that continues another training.
+    """Where the training that a run continues has stopped.
 
     Attributes:
         epoch: epochs trained so far, possibly a fraction.
@@ -30,25 +30,20 @@ class Start:
     last_lr: float
 
     def step(self, steps_per_epoch: float) -> int:
-        """Returns the number of steps that the training so far is in the new run."""
+        """Returns the step of the new run that corresponds to the epoch."""
         return round(self.epoch * steps_per_epoch)
 
 
 def read_start(network: Network, config: OptimizerConfig) -> Start:
-    """Returns where a run with `config.init_optimizer` starts.
-
-    Args:
-        network: loaded with its checkpoint.
-        config: of the run's optimizer.
+    """Returns where a run with `init_optimizer` starts, from a network that was loaded with its checkpoint.
 
     Raises:
-        InputError: the weights come without an optimizer state or an epoch, or with other settings.
+        InputError: the optimizer state or the epoch is missing, or the optimizer's settings differ.
     """
     path, content = network.source.path, network.source.checkpoint
-    if network.source.no_optimizer:
-        raise InputError(
-            f'--config.init_optimizer: {path} has no usable optimizer state: {network.source.no_optimizer}'
-        )
+    reason = network.source.no_optimizer
+    if reason:
+        raise InputError(f'--config.init_optimizer: {path} has no usable optimizer state: {reason}')
     if content is None or content.optimizer is None or content.epoch is None:
         missing = 'epoch' if content is not None and content.optimizer is not None else 'optimizer'
         raise InputError(f'--config.init_optimizer: {path} holds no {missing}')
@@ -67,13 +62,13 @@ def read_start(network: Network, config: OptimizerConfig) -> Start:
 
 @dataclasses.dataclass(frozen=True)
 class InitialState:
-    """What a new state gets instead of random parameters.
+    """The values that replace the random ones of a new state.
 
     Attributes:
         variables: parameters and statistics.
-        step: updates that the continued training has made; None: a new training starts.
+        step: number of updates made by the training that is continued; None: a new training starts.
         momentum: momentum buffers, a tree like the parameters; None: not taken over.
-        report: lines for the user.
+        report: lines to print.
     """
 
     variables: dict[str, Any]
@@ -89,10 +84,8 @@ class InitialState:
         if self.step is None:
             return state
         step = jnp.asarray(self.step, jnp.int32)
-        opt_state = optax.tree_utils.tree_set(state.opt_state, count=step)
-        if self.momentum is not None:
-            momentum = jax.tree.map(jnp.array, self.momentum)
-            opt_state = optax.tree_utils.tree_set(opt_state, trace=momentum)
+        buffers = {} if self.momentum is None else {'trace': jax.tree.map(jnp.array, self.momentum)}
+        opt_state = optax.tree_utils.tree_set(state.opt_state, count=step, **buffers)
         return state.replace(step=step, opt_state=opt_state)
 
 
@@ -106,17 +99,12 @@ def make_initial_state(
 ) -> InitialState:
     """Fits the weights of a network to the model of a run.
 
-    Args:
-        network: to start from.
-        model: the model of the run.
-        class_names: of the run, in the order of the outputs. If the network's classes differ in name or
-            number, a new classifier is drawn; a network without class names is taken to have the same.
-        key: random key for a new classifier.
-        step: step to start at; None: only the weights are taken.
-        momentum: with `step`, whether the optimizer has momentum to take over.
+    If the network's class names or their number differ from those of the run, in the order of the outputs,
+    a new classifier is drawn with `key`; a network without class names is assumed to have the same classes.
+    Without `step` only the weights are taken, otherwise the optimizer's `momentum` too if it has one.
 
     Raises:
-        InputError: the weights do not fit.
+        InputError: the weights do not fit the model, or `step` is given and the classes differ.
     """
     content, report = network.source.checkpoint, []
     head, theirs = network.model.num_classes, list(network.class_names)

@@ -1,4 +1,4 @@
-"""From the data configuration to sources and batches."""
+"""Sources and batches of a data configuration."""
 
 import dataclasses
 import functools
@@ -15,13 +15,7 @@ from jax.sharding import Mesh
 from epsanet_jax.data import pipeline, sources
 from epsanet_jax.data.randaugment import RandAugment
 from epsanet_jax.data.sources import Record, Source
-from epsanet_jax.data.transforms import (
-    CentreCrop,
-    ColorJitter,
-    RandomCrop,
-    RandomErasing,
-    TrainTransform,
-)
+from epsanet_jax.data.transforms import CentreCrop, ColorJitter, RandomCrop, RandomErasing, TrainTransform
 from epsanet_jax.data.walk import skipped_line
 from epsanet_jax.errors import InputError, some
 from epsanet_jax.paths import is_remote
@@ -30,10 +24,10 @@ from epsanet_jax.training.config import Config, DataConfig
 
 
 def open_source(data: DataConfig, split: str) -> Source:
-    """Opens a split; digits that are not there are prepared.
+    """Opens a split of a dataset; the digits are prepared first if needed.
 
     Raises:
-        InputError: it is not there, or not usable.
+        InputError: the split does not exist or is not usable.
     """
     if data.source == 'synthetic':
         seed = 0 if split == data.train_split else 1
@@ -54,7 +48,7 @@ def open_source(data: DataConfig, split: str) -> Source:
 
 def _on_a_disk(path: str, option: str) -> pathlib.Path:
     if is_remote(path):
-        raise InputError(f'{option}={path} is not on a disk: mount the bucket, name that folder')
+        raise InputError(f'{option}={path} is not on a disk: mount the bucket and give the mounted folder')
     return pathlib.Path(os.path.expanduser(path))
 
 
@@ -66,26 +60,22 @@ def skipped_lines(*opened: Source) -> list[str]:
 
 def open_splits(data: DataConfig) -> tuple[Source, Source]:
     """Opens the training and the evaluation split, which must have the same classes."""
-    train, held_out = open_source(data, data.train_split), open_source(data, data.eval_split)
-    if train.class_names != held_out.class_names:
-        differing = sorted(set(train.class_names) ^ set(held_out.class_names))
+    opened = open_source(data, data.train_split), open_source(data, data.eval_split)
+    train, evaluation = (source.class_names for source in opened)
+    if train != evaluation:
         raise InputError(
-            f'{data.train_split!r} and {data.eval_split!r} have different classes: {some(differing)} '
-            f'(of {len(train.class_names)} and {len(held_out.class_names)}) are in only one of them'
+            f'{data.train_split!r} and {data.eval_split!r} have different classes ({len(train)} and '
+            f'{len(evaluation)}); only in one of them: {some(sorted(set(train) ^ set(evaluation)))}'
         )
-    return train, held_out
+    return opened
 
 
 def train_batches(config: Config, source: Source, start_step: int) -> Iterator[pipeline.Batch]:
     """Returns this process's rows of the training batches from `start_step` on."""
     data = config.data
+    rows = _rows(config.batch_size, config.gradient_accumulation_steps)
     return pipeline.train_batches(
-        source,
-        _train_transform(data),
-        _rows(config.batch_size, config.gradient_accumulation_steps),
-        config.seed,
-        start_step,
-        reading(data),
+        source, _train_transform(data), rows, config.seed, start_step, reading(data)
     )
 
 
@@ -108,14 +98,9 @@ def eval_batches(data: DataConfig, source: Source, batch_size: int) -> Iterator[
 def abstract_batch(
     rows: int, image_size: int, microbatches: int = 1, requests: int = 0, mask: bool = False
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a global batch on the devices, as the steps are compiled for.
+    """Returns the shapes of the global batch that a step is compiled for.
 
-    Args:
-        rows: of the whole batch.
-        image_size: pixels.
-        microbatches: into which it is cut.
-        requests: what processes may ask for.
-        mask: whether rows may not count, as in evaluation.
+    `requests` is the number of different requests that a process can make; evaluation needs a `mask`.
     """
     shape = (rows,) if microbatches == 1 else (microbatches, rows // microbatches)
     batch = {
@@ -132,28 +117,30 @@ def abstract_batch(
 def evaluation_data(
     trained_on: DataConfig, data: str | None, split: str | None, data_dir: str | None, on_bad: str
 ) -> DataConfig:
-    """Returns what to evaluate on: the run's own evaluation split, or the data set given.
+    """Returns the data to evaluate on: the evaluation split of the run, or another dataset.
 
     Args:
-        trained_on: the run's data configuration, whose preprocessing is kept.
-        data: an image folder (its folder `split` or 'val' where it has one, else itself), a folder of
-            records, or a TFDS name.
-        split: None: the run's where the data set is the run's, else 'val' or 'test'.
-        data_dir: TFDS's; None: the run's, or TFDS's default.
-        on_bad: 'stop' or 'skip'.
+        trained_on: data configuration of the run, whose preprocessing is kept.
+        data: an image folder (with a subfolder `split`, 'val' or 'test', else the folder itself), a folder of
+            records, or a TFDS name; None: the dataset of the run.
+        split: None: that of the run if the dataset is the run's, else 'val' or 'test'.
+        data_dir: folder of TFDS datasets; None: that of the run, or TFDS's default.
+        on_bad: 'stop' or 'skip' at an image that cannot be decoded.
+
+    Raises:
+        InputError: the dataset does not exist, or there is none.
     """
     change = functools.partial(
         dataclasses.replace, trained_on, on_bad=on_bad, max_bad_images=sys.maxsize, workers=0
     )
     if data is None and trained_on.source == 'folder' and not trained_on.dir:
-        raise InputError('--data must name what to evaluate on: the weights are not of a run that knows')
+        raise InputError('--data is missing: the weights do not name a dataset to evaluate on')
     if data is None or (trained_on.source == 'tfds' and data == trained_on.name):
-        data_dir = data_dir or trained_on.dir
-        return change(eval_split=split or trained_on.eval_split, dir=data_dir)
+        return change(eval_split=split or trained_on.eval_split, dir=data_dir or trained_on.dir)
     folder = _on_a_disk(data, '--data')
     if folder.is_dir():
         if data_dir:
-            raise InputError(f'--data-dir is for TFDS data sets, {data} is a folder')
+            raise InputError(f'--data-dir is for TFDS datasets, but {data} is a folder')
         if sources.is_prepared(folder):
             return change(source='records', dir=str(folder), eval_split=split or sources.held_out(folder))
         there = [s for s in (trained_on.eval_split, 'val', 'test') if (folder / s).is_dir()]
@@ -164,7 +151,7 @@ def evaluation_data(
 
 
 def reading(data: DataConfig) -> pipeline.Reading:
-    """Returns how pictures are to be read."""
+    """Returns how to read images."""
     return pipeline.Reading(
         data.workers, data.threads, data.on_bad, data.exif_orientation, data.reduced_decoding
     )
@@ -175,20 +162,20 @@ def _rows(batch_size: int, microbatches: int = 1) -> pipeline.Rows:
 
 
 class Feed:
-    """Batches on the devices.
+    """Iterator over batches on the devices.
 
     Args:
         batches: this process's rows.
         mesh: the devices.
-        requests: what this process asks the others for, asked at each batch; every row gets it.
-        microbatches: into which each batch is cut.
+        requests: called at each batch; returns this process's requests, which every row carries.
+        microbatches: number of microbatches per batch.
 
     Attributes:
-        asked: when the last batch was asked for, in seconds of `time.perf_counter`.
-        got: when it was there.
-        bad: indices of the pictures that could not be decoded, as they were met.
-        pictures: number of pictures read.
-        seconds: which reading them took, one after the other.
+        asked: time at which the last batch was requested, in seconds of `time.perf_counter`.
+        got: time at which that batch arrived.
+        bad: indices of the images that could not be decoded, in the order of reading.
+        images: number of images read.
+        seconds: sum of the times that reading each image took.
     """
 
     def __init__(
@@ -202,7 +189,7 @@ class Feed:
         self._requests, self._microbatches = requests, microbatches
         self.asked = self.got = 0.0
         self.bad: list[int] = []
-        self.pictures, self.seconds = 0, 0.0
+        self.images, self.seconds = 0, 0.0
 
     def __iter__(self) -> Iterator[dict[str, jax.Array]]:
         return self
@@ -212,7 +199,7 @@ class Feed:
         batch = next(self._batches)
         self.got = time.perf_counter()
         seconds, bad = batch.pop('seconds'), batch.pop('bad_index')
-        self.pictures += len(seconds)
+        self.images += len(seconds)
         self.seconds += float(seconds.sum())
         self.bad += bad[bad != pipeline.NOT_BAD].tolist()
         if self._requests is not None:
@@ -222,39 +209,32 @@ class Feed:
 
     def close(self) -> None:
         """Ends the threads and processes that decode."""
-        close = getattr(self._batches, 'close', None)
-        if close:
-            close()
+        getattr(self._batches, 'close', lambda: None)()  # plain iterators have nothing to close
 
 
 def with_labels_of(source: Source, model_classes: Sequence[str], num_classes: int) -> Source:
-    """Returns the source with a model's labels, matched by class name where the model's are known.
+    """Returns a source with the labels of a model, matched by class name if the model has class names.
 
     Raises:
         InputError: the source has classes that the model does not have.
     """
     if model_classes:
         return Relabelled(source, tuple(model_classes))
-    if len(source.class_names) != num_classes:
-        raise InputError(
-            f'the data has {len(source.class_names)} classes, the model {num_classes} without names'
-        )
+    classes = len(source.class_names)
+    if classes != num_classes:
+        raise InputError(f'the data has {classes} classes, the model has {num_classes} without names')
     return source
 
 
 class Relabelled:
-    """A source whose labels are those of a model: classes are matched by name.
-
-    Raises:
-        InputError: the source has a class that the model does not have.
-    """
+    """A source with the labels of a model, matched by class name, see `with_labels_of`."""
 
     def __init__(self, source: Source, model_classes: tuple[str, ...]):
         missing = [name for name in source.class_names if name not in model_classes]
         if missing:
             raise InputError(
-                f'the data has classes that the model does not know: {some(missing)}; '
-                f"the model's {len(model_classes)}: {some(list(model_classes))}"
+                f'the data has classes that the model does not know: {some(missing)}; the '
+                f'{len(model_classes)} classes of the model: {some(model_classes)}'
             )
         self._source = source
         self._labels = [model_classes.index(name) for name in source.class_names]
@@ -268,5 +248,5 @@ class Relabelled:
         return {'image': record['image'], 'label': self._labels[record['label']]}
 
     def name_of(self, index: int) -> str:
-        """Returns what to call record `index` in a message."""
+        """Returns the name of record `index` for messages."""
         return self._source.name_of(index)

@@ -1,6 +1,6 @@
-"""Signs of life between the processes of a run, so that none waits without end for one that is gone.
+"""Heartbeats between the processes of a run, so that none waits forever for a lost one.
 
-Each process writes into the run's key-value store every few seconds, and reads what the others wrote.
+Each process writes to the run's key-value store every few seconds and reads what the others wrote.
 """
 
 import atexit
@@ -14,65 +14,62 @@ import time
 from typing import Any, NoReturn
 
 import jax
-from jax._src import distributed as jax_distributed  # the only way to the key-value store of the run
+from jax._src import distributed as jax_distributed  # JAX has no public access to the key-value store
 
-LOST = 30  # seconds of silence after which a process counts as lost
-_BEAT = 5  # seconds between two signs
+LOST = 30  # seconds without a heartbeat after which a process counts as lost
+_BEAT = 5  # seconds between two heartbeats
 _ALIVE, _LEFT = 'epsanet_jax/alive', 'epsanet_jax/left'
 
 
 class Watch:
-    """Leaves signs of life and ends this process when another one is lost or has left; until `stop`."""
+    """Sends heartbeats, and ends this process when another one is lost or has left, until `stop`."""
 
     def __init__(self):
         self._own = f'{_ALIVE}/{jax.process_index()}'
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
-        atexit.register(self.stop)  # before JAX takes its leave of the others, which ends the store
+        atexit.register(self.stop)  # runs before JAX disconnects, which ends the store
 
     def stop(self) -> None:
-        """Ends the watch; the others no longer expect signs."""
+        """Ends the watch; the other processes no longer expect heartbeats."""
         if self._stopped.is_set():
             return
         self._stopped.set()
         self._thread.join()
-        with contextlib.suppress(RuntimeError):  # process 0 is gone, and with it those who would read
+        with contextlib.suppress(RuntimeError):  # process 0, which keeps the store, is gone
             _store().key_value_delete(self._own)
 
     def _watch(self) -> None:
-        seen: dict[str, tuple[str, float]] = {}  # by process: its last sign, and when it was new
+        seen: dict[str, tuple[str, float]] = {}  # last heartbeat of each process, and when it was new
         for beat in itertools.count():
             now = time.monotonic()
             try:
                 _store().key_value_set(self._own, str(beat), allow_overwrite=True)
-                signs, left = dict(_store().key_value_dir_get(_ALIVE)), _store().key_value_dir_get(_LEFT)
+                beats, left = dict(_store().key_value_dir_get(_ALIVE)), _store().key_value_dir_get(_LEFT)
             except RuntimeError:
                 if not self._stopped.is_set():
-                    end_now('error: process 0 of this run failed or was lost; start all processes again', 1)
+                    _end_lost('0')
                 return
             for process, message in left:
                 if _number(process) != jax.process_index():
                     status, _, message = message.partition(' ')
                     end_now(f'process {_number(process)}: {message}', int(status))
             seen = {
-                process: seen[process] if seen.get(process, ('', 0.0))[0] == sign else (sign, now)
-                for process, sign in signs.items()
+                process: seen[process] if seen.get(process, ('', 0.0))[0] == last else (last, now)
+                for process, last in beats.items()
             }
             lost = sorted(_number(process) for process, (_, when) in seen.items() if now - when > LOST)
             if lost:
-                numbers = ', '.join(map(str, lost))
-                end_now(
-                    f'error: process {numbers} of this run failed or was lost; start all processes again', 1
-                )
+                _end_lost(', '.join(map(str, lost)))
             if self._stopped.wait(_BEAT):
                 return
 
 
 def leave_first(message: str, status: int) -> None:
-    """Tells the other processes that this one ends before they do, and why: they end with the same status.
+    """Reports to the other processes that this one ends, and why; they end with the same status.
 
-    Returns when they had the time to hear of it: process 0 takes the store with it.
+    Process 0, which keeps the store, returns only after the others had time to read it.
     """
     if not jax.distributed.is_initialized():
         return
@@ -92,8 +89,12 @@ def _number(key: str) -> int:
     return int(key.rpartition('/')[2])
 
 
+def _end_lost(processes: str) -> NoReturn:
+    end_now(f'error: process {processes} of this run failed or was lost; start all processes again', 1)
+
+
 def end_now(message: str, status: int) -> NoReturn:
-    """Prints a line and ends this process and its workers at once, waiting for nobody."""
+    """Prints a line on stderr and ends this process and its workers at once."""
     print(message, file=sys.stderr, flush=True)
     for child in multiprocessing.active_children():
         child.kill()

@@ -1,4 +1,4 @@
-"""The run: batches in, steps, evaluations, checkpoints."""
+"""The training loop: steps, evaluations and checkpoints of a run."""
 
 import math
 import time
@@ -17,7 +17,7 @@ from epsanet_jax.training.evaluation import run_evaluation
 from epsanet_jax.training.malloc import keep_freed_memory
 from epsanet_jax.training.meter import Meter
 from epsanet_jax.training.profiler import Profiler
-from epsanet_jax.training.report import Report, say
+from epsanet_jax.training.report import Report, log
 from epsanet_jax.training.result import Result, make_result
 from epsanet_jax.training.run import Run, prepare
 from epsanet_jax.training.signals import StopSignals
@@ -28,17 +28,17 @@ from epsanet_jax.workdir import read_metrics
 
 
 def train(config: Config, workdir: str, init_from: Network | None = None) -> Result:
-    """Trains, or continues what lies in `workdir`; a finished run is left as it is.
+    """Trains a network, or continues the run in `workdir`; a finished run is not changed.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         workdir: folder for config.json, metrics.jsonl and checkpoints/.
         init_from: network to start from instead of the file that `config.init_from` names.
 
     Raises:
-        InputError: the configuration, the data or the workdir will not do.
+        InputError: the configuration, the data or the workdir is invalid.
         TrainingError: the loss is not finite, or a checkpoint or the metrics cannot be written.
-        Interrupted: SIGTERM or SIGINT came, and what was done is saved.
+        Interrupted: the process received SIGTERM or SIGINT; the last step is saved.
     """
     with StopSignals() as signals:
         run = prepare(config, workdir, init_from)
@@ -47,26 +47,23 @@ def train(config: Config, workdir: str, init_from: Network | None = None) -> Res
             if not _finished(run, checkpoints.latest_step):
                 _fit(run, checkpoints, signals)
             step = checkpoints.latest_step
-    distributed.barrier('metrics are written')  # by process 0, and read by all
+    distributed.barrier('metrics are written')  # process 0 writes them, all processes read them
     return make_result(run, step or 0, str(workdir))
 
 
-def _evaluations(run: Run) -> list[dict[str, Any]]:
-    return [line for line in read_metrics(run.workdir) if line['split'] == 'eval']
-
-
 def _finished(run: Run, latest_step: int | None) -> bool:
-    evaluated = any(line['step'] == latest_step for line in _evaluations(run))
-    return latest_step is not None and latest_step >= run.total_steps and evaluated
+    if latest_step is None or latest_step < run.total_steps:
+        return False
+    return any(line['split'] == 'eval' and line['step'] == latest_step for line in read_metrics(run.workdir))
 
 
 def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
-    """Trains from the newest checkpoint, or from nothing, to the end."""
+    """Trains from the newest checkpoint, or from the initial state, to the end."""
     config = run.config
     state, sums = _initial_state(run, checkpoints)
     step = int(state.step)
     report = Report(run.workdir, step, run.total_steps, config.tensorboard)
-    profiler = Profiler(config.profile, run.workdir, step, report.say)
+    profiler = Profiler(config.profile, run.workdir, step)
     saving = _SaveSchedule(config.checkpoint)
     batches = inputs.train_batches(config, run.train_source, step)
     feed = inputs.Feed(
@@ -77,16 +74,14 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
     def save(evaluation: dict[str, float] | None) -> None:
         metadata = {**run.metadata_at(step), 'window': meter.sums}
         report.before_checkpoint()
-        signals.unsaved = True  # an evaluation made late replaces its checkpoint
+        signals.unsaved = True  # a late evaluation changes a checkpoint that is saved already
         checkpoints.save(state, metadata, evaluation)
         saving.done()
 
-    for line in inputs.skipped_lines(run.train_source, run.eval_source):
-        report.say(line)
-    report.say(_opening(run, step))
-    if run.initial is not None:
-        for line in run.initial.report:
-            report.say(f'{config.init_from or "init_from"}: {line}')
+    for line in (*inputs.skipped_lines(run.train_source, run.eval_source), _opening(run, step)):
+        log(line)
+    for line in () if run.initial is None else run.initial.report:
+        log(f'{config.init_from or "init_from"}: {line}')
     try:
         train_step, eval_step = _compile(run, state)
         if run.mesh.devices.flat[0].platform == 'cpu':
@@ -97,15 +92,15 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
             if stop or evaluate_now or overdue or saving.due(step):
                 with meter.pause():
                     _check_finite(state, step)
+                    evaluation = None
                     try:
-                        evaluation = (
-                            _evaluate(run, eval_step, state, report, signals) if evaluate_now else None
-                        )
+                        if evaluate_now:
+                            evaluation = _evaluate(run, eval_step, state, report, signals)
                     except Interrupted:
-                        stop, evaluation = True, None
+                        stop = True
                     save(evaluation)
             if stop:
-                raise Interrupted(f'stopped at step {step}, which is saved; the same command continues')
+                raise Interrupted(f'stopped at step {step} and saved; the same command continues')
             if step >= run.total_steps:
                 break
             batch = next(feed)
@@ -121,7 +116,7 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
                 meter.write(step)
         report.flush()
     except BadImageError as e:
-        if step and jax.process_count() == 1:  # costs none of the steps made; others know nothing of it yet
+        if step and jax.process_count() == 1:  # other processes do not know yet and could not save too
             meter.collect()
             save(None)
         raise InputError(_advice(e, config.data.on_bad, step)) from e
@@ -133,26 +128,22 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
 
 
 def _advice(error: BadImageError, on_bad: str, step: int) -> str:
-    mend = 'look at the data'
-    if on_bad == 'stop':  # a name more or less would be another run
-        mend = 'mend it under its name, or set --config.data.on_bad=skip'
+    fix = 'check the data'
+    if on_bad == 'stop':  # the file's name must stay: names identify the data of a run
+        fix = 'replace the file by a valid image of the same name, or set --config.data.on_bad=skip'
     place = f'step {step}' if jax.process_count() == 1 else 'its last checkpoint'
-    return f'{error}; {mend}; the run continues at {place}'
+    return f'{error}; {fix}; the run continues at {place}'
 
 
 def _compile(run: Run, state: TrainState) -> tuple[Any, Any]:
-    """Compiles both steps before the first one is made, while a signal can still end the process at once."""
+    """Compiles both steps before the first one runs, while a signal can still end the process at once."""
     train_step = trace_train_step(run.config, run.model, run.optimizer, run.mesh, state)
     eval_step = trace_eval_step(run.config, run.model, run.mesh, state.variables, run.eval_batch_size)
     return train_step.lower().compile(), eval_step.lower().compile()
 
 
 def _initial_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, float]]:
-    """Restores the newest state, or initialises one, on all devices of the mesh.
-
-    Returns:
-        The state, and the sums of its last steps, of which no line of metrics tells yet.
-    """
+    """Returns the newest or a new state, on all devices, and the sums of its steps since the last line."""
     sums = {}
 
     def init(key):
@@ -166,13 +157,11 @@ def _initial_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict
             return state, sums
         state = jax.device_put(run.initial.put_into(state), placement)
     else:
-        abstract = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placement), jax.eval_shape(init, key)
-        )
-        state, metadata = checkpoints.restore(abstract, say)
+        placed = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placement)  # noqa: E731
+        abstract = jax.tree.map(placed, jax.eval_shape(init, key))
+        state, metadata = checkpoints.restore(abstract, log)
         sums = metadata.get('window', {})
-    # A computed copy: the step is given the state's memory, which must be nobody else's, and arrays that
-    # were read may share theirs with numpy.
+    # A computed copy: the train step reuses the state's memory, which restored arrays may share with numpy.
     return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=placement)(state), sums
 
 
@@ -183,24 +172,17 @@ def _evaluation_due(run: Run, step: int) -> bool:
 def _evaluate(
     run: Run, eval_step: Any, state: TrainState, report: Report, signals: StopSignals
 ) -> dict[str, float]:
-    """Evaluates the state's variables and, under names with 'ema_', their averages."""
+    """Evaluates the state's variables and, with the prefix 'ema_', their moving averages."""
     began = time.perf_counter()
+    source, data, size = run.eval_source, run.config.data, run.eval_batch_size
 
-    def evaluate_these(variables: Any, warn: Callable[[str], None] = report.warn) -> dict[str, float]:
-        return run_evaluation(
-            eval_step,
-            variables,
-            run.eval_source,
-            run.config.data,
-            run.mesh,
-            run.eval_batch_size,
-            warn,
-            lambda: signals.requested,
-        )
+    def evaluate(variables: Any, warn: Callable[[str], None]) -> dict[str, float]:
+        stop = lambda: signals.requested  # noqa: E731
+        return run_evaluation(eval_step, variables, source, data, run.mesh, size, warn, stop)
 
-    means = evaluate_these(state.variables)
+    means = evaluate(state.variables, report.warn)
     if state.ema is not None:
-        averaged = evaluate_these(state.ema, warn=lambda text: None)  # it is said already
+        averaged = evaluate(state.ema, lambda text: None)  # the same warnings again
         means |= {f'ema_{name}': averaged[name] for name in ('loss', 'top1', 'top5')}
     if not math.isfinite(means['loss']):
         raise TrainingError(f'the loss of the evaluation at step {int(state.step)} is {means["loss"]}')
@@ -214,25 +196,25 @@ def _all_finite(tree: Any) -> jax.Array:
 
 
 def _check_finite(state: TrainState, step: int) -> None:
-    """Raises TrainingError if the update of the last step, whose own loss was in order, blew up."""
+    """Raises TrainingError if the last update, made from a finite loss, left values that are not finite."""
     if not _all_finite(state.variables):
         raise TrainingError(
-            f'the loss is not finite at step {step + 1}: parameters or statistics are not after step {step}; '
-            'lower config.optimizer.lr and start anew, or go on from an earlier checkpoint'
+            f'the loss is not finite at step {step + 1}, because parameters or statistics are not after step '
+            f'{step}; lower config.optimizer.lr and start again, or continue from an earlier checkpoint'
         )
 
 
 def _opening(run: Run, step: int) -> str:
     kind = run.mesh.devices.flat[0].device_kind
     return (
-        f'{run.config.model.name} on {run.mesh.size} x {kind}; {len(run.train_source)} pictures of '
-        f'{len(run.train_source.class_names)} classes to train on, {len(run.eval_source)} to evaluate on; '
+        f'{run.config.model.name} on {run.mesh.size} x {kind}; {len(run.train_source)} training images of '
+        f'{len(run.train_source.class_names)} classes, {len(run.eval_source)} images for evaluation; '
         f'{"continuing at" if step else "from"} step {step} to {run.total_steps}; compiling ...'
     )
 
 
 class _SaveSchedule:
-    """When to save between evaluations: by count of steps and by time."""
+    """When to save between evaluations: after a number of steps or minutes."""
 
     def __init__(self, config: CheckpointConfig):
         self._config, self._saved = config, time.monotonic()
@@ -242,7 +224,7 @@ class _SaveSchedule:
         return step > 0 and every > 0 and step % every == 0
 
     def overdue(self) -> bool:
-        """Whether it is time, by the clock of process 0, which asks the others."""
+        """Whether it is time by the clock of process 0, which then asks all processes to save."""
         minutes = (time.monotonic() - self._saved) / 60
         return jax.process_index() == 0 and 0 < self._config.every_minutes <= minutes
 

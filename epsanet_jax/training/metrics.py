@@ -1,4 +1,4 @@
-"""Loss and accuracy as sums and counts, so that they add up exactly over devices and batches."""
+"""Loss and accuracy as sums and counts, which add up exactly over devices and batches."""
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +8,17 @@ Sums = dict[str, jax.Array]
 
 
 def batch_sums(losses: jax.Array, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Sums:
-    """Returns the sums of 'loss', 'top1' and 'top5' over the rows that count, and their number 'count'.
+    """Returns the sums of 'loss', 'top1' and 'top5' over the rows of the mask, and their number 'count'.
 
     Args:
         losses: [N].
         logits: [N, K]; with K < 5 classes, top-5 is top-K.
         labels: [N], integers.
-        mask: [N], false for rows that do not count.
+        mask: [N], false for rows to leave out.
     """
     _, best = lax.top_k(logits, min(5, logits.shape[-1]))  # [N, 5]
     hits = best == labels[:, None]
-    # A row with NaN has no best classes, whatever top_k makes of it.
+    # top_k sorts NaN too: a row with NaN has no top classes.
     hits = hits & ~jnp.isnan(logits).any(axis=-1, keepdims=True)
     weight = mask.astype(losses.dtype)
     return {
@@ -30,7 +30,6 @@ def batch_sums(losses: jax.Array, logits: jax.Array, labels: jax.Array, mask: ja
 
 
 def averages(sums: dict[str, float]) -> dict[str, float]:
-    """Divides the sums by their count; the count stays, as 'examples'."""
-    count = sums['count']
-    means = {k: sums[k] / count for k in ('loss', 'top1', 'top5')}
-    return {**means, 'examples': round(count)}
+    """Returns the means 'loss', 'top1' and 'top5', and their number of 'examples'."""
+    means = {k: sums[k] / sums['count'] for k in ('loss', 'top1', 'top5')}
+    return {**means, 'examples': round(sums['count'])}

@@ -27,14 +27,15 @@ def make_optimizer(
                                       p <- p - lr (u + d p)
         lamb (arXiv:1904.00962)       u as above;  u <- u + d p;  p <- p - lr u |p| / |u|
 
-    Norms of LARS and LAMB are those of each array; where one is 0, the ratio is 1.
+    Norms of LARS and LAMB are taken over each array; if one is 0, the ratio is 1.
 
     Args:
-        config: see `OptimizerConfig`.
+        config: the settings.
         schedule: maps the step to the learning rate.
-        freeze: regular expression for the names of parameters that stay as they are.
+        freeze: regular expression; parameters whose names match do not change.
     """
-    mask = None if config.decay_norm_and_bias else _is_kernel
+    kernels = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)  # noqa: E731 (no BatchNorm, no biases)
+    mask = None if config.decay_norm_and_bias else kernels
     decay = config.weight_decay
     if config.name == 'sgd':
         optimizer = optax.chain(
@@ -67,28 +68,22 @@ def make_optimizer(
 
 
 def frozen_mask(params: Any, freeze: str) -> Any:
-    """Returns a tree like the parameters: whether `freeze` is found in each one's name, 'bn1/scale' say.
+    """Returns a tree like the parameters: whether each one's name, such as 'bn1/scale', matches `freeze`.
 
     Raises:
-        InputError: it is found in none, or in all.
+        InputError: no name matches, or all names match.
     """
 
-    def is_frozen(path: Any, leaf: Any) -> bool:
-        del leaf
+    def is_frozen(path: Any, _: Any) -> bool:
         return re.search(freeze, '/'.join(key.key for key in path)) is not None
 
     mask = jax.tree_util.tree_map_with_path(is_frozen, params)
     found = jax.tree.leaves(mask)
     if not any(found):
-        raise InputError(f'config.freeze={freeze!r} is found in the name of no parameter, as "bn1/scale"')
+        raise InputError(f'config.freeze={freeze!r} matches no parameter; a name is for example "bn1/scale"')
     if all(found):
-        raise InputError(f'config.freeze={freeze!r} is found in the names of all parameters')
+        raise InputError(f'config.freeze={freeze!r} matches all parameters')
     return mask
-
-
-def _is_kernel(params: Any) -> Any:
-    """Returns a tree like the parameters: false for what has one axis, BatchNorm's parameters and biases."""
-    return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
 def make_schedule(
@@ -96,38 +91,38 @@ def make_schedule(
 ) -> optax.Schedule:
     """Returns the learning rate as a function of the step.
 
-    After a linear warm-up from lr / warm-up steps: 'constant' stays at lr; 'step' multiplies it by
-    `step_factor` every `step_epochs` epochs, counted from the start of training; 'cosine' and 'linear' go
-    down to lr * `end_factor` at `total_steps`, along half a cosine or a line.
+    After a linear warm-up that starts at lr / warm-up steps: 'constant' stays at lr; 'step' multiplies it by
+    `step_factor` every `step_epochs` epochs, counted from the start of training; 'cosine' and 'linear'
+    decrease to lr * `end_factor` at `total_steps`, along half a cosine or a line.
 
     Args:
-        config: name, warmup_epochs, step_epochs, step_factor, end_factor.
-        lr: the peak.
+        config: the settings.
+        lr: peak learning rate.
         total_steps: length of the training.
-        steps_per_epoch: need not be whole.
+        steps_per_epoch: possibly a fraction.
     """
     warmup = round(config.warmup_epochs * steps_per_epoch)
 
     def schedule(step):
         step = jnp.asarray(step, jnp.result_type(float))
-        # Only where it matters: with the others, a longer run is the same compiled program.
+        # The other schedules do not use total_steps: a longer run is the same compiled program.
         if config.name in ('cosine', 'linear'):
             progress = jnp.clip((step - warmup) / max(1, total_steps - warmup), 0, 1)
             falling = 1 - progress if config.name == 'linear' else 0.5 * (1 + jnp.cos(jnp.pi * progress))
-            rate = lr * (config.end_factor + (1 - config.end_factor) * falling)
+            value = lr * (config.end_factor + (1 - config.end_factor) * falling)
         elif config.name == 'step':
-            rate = lr * config.step_factor ** _periods(step, config.step_epochs * steps_per_epoch)
+            value = lr * config.step_factor ** _periods(step, config.step_epochs * steps_per_epoch)
         else:
-            rate = jnp.full((), lr, step.dtype)
-        return jnp.where(step < warmup, lr * (step + 1) / max(1, warmup), rate)
+            value = jnp.full((), lr, step.dtype)
+        return jnp.where(step < warmup, lr * (step + 1) / max(1, warmup), value)
 
     return schedule
 
 
 def _periods(step: jax.Array, period: float) -> jax.Array:
-    """Returns how many whole periods lie before a step.
+    """Returns the number of whole periods before a step.
 
-    Compiled programs divide by multiplying with the reciprocal, and 330 * (1 / 330) is below 1 in float32.
+    Compiled programs divide by multiplying with the reciprocal; 330 * (1 / 330) is below 1 in float32.
     """
     count = jnp.floor(step / period)
     return count + (step >= (count + 1) * period) - (step < count * period)

@@ -1,6 +1,7 @@
-"""What a run tells: metrics.jsonl, and lines or a progress bar on the console."""
+"""The output of a run: metrics.jsonl, and lines or a progress bar on the console."""
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import sys
@@ -17,24 +18,40 @@ from epsanet_jax.training.tensorboard import Events
 from epsanet_jax.workdir import METRICS_FILE, read_metrics
 
 
-def say(text: str) -> None:
-    """Prints a line above a progress bar; only process 0 does."""
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """The speed of a run since the last line of metrics.
+
+    Attributes:
+        images_per_s: images per second that all devices together trained on.
+        data_wait: share of the time that the devices waited for images.
+        pipeline_images_per_s: images per second that all processes together could read.
+        eta_s: seconds to the end of the run.
+    """
+
+    images_per_s: float
+    data_wait: float
+    pipeline_images_per_s: float
+    eta_s: float
+
+
+def log(text: str) -> None:
+    """Prints a line above the progress bar, in process 0 only."""
     if jax.process_index() == 0:
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 
 class Report:
-    """Writes metrics and tells of progress; only process 0 does.
+    """Writes metrics and shows progress, in process 0 only.
 
-    metrics.jsonl is appended to on a local disk. An object store knows no append: there the whole file is
-    written at every evaluation and at the end.
+    On a local disk each line is appended to metrics.jsonl. An object store cannot append: there the whole
+    file is written at every evaluation and at the end.
 
     Args:
-        workdir: of the run.
-        step: at which the run starts or continues; lines of later steps, of which no checkpoint was left,
-            are removed, since those steps are about to be made again.
-        total: steps of the whole run.
+        workdir: folder of the run.
+        step: step at which the run starts or continues. Lines of later steps, which run again, are removed.
+        total: number of steps of the whole run.
         tensorboard: whether to write events for TensorBoard too; only on a local disk.
     """
 
@@ -45,85 +62,66 @@ class Report:
         self.lines = [line for line in read_metrics(workdir) if line['step'] <= step]
         self._events = Events(workdir, step) if tensorboard and self._active and self._local else None
         if tensorboard and not self._local:
-            say(f'no events for TensorBoard: {workdir} is not on a local disk')
+            log(f'no events for TensorBoard: {workdir} is not on a local disk')
         hide = not (self._active and sys.stderr.isatty())
         self._bar = tqdm(total=total, initial=step, unit='step', dynamic_ncols=True, disable=hide)
         self.flush()
 
-    def say(self, text: str) -> None:
-        """Prints a line above the progress bar."""
-        say(text)
-
     def warn(self, text: str) -> None:
-        """Prints a line of what only this process knows, whichever it is."""
+        """Prints a line that only this process knows about, also in processes other than 0."""
         if jax.process_count() > 1:
             print(f'process {jax.process_index()}: {text}', file=sys.stderr, flush=True)
         else:
-            say(text)
+            log(text)
 
     def advance(self) -> None:
-        """Moves the progress bar on by a step."""
+        """Advances the progress bar by a step."""
         self._bar.update()
 
     def has_evaluation(self, step: int) -> bool:
         """Whether an evaluation at this step is recorded."""
         return any(line['split'] == 'eval' and line['step'] == step for line in self.lines)
 
-    def train(
-        self,
-        step: int,
-        means: dict[str, float],
-        lr: float,
-        images_per_s: float | None = None,
-        data_wait: float | None = None,
-        pipeline_images_per_s: float | None = None,
-        eta_s: float | None = None,
-    ) -> None:
-        """Records the means since the last line, the current learning rate and, where known, the speed.
+    def train(self, step: int, means: dict[str, float], lr: float, speed: Speed | None) -> None:
+        """Records the means of the steps since the last line.
 
         Args:
-            step: updates made.
+            step: number of updates made.
             means: 'loss', 'top1', 'top5' (fractions).
-            lr: of the last update.
-            images_per_s: of all devices together.
-            data_wait: share of the time that the devices waited for pictures.
-            pipeline_images_per_s: which the pipeline could read, of all processes together.
-            eta_s: seconds to the end.
+            lr: learning rate of the last update.
+            speed: None if no step was timed.
         """
+        digits = {'images_per_s': 2, 'data_wait': 4, 'pipeline_images_per_s': 1}
         values = {k: means[k] for k in ('loss', 'top1', 'top5')}
-        speed = {
-            'images_per_s': _rounded(images_per_s, 2),
-            'data_wait': _rounded(data_wait, 4),
-            'pipeline_images_per_s': _rounded(pipeline_images_per_s, 1),
-        }
-        self._write({'split': 'train', 'step': step, **values, 'lr': lr, **speed})
-        text = (
-            f'step {step}/{self._total} | loss {means["loss"]:.4f} | top-1 {means["top1"]:.1%} | lr {lr:.4g}'
-        )
-        if images_per_s is not None:
-            text += f' | {images_per_s:.1f} images/s | data wait {data_wait:.1%}'
-            text += f' (pipeline {pipeline_images_per_s:.0f}/s) | ETA {_duration(eta_s)}'
-        self.say(text)
+        timing = {k: speed and round(getattr(speed, k), n) for k, n in digits.items()}
+        self._write({'split': 'train', 'step': step, **values, 'lr': lr, **timing})
+        result = f'loss {means["loss"]:.4f} | top-1 {means["top1"]:.1%} | lr {lr:.4g}'
+        text = f'step {step}/{self._total} | {result}'
+        if speed is not None:
+            eta = datetime.timedelta(seconds=round(speed.eta_s))
+            text += f' | {speed.images_per_s:.1f} images/s | data wait {speed.data_wait:.1%}'
+            text += f' (pipeline {speed.pipeline_images_per_s:.0f}/s) | ETA {eta}'
+        log(text)
 
     def evaluation(self, step: int, means: dict[str, float], seconds: float) -> None:
-        """Records an evaluation: 'loss', 'top1', 'top5', 'examples', and what more there is."""
+        """Records an evaluation: 'loss', 'top1', 'top5', 'examples' and further values."""
         self._write({'split': 'eval', 'step': step, **means})
         self.flush()
-        self.say(f'step {step}/{self._total} | {describe(means)} in {seconds:.1f} s')
+        log(f'step {step}/{self._total} | {describe(means)} in {seconds:.1f} s')
 
     def flush(self) -> None:
-        """Writes metrics.jsonl whole."""
+        """Writes the whole metrics.jsonl."""
         if self._active:
             with self._writing(), replacing(self._path) as temporary:
                 temporary.write_text(''.join(json.dumps(line) + '\n' for line in self.lines))
 
     def before_checkpoint(self) -> None:
-        """Writes metrics.jsonl where lines are not appended: a run goes on after those of its checkpoint."""
+        """Writes metrics.jsonl in an object store: a run continues after the lines before its checkpoint."""
         if not self._local:
             self.flush()
 
     def close(self) -> None:
-        """Ends the progress bar and writes what is left, if it can; `flush` says that it cannot."""
+        """Ends the progress bar and writes what is left, without an error if that fails."""
         self._bar.close()
         with contextlib.suppress(TrainingError):
             self.flush()
@@ -137,8 +135,8 @@ class Report:
             yield
         except OSError as e:
             raise TrainingError(
-                f'cannot write metrics to {self._path.parent}: {one_line(e)}; make room or give permission: '
-                'the same command continues at the last checkpoint'
+                f'cannot write metrics to {self._path.parent}: {one_line(e)}; free disk space or fix '
+                'permissions, then the same command continues at the last checkpoint'
             ) from e
 
     def _write(self, line: dict[str, Any]) -> None:
@@ -152,18 +150,10 @@ class Report:
 
 
 def describe(means: dict[str, float]) -> str:
-    """Returns an evaluation in words."""
+    """Returns an evaluation as text."""
     skipped = f', {means["skipped"]} skipped' if means.get('skipped') else ''
     averaged = f' | EMA top-1 {means["ema_top1"]:.2%}' if 'ema_top1' in means else ''
     return (
         f'evaluation: loss {means["loss"]:.4f} | top-1 {means["top1"]:.2%} | top-5 {means["top5"]:.2%} '
-        f'of {means["examples"]} pictures{skipped}{averaged}'
+        f'of {means["examples"]} images{skipped}{averaged}'
     )
-
-
-def _rounded(value: float | None, digits: int) -> float | None:
-    return None if value is None else round(value, digits)
-
-
-def _duration(seconds: float | None) -> str:
-    return '?' if seconds is None else str(datetime.timedelta(seconds=round(seconds)))

@@ -15,14 +15,13 @@ class Result:
     """How a run ended.
 
     Attributes:
-        step: updates made.
+        step: number of updates made.
         last: the last evaluation, a line of metrics.jsonl.
-        best: the evaluation with the highest top-1, of the averages where there are any (the latest of
-            equals), likewise.
-        workdir: of the run.
-        seconds: that the steps took, without compiling and pauses, interruptions taken together; None if no
-            line of metrics knows.
-        images_per_s: during these.
+        best: the evaluation with the highest top-1 (of the moving averages if the run keeps them; the latest
+            if several are equal), a line of metrics.jsonl.
+        workdir: folder of the run.
+        seconds: time of all training steps, without compilation and pauses; None if metrics.jsonl has none.
+        images_per_s: images per second during that time.
     """
 
     step: int
@@ -33,39 +32,32 @@ class Result:
     images_per_s: float | None
 
     def __str__(self) -> str:
-        lines = [f'finished at step {self.step}, {describe(self.last)}']
-        best = f'top-1 {best_by(self.best):.2%} at step {self.best["step"]}'
-        lines.append(f'best: {best} ({self.workdir}/{CHECKPOINTS}/{self.best["step"]})')
+        best, workdir, time = self.best['step'], shlex.quote(self.workdir), []
         if self.seconds is not None:
             duration = datetime.timedelta(seconds=round(self.seconds))
-            lines.append(f'time: {duration} of training steps, {self.images_per_s:.1f} images/s')
-        lines.append(f'workdir: {self.workdir} (config.json, metrics.jsonl, checkpoints/)')
-        workdir = shlex.quote(self.workdir)
-        lines.append(f'evaluate it: epsanet evaluate {workdir} --step best')
-        lines.append(f'see the curves: epsanet plot {workdir}')
+            time = [f'time: {duration} of training steps, {self.images_per_s:.1f} images/s']
+        lines = [
+            f'finished at step {self.step}, {describe(self.last)}',
+            f'best: top-1 {best_by(self.best):.2%} at step {best} ({self.workdir}/{CHECKPOINTS}/{best})',
+            *time,
+            f'workdir: {self.workdir} (config.json, metrics.jsonl, checkpoints/)',
+            f'evaluate it: epsanet evaluate {workdir} --step best',
+            f'see the curves: epsanet plot {workdir}',
+        ]
         return '\n'.join(lines)
 
 
 def make_result(run: Run, step: int, workdir: str) -> Result:
-    """Reads from metrics.jsonl how a run ended, which a finished one tells again in the same words."""
+    """Returns how a run ended, read from metrics.jsonl; for a finished run the result is always the same."""
     lines = read_metrics(run.workdir)
     evaluations = [line for line in lines if line['split'] == 'eval']
     best = max(evaluations, key=lambda line: (best_by(line), line['step']))
     seconds, images = 0.0, 0
     before = 0 if run.start is None else run.start.step(run.steps_per_epoch)
-    for line in lines:
-        if line['split'] != 'train':
-            continue
+    for line in (line for line in lines if line['split'] == 'train'):
         if line['images_per_s']:
-            made = (line['step'] - before) * run.config.batch_size
-            images, seconds = images + made, seconds + made / line['images_per_s']
+            new = (line['step'] - before) * run.config.batch_size
+            images, seconds = images + new, seconds + new / line['images_per_s']
         before = line['step']
-    known = seconds > 0
-    return Result(
-        step,
-        evaluations[-1],
-        best,
-        workdir,
-        seconds if known else None,
-        images / seconds if known else None,
-    )
+    speed = images / seconds if seconds else None
+    return Result(step, evaluations[-1], best, workdir, seconds or None, speed)

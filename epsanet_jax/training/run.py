@@ -1,4 +1,4 @@
-"""What is checked and built before a run compiles or writes anything."""
+"""Checks and builds what a run needs, before it compiles or writes anything."""
 
 import dataclasses
 import json
@@ -21,12 +21,7 @@ from epsanet_jax.models.zoo import build_model
 from epsanet_jax.paths import is_remote, replacing, resolve
 from epsanet_jax.training import distributed, inputs, sharding
 from epsanet_jax.training.checkpoint import has_checkpoint
-from epsanet_jax.training.config import (
-    Config,
-    flatten,
-    identity,
-    with_frozen_bn,
-)
+from epsanet_jax.training.config import Config, flatten, identity, with_frozen_bn
 from epsanet_jax.training.init_from import InitialState, Start, make_initial_state, read_start
 from epsanet_jax.training.optimizer import frozen_mask, make_optimizer, make_schedule
 from epsanet_jax.training.tracing import run_mesh
@@ -41,21 +36,21 @@ class Run:
     """Everything about a run that is fixed before its first step.
 
     Attributes:
-        config: as given.
-        workdir: its folder.
-        train_source: pictures to train on.
-        eval_source: pictures to evaluate on.
+        config: the configuration.
+        workdir: folder of the run.
+        train_source: training images.
+        eval_source: images for evaluation.
         model: the network.
         mesh: the devices.
-        schedule: learning rate by step.
-        optimizer: with that schedule.
-        metadata: of its checkpoints; holds what identifies the run.
-        initial: weights to start from; None: from scratch, or from a checkpoint of the run itself.
-        start: epoch and learning rate of another training that goes on here.
-        steps_per_epoch: need not be whole.
-        total_steps: length.
+        schedule: maps the step to the learning rate.
+        optimizer: the optimizer with that schedule.
+        metadata: metadata of the checkpoints, with the fields that identify the run.
+        initial: weights to start from; None: random ones, or a checkpoint of the run itself.
+        start: where the training that this run continues has stopped; None: it continues none.
+        steps_per_epoch: possibly a fraction.
+        total_steps: length of the run.
         eval_every: steps between evaluations.
-        eval_batch_size: divides among the devices.
+        eval_batch_size: a multiple of the number of devices.
     """
 
     config: Config
@@ -80,19 +75,15 @@ class Run:
 
     def metadata_at(self, step: int) -> dict[str, Any]:
         """Returns the metadata of a checkpoint after `step` updates."""
-        rate = self.learning_rate(max(0, step - 1))
-        return {**self.metadata, 'epoch': step / self.steps_per_epoch, 'lr': rate}
+        lr = self.learning_rate(max(0, step - 1))
+        return {**self.metadata, 'epoch': step / self.steps_per_epoch, 'lr': lr}
 
     def write_config(self) -> None:
-        """Makes the workdir and writes config.json into it, unless it stands there already."""
+        """Creates the workdir and writes config.json, unless the same file exists already."""
         if jax.process_index() != 0:
             return
-        start = None if self.start is None else dataclasses.asdict(self.start)
-        content = {
-            'identity': self.metadata['identity'],
-            'config': self.metadata['config'],
-            'start': start,
-        }
+        content = {k: self.metadata[k] for k in ('identity', 'config')}
+        content['start'] = None if self.start is None else dataclasses.asdict(self.start)
         text, path = json.dumps(content, indent=2) + '\n', self.workdir / CONFIG_FILE
         try:
             if not path.exists() or path.read_text() != text:
@@ -103,20 +94,17 @@ class Run:
             raise InputError(f'cannot write to --workdir={self.workdir}: {e}') from e
 
 
-# What may differ between the processes of a run.
+# Fields that may differ between the processes of a run.
 _OF_A_HOST = ('data.dir', 'data.workers', 'data.threads', 'data.on_bad', 'data.max_bad_images')
 
 
 def prepare(config: Config, workdir: str, init_from: Network | None = None) -> Run:
-    """Checks a configuration against the data, the devices and the workdir.
+    """Checks a configuration against the data, the devices and the workdir, and builds the run.
 
-    Args:
-        config: of the run.
-        workdir: folder of the run.
-        init_from: network to start from instead of the file that `config.init_from` names.
+    The arguments are those of `loop.train`.
 
     Raises:
-        InputError: something will not do; nothing has been compiled or written.
+        InputError: one of them is invalid; nothing has been compiled or written.
     """
     validate(config)
     folder = _folder(workdir)
@@ -124,7 +112,9 @@ def prepare(config: Config, workdir: str, init_from: Network | None = None) -> R
     model = _model(config, len(train_source.class_names))
     mesh = run_mesh(config, model.bn_group)
     fields = identity(config, train_source.fingerprint, model.num_classes)
-    _check_processes(config, fields, eval_source, folder)
+    shared = {k: v for k, v in flatten(config).items() if k not in _OF_A_HOST}
+    data = [fields, shared, eval_source.fingerprint, len(eval_source)]
+    distributed.check_agreement({'configuration or data': data, 'workdir': str(folder)})
     _check_identity(folder, fields)
     distributed.check_shared(folder)
 
@@ -134,15 +124,27 @@ def prepare(config: Config, workdir: str, init_from: Network | None = None) -> R
     network, start = _read_network(config, folder, init_from)
     start_step = None if start is None else start.step(steps_per_epoch)
     if start_step is not None and start_step >= total:
-        raise InputError(f'{config.init_from} has {start_step} steps behind it, and the run ends at {total}')
+        end = f'the run ends at step {total}: increase epochs'
+        raise InputError(f'{config.init_from} is at step {start_step}, but {end}')
     initial = None
     if network is not None:
         key, momentum = jax.random.key(config.seed), config.optimizer.momentum > 0
         names = name_outputs(train_source.class_names, model.num_classes)
         initial = make_initial_state(network, model, names, key, start_step, momentum)
-    peak = _peak(config, total, steps_per_epoch, start, start_step)
-    every = max(1, round(config.eval_every_epochs * steps_per_epoch)) if config.eval_every_epochs else total
+    if start is None or start_step is None:
+        peak = config.optimizer.lr * (config.batch_size / (config.optimizer.lr_batch or config.batch_size))
+    else:  # the peak with which the schedule continues at the last learning rate of the training before
+        factor = make_schedule(config.schedule, 1.0, total, steps_per_epoch)(max(0, start_step - 1))
+        peak = start.last_lr / np.asarray(factor).item()
     schedule = make_schedule(config.schedule, peak, total, steps_per_epoch)
+    every = max(1, round(config.eval_every_epochs * steps_per_epoch)) if config.eval_every_epochs else total
+    metadata = make_metadata(
+        dataclasses.replace(config.model, num_classes=model.num_classes),
+        train_source.class_names,
+        config.data.preprocessing,
+        dataclasses.asdict(config),
+        fields,
+    )
     return Run(
         config=config,
         workdir=folder,
@@ -152,13 +154,7 @@ def prepare(config: Config, workdir: str, init_from: Network | None = None) -> R
         mesh=mesh,
         schedule=schedule,
         optimizer=make_optimizer(config.optimizer, schedule, config.freeze),
-        metadata=make_metadata(
-            dataclasses.replace(config.model, num_classes=model.num_classes),
-            train_source.class_names,
-            config.data.preprocessing,
-            dataclasses.asdict(config),
-            fields,
-        ),
+        metadata=metadata,
         initial=initial,
         start=start,
         steps_per_epoch=steps_per_epoch,
@@ -173,16 +169,15 @@ def _folder(workdir: str) -> epath.Path:
     try:
         if folder.exists() and not folder.is_dir():
             raise InputError(f'--workdir={workdir} is a file, not a folder')
-    except (ImportError, OSError) as e:  # what reaches a bucket is not installed, or it is not there
+    except (ImportError, OSError) as e:  # the library for buckets is not installed, or there is no bucket
         raise InputError(f'cannot reach --workdir={workdir}: {one_line(e)}') from e
     return folder
 
 
 def _model(config: Config, classes: int) -> EPSANet:
-    if config.model.num_classes and config.model.num_classes < classes:
-        raise InputError(
-            f'the data has {classes} classes, more than config.model.num_classes={config.model.num_classes}'
-        )
+    most = config.model.num_classes
+    if most and most < classes:
+        raise InputError(f'the data has {classes} classes, more than config.model.num_classes={most}')
     model = build_model(with_frozen_bn(config), classes)
     _check_last_stage(config, model)
     if config.freeze or config.model.frozen_bn:
@@ -193,55 +188,30 @@ def _model(config: Config, classes: int) -> EPSANet:
         pattern = config.model.frozen_bn
         if pattern and not any(re.search(pattern, name) for name in scales):
             raise InputError(
-                f"config.model.frozen_bn={pattern!r} is found in the name of no BatchNorm's scale, as "
+                f'config.model.frozen_bn={pattern!r} matches no scale of a BatchNorm; a name is for example '
                 '"layer1_0/bn1/scale"'
             )
     return model
 
 
-def _check_processes(
-    config: Config, fields: dict[str, Any], eval_source: Source, workdir: epath.Path
-) -> None:
-    shared = {k: v for k, v in flatten(config).items() if k not in _OF_A_HOST}
-    evaluated = [eval_source.fingerprint, len(eval_source)]
-    distributed.check_agreement(
-        {'configuration or data': [fields, shared, evaluated], 'workdir': str(workdir)}
-    )
-
-
 def _read_network(
     config: Config, workdir: epath.Path, given: Network | None
 ) -> tuple[Network | None, Start | None]:
-    """Returns the network to start from and, for `init_optimizer`, epoch and learning rate.
-
-    A run that has a checkpoint of its own does not need the file again.
-    """
+    """Returns the network to start from and, for `init_optimizer`, epoch and learning rate."""
     if given is None and not config.init_from:
         return None, None
-    if has_checkpoint(workdir):
+    if has_checkpoint(workdir):  # the run does not need the file again
         start = json.loads((workdir / CONFIG_FILE).read_text()).get('start')
         return None, None if start is None else Start(**start)
-    network = given
-    if network is None:
-        # Momentum belongs to the weights themselves; files hold one set of weights.
+    if given is None:
+        # Momentum belongs to the weights, not to their averages; files hold one set of weights.
         ema = not config.init_optimizer or is_weights_file(config.init_from)
-        network = load(config.init_from, ema=ema, with_checkpoint=True)
-    return network, read_start(network, config.optimizer) if config.init_optimizer else None
-
-
-def _peak(
-    config: Config, total: int, steps_per_epoch: float, start: Start | None, start_step: int | None
-) -> float:
-    """Returns the schedule's peak: the configured one, or what gives a continued training its last rate."""
-    if start is None or start_step is None:
-        scale = config.batch_size / config.optimizer.lr_batch if config.optimizer.lr_batch else 1
-        return config.optimizer.lr * scale
-    factor = make_schedule(config.schedule, 1.0, total, steps_per_epoch)(max(0, start_step - 1))
-    return start.last_lr / np.asarray(factor).item()
+        given = load(config.init_from, ema=ema, with_checkpoint=True)
+    return given, read_start(given, config.optimizer) if config.init_optimizer else None
 
 
 def _check_last_stage(config: Config, model: EPSANet) -> None:
-    """Raises InputError if the last stage leaves BatchNorm a single value to take the variance of."""
+    """Raises InputError if BatchNorm gets only one value per channel in the last stage."""
     stages = len(model.layers)
     scales = [f'layer{stages}_{i}/bn{k}/scale' for i in range(model.layers[-1]) for k in (1, 2, 3)]
     if model.frozen_bn and all(re.search(model.frozen_bn, name) for name in scales):
@@ -252,20 +222,17 @@ def _check_last_stage(config: Config, model: EPSANet) -> None:
         stride = min(stride, model.output_stride)
     if group * math.ceil(side / stride) ** 2 < 2:
         raise InputError(
-            f'BatchNorm over {group} picture of {side} px has one value a channel in the last stage: '
-            'raise config.model.bn_group, config.batch_size or config.data.image_size'
+            f'BatchNorm over {group} image of {side} px has one value per channel in the last stage: '
+            'increase config.model.bn_group, config.batch_size or config.data.image_size'
         )
 
 
 def _check_profile(config: Config, workdir: epath.Path, total: int) -> None:
-    window = config.profile
-    if not window.steps:
+    if not config.profile.steps:
         return
-    if window.start + window.steps > total:
-        raise InputError(
-            f'config.profile ends at step {window.start + window.steps}, after the run, which has {total} '
-            'steps'
-        )
+    end = config.profile.start + config.profile.steps
+    if end > total:
+        raise InputError(f'config.profile ends at step {end}, after the end of the run at step {total}')
     if is_remote(workdir):
         raise InputError(f'config.profile needs a --workdir on a local disk, got {workdir}')
 
@@ -278,15 +245,13 @@ def _check_identity(workdir: epath.Path, fields: dict[str, Any]) -> None:
             raise InputError(f'{workdir} holds checkpoints but no {CONFIG_FILE}; choose another --workdir')
         return
     try:
-        # A field that an older version did not have was at what is now its default.
+        # In a run of an older version, fields that are new have their default values.
         old = {**flatten(Config()), **json.loads(path.read_text())['identity']}
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise InputError(f'{path} is not the {CONFIG_FILE} of a run; choose another --workdir') from e
     if not has_checkpoint(workdir):
-        return  # a run that was given up before its first checkpoint left nothing to protect
-    known = sorted(fields)
-    differing = [f'{k}: {old.get(k)!r} -> {fields.get(k)!r}' for k in known if old.get(k) != fields.get(k)]
+        return  # a run without a checkpoint has nothing to protect
+    pairs = {k: (old.get(k), fields[k]) for k in sorted(fields)}
+    differing = '; '.join(f'{k}: {a!r} -> {b!r}' for k, (a, b) in pairs.items() if a != b)
     if differing:
-        raise InputError(
-            f'{workdir} holds another run; choose another --workdir or undo {"; ".join(differing)}'
-        )
+        raise InputError(f'{workdir} holds another run; choose another --workdir or undo {differing}')

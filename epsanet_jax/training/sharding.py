@@ -1,10 +1,10 @@
-"""Data parallelism: the mesh, and which rows of a global batch lie where. Nothing else names a mesh axis.
+"""Data parallelism: the mesh, and the place of each row of a global batch. Only here mesh axes are named.
 
 The devices form a matrix, processes in order. A BatchNorm group (`bn_group` consecutive rows of the global
-batch) lies within one device, or is spread over one row of the matrix:
+batch) is on one device, or spread over one row of the matrix:
 
-    axis 'group':  one or several whole BatchNorm groups each
-    axis 'member': the devices that share one BatchNorm group; a single one where groups fit into a device
+    axis 'group':  each entry holds one or several whole BatchNorm groups
+    axis 'member': the devices that share a BatchNorm group; one device if groups fit on a device
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,16 +19,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from epsanet_jax.errors import InputError
 from epsanet_jax.models.epsanet import EPSANet
 
-Device = Any  # jax.Device, which type checkers take for a variable
+Device = Any  # jax.Device, which type checkers consider a variable
 _GROUP, _MEMBER = 'group', 'member'
 _AXES = (_GROUP, _MEMBER)
 
 
 def microbatch_size(batch_size: int, bn_group: int | None, microbatches: int) -> int:
-    """Returns the rows of a global batch's microbatches, each of which holds whole BatchNorm groups.
+    """Returns the number of rows in each microbatch of a global batch.
 
     Raises:
-        InputError: the batch or its groups do not divide among microbatches.
+        InputError: the batch does not divide into microbatches with whole BatchNorm groups.
     """
     if batch_size % microbatches:
         raise InputError(f'batch_size {batch_size} does not divide into {microbatches} microbatches')
@@ -37,7 +37,7 @@ def microbatch_size(batch_size: int, bn_group: int | None, microbatches: int) ->
         groups = 'over the whole batch' if bn_group is None else f'groups of {bn_group}'
         raise InputError(
             f'{microbatches} microbatches of {rows} rows do not hold whole BatchNorm groups ({groups}): set '
-            f'model.bn_group to a divisor of {rows}, or gradient_accumulation_steps to fewer'
+            f'model.bn_group to a divisor of {rows}, or lower gradient_accumulation_steps'
         )
     return rows
 
@@ -51,13 +51,13 @@ def make_mesh(
     """Arranges devices for a global batch, or its microbatches, and their BatchNorm groups.
 
     Args:
-        batch_size: of the global batch.
-        bn_group: examples in a BatchNorm group; None: the whole batch.
-        devices: None: all of them.
-        microbatches: into which the batch is cut.
+        batch_size: size of the global batch.
+        bn_group: number of examples in a BatchNorm group; None: the whole batch.
+        devices: the devices to use; None: all.
+        microbatches: number of microbatches.
 
     Raises:
-        InputError: the batch does not divide among devices or groups, or groups would straddle devices.
+        InputError: batch, microbatches, BatchNorm groups and devices do not divide evenly.
     """
     batch_size = microbatch_size(batch_size, bn_group, microbatches)
     devices = jax.devices() if devices is None else devices
@@ -72,8 +72,8 @@ def make_mesh(
     rows = batch_size // count
     if rows % group and group % rows:
         raise InputError(
-            f'BatchNorm groups of {group} straddle devices with {rows} rows each (batch_size {batch_size} on '
-            f'{count} devices): one must divide the other'
+            f'BatchNorm groups of {group} do not fit devices with {rows} rows each (batch_size {batch_size} '
+            f'on {count} devices): one must divide the other'
         )
     members = max(1, group // rows)
     # A process holds contiguous rows, so its devices must be neighbours.
@@ -83,23 +83,20 @@ def make_mesh(
 
 
 def bind(model: EPSANet, mesh: Mesh) -> EPSANet:
-    """Returns the model as one device runs it: BatchNorm reduces over the devices that share a group."""
+    """Returns the model for one device: its BatchNorm reduces over the devices that share a group."""
     return model.clone(bn_axis=_MEMBER if mesh.shape[_MEMBER] > 1 else None)
 
 
 def shard_step(
     step: Callable[..., Any], mesh: Mesh, replicated_args: int, microbatches: int = 1
 ) -> Callable[..., Any]:
-    """Turns a function of one device's rows into one of global arrays.
+    """Turns `step(*replicated, batch)`, a function of one device's rows, into one of global arrays.
 
-    Args:
-        step: `step(*replicated, batch)`; its results must be the same on every device.
-        mesh: from `make_mesh`.
-        replicated_args: number of arguments before the batch.
-        microbatches: in which the batch comes, see `by_rows`.
+    Its results must be the same on every device. `replicated_args` is the number of arguments before the
+    batch, which is placed `by_rows`.
     """
-    # check_vma=False: gradients of replicated parameters come out local, and `mean` and `total` are the only
-    # reductions there are besides BatchNorm's.
+    # check_vma=False: gradients of replicated parameters stay local, and `mean` and `total` are the only
+    # reductions besides BatchNorm's.
     specs = (PartitionSpec(),) * replicated_args
     return jax.shard_map(
         step, mesh=mesh, in_specs=(*specs, _rows(microbatches)), out_specs=PartitionSpec(), check_vma=False
@@ -117,25 +114,23 @@ def total(tree: Any) -> Any:
 
 
 def global_rows(count: int, microbatch: jax.Array | int = 0) -> jax.Array:
-    """Returns the places [count] in the global batch of this device's rows, within a sharded step.
+    """Returns the indices [count] in the global batch of this device's rows in a microbatch.
 
-    Args:
-        count: of its rows in each microbatch.
-        microbatch: which of them.
+    To be called within a sharded step.
     """
     device, devices = lax.axis_index(_AXES), lax.axis_size(_AXES)
     return (microbatch * devices + device) * count + lax.iota(jnp.int32, count)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The placement of parameters: a copy on every device."""
+    """Returns the sharding of parameters: a copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def by_rows(mesh: Mesh, microbatches: int = 1) -> NamedSharding:
-    """The placement of a batch [N, ...], or [microbatches, N / microbatches, ...] if they are several.
+    """Returns the sharding of a batch: every device holds contiguous rows.
 
-    Every device holds contiguous rows of each.
+    The batch is [N, ...], or [microbatches, N / microbatches, ...] if there are several microbatches.
     """
     return NamedSharding(mesh, _rows(microbatches))
 
@@ -145,7 +140,7 @@ def _rows(microbatches: int) -> PartitionSpec:
 
 
 def to_devices(batch: dict[str, np.ndarray], mesh: Mesh, microbatches: int = 1) -> dict[str, jax.Array]:
-    """Makes global arrays of this process's rows, those of the first microbatch first."""
+    """Returns global arrays made from this process's rows, in the order of the microbatches."""
     sharding = by_rows(mesh, microbatches)
     if microbatches > 1:
         batch = {k: v.reshape(microbatches, -1, *v.shape[1:]) for k, v in batch.items()}
@@ -153,6 +148,6 @@ def to_devices(batch: dict[str, np.ndarray], mesh: Mesh, microbatches: int = 1) 
 
 
 def round_up_to_devices(batch_size: int, devices: Iterable[Device] | None = None) -> int:
-    """Returns the smallest batch of at least `batch_size` that divides among the devices."""
+    """Returns the smallest multiple of the number of devices that is at least `batch_size`."""
     count = len(jax.devices() if devices is None else list(devices))
     return -(-batch_size // count) * count

@@ -1,10 +1,9 @@
-"""Stopping in order: SIGTERM and SIGINT as a request that is granted after the step under way."""
+"""SIGTERM and SIGINT as a request to stop after the current step."""
 
 import os
 import signal
 import sys
 import threading
-from types import TracebackType
 from typing import NoReturn, Self
 
 from epsanet_jax.errors import INTERRUPTED
@@ -14,11 +13,11 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignals:
-    """Takes note of SIGTERM and SIGINT while entered; a second SIGINT ends the process at once.
+    """Context that records SIGTERM and SIGINT; a second SIGINT ends the process at once.
 
-    A thread takes the note, since Python's own handlers wait while the main thread compiles. As long as
-    nothing is unsaved there is nothing to wait for: the thread then ends the process with status 75.
-    Outside of the main thread signals cannot be caught, and are left as they are.
+    A thread receives the signals, because Python's own handlers wait while the main thread compiles. If
+    nothing is unsaved, the thread ends the process with status 75. Signals can be caught only in the main
+    thread; in other threads this context does nothing.
 
     Attributes:
         requested: whether the run should stop.
@@ -26,8 +25,7 @@ class StopSignals:
     """
 
     def __init__(self):
-        self.requested = False
-        self.unsaved = False
+        self.requested = self.unsaved = False
         self._handlers: dict[int, object] = {}
 
     def __enter__(self) -> Self:
@@ -35,16 +33,14 @@ class StopSignals:
             return self
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
-        # Python writes the signal's number into the pipe at once, whatever the main thread does.
+        # Python writes the signal's number to the pipe at once, even while the main thread compiles.
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         self._handlers = {s: signal.signal(s, lambda *_: None) for s in _SIGNALS}
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if not self._handlers:
             return
         for number, handler in self._handlers.items():
@@ -64,11 +60,9 @@ class StopSignals:
             if not self.unsaved:
                 _end(f'{name}: stopped, nothing was unsaved; the same command continues')
             if self.requested and number == signal.SIGINT:
-                _end(
-                    f'{name} again: stopped without saving; the same command continues at the last checkpoint'
-                )
+                _end(f'{name} again: stopped, not saved; the same command continues at the last checkpoint')
             if not self.requested:
-                print(f'{name}: saving after the step under way ...', file=sys.stderr, flush=True)
+                print(f'{name}: saving after the current step ...', file=sys.stderr, flush=True)
             self.requested = True
 
 

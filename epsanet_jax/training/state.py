@@ -1,4 +1,4 @@
-"""What training changes: parameters, BatchNorm statistics, averages, the optimizer's buffers, step."""
+"""The training state: parameters, BatchNorm statistics, averages, optimizer state and step."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ from epsanet_jax.models.epsanet import EPSANet, abstract_images
 
 @flax.struct.dataclass
 class TrainState:
-    """A pytree; `apply_gradients` and friends are left to `training.steps`.
+    """The training state, a pytree; `training.steps` updates it.
 
     Attributes:
         step: number of updates made, int32.
         params: the model's parameters.
         batch_stats: BatchNorm's running statistics.
-        opt_state: the optimizer's.
-        ema: moving averages of both, {'params', 'batch_stats'}; None if there are none.
+        opt_state: state of the optimizer.
+        ema: moving averages {'params', 'batch_stats'}; None if the run keeps none.
     """
 
     step: jax.Array
@@ -30,7 +30,7 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """For `model.apply`."""
+        """The variables for `model.apply`."""
         return {'params': self.params, 'batch_stats': self.batch_stats}
 
 
@@ -41,14 +41,10 @@ def create_state(
     image_size: int,
     ema: bool = False,
 ) -> TrainState:
-    """Initialises everything; to be called under `jax.jit` or `jax.eval_shape`.
+    """Returns a new state; call it under `jax.jit` or `jax.eval_shape`.
 
-    Args:
-        model: the network.
-        optimizer: its state is made for the parameters.
-        key: random key of the initial parameters.
-        image_size: height and width, pixels; does not change the parameters.
-        ema: whether moving averages are kept.
+    Parameters are drawn with `key` and do not depend on `image_size` (pixels). With `ema` the state holds
+    moving averages.
     """
     variables = model.init(key, jnp.zeros(abstract_images(model, image_size).shape, model.dtype))
     return TrainState(

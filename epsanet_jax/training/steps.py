@@ -1,4 +1,4 @@
-"""The training and evaluation steps, as pure functions of one device's rows and as compiled global steps."""
+"""The training and evaluation steps: pure functions of one device's rows, and compiled global steps."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ from epsanet_jax.training.metrics import Sums, batch_sums
 from epsanet_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
-_DEPTH_STREAM = 17  # keeps the draws of stochastic depth apart from those of mixup and cutmix
+_DEPTH_STREAM = 17  # makes stochastic depth's random numbers independent of those of mixup and cutmix
 
 
 def smoothed_targets(labels: jax.Array, num_classes: int, smoothing: float, dtype: Any) -> jax.Array:
@@ -26,34 +26,30 @@ def smoothed_targets(labels: jax.Array, num_classes: int, smoothing: float, dtyp
 
 
 def smoothed_cross_entropy(logits: jax.Array, labels: jax.Array, smoothing: float) -> jax.Array:
-    """Cross entropy against y (1 - e) + e / K, as the reference takes it in training and in validation.
+    """Returns the cross entropy [N], in nats, against y (1 - e) + e / K.
+
+    The reference uses this loss in training and in validation.
 
     Args:
         logits: [N, K].
         labels: [N], integers.
         smoothing: e, in [0, 1).
-
-    Returns:
-        [N], in nats.
     """
     targets = smoothed_targets(labels, logits.shape[-1], smoothing, logits.dtype)
     return optax.softmax_cross_entropy(logits, targets)
 
 
 def draw_keep(keys: jax.Array, rate: float, blocks: int) -> jax.Array:
-    """Draws the factors of the residual branches for stochastic depth, as `EPSANet.__call__` takes them.
+    """Draws the factors [N, blocks], float32, of the residual branches for stochastic depth.
 
-    Huang et al. (2016), arXiv:1603.09382: block i of B is skipped with the probability
-    p = rate * i / (B - 1), for each image independently. A branch that is kept is multiplied by 1 / (1 - p),
-    so that evaluation needs no factor.
+    Huang et al. (2016), arXiv:1603.09382: for each image independently, block i of B is skipped with
+    probability p = rate * i / (B - 1). A branch that is kept is multiplied by 1 / (1 - p), so that evaluation
+    needs no factor. `EPSANet.__call__` takes the factors as `keep`.
 
     Args:
         keys: [N], one key per image, from `data.augment.row_keys`.
         rate: probability that the last block is skipped, in [0, 1).
         blocks: number of blocks B.
-
-    Returns:
-        [N, blocks], float32.
     """
     skipped = rate * jnp.arange(blocks, dtype=jnp.float32) / jnp.float32(max(1, blocks - 1))
 
@@ -67,12 +63,12 @@ def draw_keep(keys: jax.Array, rate: float, blocks: int) -> jax.Array:
 def update_average(average: Any, values: Any, step: jax.Array, decay: float) -> Any:
     """Returns d * average + (1 - d) * values with d = min(decay, (1 + step) / (10 + step)).
 
-    The smaller decay of the first steps lets the average forget the initial parameters, in short runs too.
+    The decay is smaller in the first steps, so that the average soon forgets the initial parameters.
 
     Args:
         average: tree of arrays.
-        values: a tree like it, of the values after an update.
-        step: updates made before, [].
+        values: tree of the same structure, with the values after an update.
+        step: number of updates before this one, [].
         decay: in [0, 1).
     """
     wide = jnp.result_type(float)
@@ -89,14 +85,14 @@ def loss_and_updates(
     targets: jax.Array,
     keep: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Any, jax.Array, jax.Array]]:
-    """Returns the mean loss of a batch in training mode; differentiate with `has_aux=True`.
+    """Returns the mean loss of a batch in training mode; differentiate it with `has_aux=True`.
 
     Args:
         model: the network.
         params: its parameters.
         batch_stats: BatchNorm's running statistics.
         images: [N, H, W, 3], normalised.
-        targets: [N, K], each row's shares of the classes, from `smoothed_targets`.
+        targets: [N, K], target probabilities, from `smoothed_targets`.
         keep: [N, blocks], from `draw_keep`; None: every block is kept.
 
     Returns:
@@ -124,15 +120,15 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Sums]]:
     """Returns the compiled step `(state, batch) -> (state, sums)` over all devices of the mesh.
 
-    The state is replicated and donated; the batch holds 'image' (uint8 [N, H, W, 3]) and 'label' (int32
-    [N]), its rows spread over the devices. The sums are those of `metrics.batch_sums` over all rows. The
-    batch may hold 'requests' ([N, R]), what single processes ask for: their sums over all rows, [R], are
-    known to every process after the same step, at no further reduction.
+    The state is replicated and donated. The batch holds 'image' (uint8 [N, H, W, 3]) and 'label' (int32 [N]),
+    with rows spread over the devices. The sums are those of `metrics.batch_sums` over all rows. The batch may
+    hold 'requests' ([N, R]) of single processes; the sums then hold their sums [R] over all rows, which every
+    process gets after the same step without a further reduction.
 
-    With several microbatches the arrays are [microbatches, N / microbatches, ...]; one after the other is
-    computed, their gradients are added up, and the update is that of the whole batch, if each holds whole
-    BatchNorm groups. With `mixing` each device holds an even number of rows. What is random is drawn for
-    each row from `seed`, step and place in the global batch. With `ema_decay` the state holds averages.
+    With several microbatches the arrays are [microbatches, N / microbatches, ...]. Microbatches are computed
+    one after the other and their gradients added; if each holds whole BatchNorm groups, the update is that of
+    the whole batch. `mixing` needs an even number of rows on each device. Random numbers depend on `seed`,
+    step and row in the global batch. With `ema_decay` the state must hold moving averages.
     """
     model = sharding.bind(model, mesh)
 
@@ -150,7 +146,7 @@ def make_train_step(
 
         grads, (batch_stats, losses, logits) = jax.grad(loss_fn, has_aux=True)(state.params)
         sums = batch_sums(losses, logits, batch['label'], jnp.ones(losses.shape, bool))
-        # What changes is averaged, so that what is frozen stays the same to the bit.
+        # Averaging changes, not values, leaves frozen statistics equal bit for bit.
         changes = jax.tree.map(jnp.subtract, batch_stats, state.batch_stats)
         return grads, changes, _with_requests(sums, batch)
 
@@ -160,7 +156,7 @@ def make_train_step(
         else:
             grads, changes, sums = _add_up(functools.partial(gradients, state), batch, microbatches)
             grads, changes = jax.tree.map(lambda a: a / microbatches, (grads, changes))
-        # Every device holds as many rows, so the mean of the devices' means is the mean over the batch.
+        # All devices hold the same number of rows: the mean of their means is the mean over the batch.
         grads, changes = sharding.mean((grads, changes))
         batch_stats = jax.tree.map(jnp.add, state.batch_stats, changes)
         sums = sharding.total(sums)
@@ -182,7 +178,7 @@ def make_eval_step(
 ) -> Callable[[Any, Batch], Sums]:
     """Returns the compiled step `(variables, batch) -> sums` over all devices of the mesh.
 
-    The batch holds 'image', 'label' and 'mask' (bool [N]); only rows where the mask is true are counted.
+    The batch holds 'image', 'label' and 'mask' (bool [N]); rows where the mask is false are not counted.
     """
 
     def local_step(variables: Any, batch: Batch) -> Sums:
@@ -202,7 +198,7 @@ def _with_requests(sums: Sums, batch: Batch) -> Sums:
 
 
 def _add_up(function: Callable[[Batch, jax.Array], Any], batch: Batch, microbatches: int) -> Any:
-    """Returns the sum of `function` over the batch's microbatches, its leading axis, one after the other."""
+    """Returns the sum of `function` over the microbatches (the leading axis), computed one by one."""
     numbers = jnp.arange(microbatches, dtype=jnp.int32)
     shapes = jax.eval_shape(function, jax.tree.map(lambda a: a[0], batch), numbers[0])
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)

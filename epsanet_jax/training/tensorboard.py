@@ -1,4 +1,4 @@
-"""Events for TensorBoard."""
+"""Writes metrics as events for TensorBoard."""
 
 import os
 import time
@@ -9,44 +9,43 @@ from etils import epath
 from epsanet_jax.errors import InputError
 from epsanet_jax.workdir import TENSORBOARD
 
-_UNDRAWN = ('split', 'step', 'examples')
+_NO_CURVE = ('split', 'step', 'examples')
 
 
 class Events:
     """Writes lines of metrics.jsonl as scalars 'train/loss', 'eval/top1' and so on.
 
-    Args:
-        workdir: of the run, on a local disk; events lie in its folder 'tensorboard'.
-        step: at which the run starts or continues; TensorBoard leaves out earlier events of later steps.
+    Events are in the folder 'tensorboard' of the workdir, which must be on a local disk. The run starts or
+    continues at `step`; TensorBoard ignores older events of later steps.
 
     Raises:
-        InputError: the folder cannot be made or written to.
+        InputError: the folder cannot be created or written to.
     """
 
     def __init__(self, workdir: epath.Path, step: int):
-        # Not its SummaryWriter: that writes in a thread, and waits for it for ever when the disk is full.
-        # Imports torch, where there is one: seconds.
+        # Not SummaryWriter: it writes in a thread and waits for it forever when the disk is full.
+        # Imported late because it imports torch if available, which takes seconds.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import SessionLog
 
-        # Files are told apart, and put in order, by the second and then by this.
+        # TensorBoard sorts the files by the second of their creation and then by this.
         suffix = f'.{step:09}.{os.getpid()}'
         folder = workdir / TENSORBOARD
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._writer = EventsWriter(str(folder / 'events'), suffix)
-            # Earlier events of this step and later ones are left out.
+            # TensorBoard drops older events from this step on.
             self._add(step + 1, session_log=SessionLog(status=SessionLog.START))
             self._writer.flush()
         except OSError as e:
             raise InputError(f'cannot write to {folder}: {e.strerror or e}') from e
 
     def write(self, line: dict[str, Any]) -> None:
-        """Writes the numbers of a line, under their names, onto the disk."""
+        """Writes the numbers of a line to the disk, under their names."""
         from tensorboardX.summary import scalar
 
         for name, value in line.items():
-            if name not in _UNDRAWN and value is not None:
+            if name not in _NO_CURVE and value is not None:
                 self._add(line['step'], summary=scalar(f'{line["split"]}/{name}', value))
         self._writer.flush()
 

@@ -16,27 +16,22 @@ from epsanet_jax.training.optimizer import make_optimizer, make_schedule
 from epsanet_jax.training.state import TrainState, create_state
 from epsanet_jax.training.validation import validate
 
-_ASKED_IN_TRAINING, _ASKED_IN_EVALUATION = 2, 1  # requests of a process: to stop, to save; to stop
+_TRAIN_REQUESTS, _EVAL_REQUESTS = 2, 1  # of each process: stop and save; stop
 
 
 def run_mesh(config: Config, bn_group: int, devices: Sequence[sharding.Device] | None = None) -> Mesh:
-    """Arranges devices for a run's batches.
-
-    Args:
-        config: of the run.
-        bn_group: examples in a BatchNorm group; 0: the whole batch.
-        devices: None: all that there are.
+    """Arranges devices (None: all) for a run's batches, in BatchNorm groups of `bn_group` (0: one group).
 
     Raises:
-        InputError: the batch does not divide among devices, microbatches, groups, or into pairs to be mixed.
+        InputError: the batch does not divide evenly among devices, microbatches, groups or mixed pairs.
     """
     microbatches = config.gradient_accumulation_steps
     mesh = sharding.make_mesh(config.batch_size, bn_group or None, devices, microbatches)
     rows = config.batch_size // microbatches // mesh.size
     if mixing(config) and rows % 2:
         raise InputError(
-            f'mixup and cutmix mix neighbours, and {rows} rows a device at once are odd: '
-            f'batch_size {config.batch_size} on {mesh.size} devices'
+            f'mixup and cutmix need an even number of rows per device, got {rows}: change batch_size '
+            f'{config.batch_size} (on {mesh.size} devices in {microbatches} microbatches)'
         )
     return mesh
 
@@ -44,14 +39,9 @@ def run_mesh(config: Config, bn_group: int, devices: Sequence[sharding.Device] |
 def trace_train_step(
     config: Config, model: EPSANet, optimizer: optax.GradientTransformation, mesh: Mesh, state: TrainState
 ) -> Any:
-    """Returns the training step of a run, traced for its batches: `.lower().compile()` it.
+    """Returns the training step of a run, traced for its batches; compile it with `.lower().compile()`.
 
-    Args:
-        config: of the run.
-        model: the network.
-        optimizer: of the run.
-        mesh: the devices, at hand or not.
-        state: arrays or their shapes.
+    The devices of the mesh need not be available; `state` holds arrays or shapes.
     """
     data, microbatches = config.data, config.gradient_accumulation_steps
     step: Any = steps.make_train_step(
@@ -67,34 +57,24 @@ def trace_train_step(
         ema_decay=config.ema_decay,
         seed=config.seed,
     )
-    rows = inputs.abstract_batch(config.batch_size, data.image_size, microbatches, _ASKED_IN_TRAINING)
+    rows = inputs.abstract_batch(config.batch_size, data.image_size, microbatches, _TRAIN_REQUESTS)
     return step.trace(state, rows)
 
 
 def trace_eval_step(config: Config, model: EPSANet, mesh: Mesh, variables: Any, batch_size: int) -> Any:
-    """Returns the evaluation step of a run, likewise.
-
-    Args:
-        config: of the run.
-        model: the network.
-        mesh: the devices.
-        variables: arrays or their shapes.
-        batch_size: of evaluation.
-    """
-    data = config.data
-    step: Any = steps.make_eval_step(
-        model, mesh, smoothing=config.label_smoothing, mean=data.mean, std=data.std
-    )
-    rows = inputs.abstract_batch(batch_size, data.size_in_use, requests=_ASKED_IN_EVALUATION, mask=True)
+    """Returns the evaluation step of a run, traced for variables (arrays or shapes) and a batch size."""
+    data, smoothing = config.data, config.label_smoothing
+    step: Any = steps.make_eval_step(model, mesh, smoothing=smoothing, mean=data.mean, std=data.std)
+    rows = inputs.abstract_batch(batch_size, data.size_in_use, requests=_EVAL_REQUESTS, mask=True)
     return step.trace(variables, rows)
 
 
 def lower_train_step(config: Config, devices: Sequence[sharding.Device], platform: str) -> Any:
-    """Returns the training step of a configuration lowered for devices that need not be there.
+    """Returns the training step of a configuration, lowered for devices that need not be available.
 
     Args:
-        config: of the run; if it leaves the number of classes to the data, they are 1000.
-        devices: to lower for.
+        config: the configuration; if it does not set the number of classes, it is 1000.
+        devices: the devices to lower for.
         platform: 'cpu', 'tpu' or 'cuda'.
 
     Raises:
@@ -111,7 +91,7 @@ def lower_train_step(config: Config, devices: Sequence[sharding.Device], platfor
 
 
 def divides(config: Config, devices: Sequence[sharding.Device]) -> bool:
-    """Whether the batch of a configuration divides among devices, microbatches and BatchNorm groups."""
+    """Whether a configuration's batch divides evenly among devices, microbatches and BatchNorm groups."""
     try:
         run_mesh(config, config.model.bn_group, devices)
     except InputError:

@@ -10,13 +10,23 @@ from epsanet_jax.models.settings import DTYPES, check_types
 from epsanet_jax.models.zoo import build_model
 from epsanet_jax.training.config import Config, DataConfig, flatten, with_frozen_bn
 
+_NOT_NEGATIVE = (
+    'seed', 'steps', 'eval_every_epochs', 'eval_batch_size', 'mixup_alpha', 'cutmix_alpha',
+    'model.num_classes', 'model.bn_group', 'data.randaugment_ops', 'data.randaugment_magnitude',
+    'data.threads', 'data.max_bad_images', 'optimizer.lr', 'optimizer.momentum', 'optimizer.weight_decay',
+    'optimizer.lr_batch', 'optimizer.trust_coefficient', 'optimizer.clip_norm', 'profile.start',
+    'profile.steps', 'schedule.warmup_epochs', 'checkpoint.every_steps', 'checkpoint.every_minutes',
+)  # fmt: skip
+_BELOW_1 = (
+    'label_smoothing', 'stochastic_depth', 'ema_decay', 'schedule.end_factor', 'optimizer.momentum',
+    'optimizer.b1', 'optimizer.b2',
+)  # fmt: skip
+
 
 def validate(config: Config, with_data: bool = True) -> None:
-    """Raises InputError, with the field and its value, if a run with this configuration cannot be.
+    """Raises InputError, with the field and its value, if a configuration is invalid.
 
-    Args:
-        config: of the run.
-        with_data: whether it must say where its pictures are.
+    `with_data` requires the place of the data too.
     """
     if not isinstance(config, Config):
         raise InputError(f'get_config() must return an epsanet_jax Config, got {type(config).__name__}')
@@ -35,73 +45,48 @@ def validate(config: Config, with_data: bool = True) -> None:
             raise InputError(f'config.{field} must be one of {", ".join(choices)}, got {value!r}')
     if config.init_optimizer and not config.init_from:
         raise InputError('config.init_optimizer needs config.init_from=FILE')
-    if config.init_optimizer and (
-        config.optimizer.name != 'sgd' or config.freeze or not config.optimizer.decay_norm_and_bias
-    ):
+    other_sgd = config.optimizer.name != 'sgd' or config.freeze or not config.optimizer.decay_norm_and_bias
+    if config.init_optimizer and other_sgd:
         raise InputError(
-            'config.init_optimizer is for config.optimizer.name=sgd with decay_norm_and_bias, and without '
-            'config.freeze'
+            'config.init_optimizer needs config.optimizer.name=sgd, decay_norm_and_bias and no config.freeze'
         )
-    for field in ('freeze', 'model.frozen_bn'):
-        pattern = flatten(config)[field]
+    patterns = {
+        'config.freeze': config.freeze,
+        'config.model.frozen_bn': config.model.frozen_bn,
+        'config.freeze combined with config.model.frozen_bn': with_frozen_bn(config).frozen_bn,
+    }
+    for field, pattern in patterns.items():
         try:
             re.compile(pattern)
         except re.error as e:
-            raise InputError(f'config.{field} must be a regular expression, got {pattern!r}: {e}') from e
-    try:
-        re.compile(with_frozen_bn(config).frozen_bn)
-    except re.error as e:
-        raise InputError(f'config.freeze and config.model.frozen_bn do not go together: {e}') from e
+            raise InputError(f'{field} must be a regular expression, got {pattern!r}: {e}') from e
     if config.ema_decay and config.model.param_dtype in ('bfloat16', 'float16'):
         raise InputError(
-            f'config.ema_decay needs config.model.param_dtype=float32: steps of {1 - config.ema_decay:.1g} '
-            f'vanish in {config.model.param_dtype}'
+            f'config.ema_decay needs config.model.param_dtype=float32: changes by {1 - config.ema_decay:.1g} '
+            f'are rounded off in {config.model.param_dtype}'
         )
     _validate_numbers(config)
-    if with_data:
-        _validate_place(config.data)
+    if with_data and config.data.source in ('folder', 'records') and not config.data.dir:
+        raise InputError('config.data.dir is missing: set --config.data.dir=DIR, the folder with the splits')
+    if with_data and config.data.source == 'tfds' and not config.data.name:
+        raise InputError("config.data.name is missing: set it to the name of a TFDS dataset or to 'digits'")
     _validate_data(config.data)
     if config.model.in_channels != 3:
-        raise InputError(
-            f'config.model.in_channels must be 3, as images have, got {config.model.in_channels}'
-        )
+        raise InputError(f'config.model.in_channels must be 3, got {config.model.in_channels}')
     build_model(config.model, 1)
 
 
 def _validate_numbers(config: Config) -> None:
-    at_least = {
-        'seed': 0,
+    at_least = dict.fromkeys(_NOT_NEGATIVE, 0) | {
         'batch_size': 1,
         'gradient_accumulation_steps': 1,
-        'steps': 0,
         'log_every_steps': 1,
-        'eval_every_epochs': 0,
-        'eval_batch_size': 0,
-        'model.num_classes': 0,
-        'model.bn_group': 0,
         'data.workers': -1,
-        'data.randaugment_ops': 0,
-        'data.randaugment_magnitude': 0,
-        'mixup_alpha': 0,
-        'cutmix_alpha': 0,
-        'data.threads': 0,
-        'data.max_bad_images': 0,
         'data.image_size': MIN_SIZE,
         'data.eval_image_size': MIN_SIZE if config.data.eval_image_size else 0,
         'data.resize_size': config.data.size_in_use,
         'data.synthetic_examples': 1,
         'data.synthetic_classes': 1,
-        'optimizer.lr': 0,
-        'optimizer.momentum': 0,
-        'optimizer.weight_decay': 0,
-        'optimizer.lr_batch': 0,
-        'optimizer.trust_coefficient': 0,
-        'optimizer.clip_norm': 0,
-        'profile.start': 0,
-        'profile.steps': 0,
-        'schedule.warmup_epochs': 0,
-        'checkpoint.every_steps': 0,
-        'checkpoint.every_minutes': 0,
         'checkpoint.keep': 1,
     }
     above = {'schedule.step_epochs': 0, 'schedule.step_factor': 0, 'optimizer.eps': 0}
@@ -116,45 +101,33 @@ def _validate_numbers(config: Config) -> None:
             raise InputError(f'config.{field} must be above {bound}, got {flat[field]}')
     if config.seed >= 2**32:
         raise InputError(f'config.seed must be below 2**32, got {config.seed}')
-    shares = ('label_smoothing', 'stochastic_depth', 'ema_decay', 'schedule.end_factor')
-    for field in (*shares, 'optimizer.momentum', 'optimizer.b1', 'optimizer.b2'):
+    for field in _BELOW_1:
         if not 0 <= flat[field] < 1:
             raise InputError(f'config.{field} must be in [0, 1), got {flat[field]}')
-    if config.optimizer.nesterov and (
-        not config.optimizer.momentum or config.optimizer.name not in ('sgd', 'lars')
-    ):
+    name, momentum = config.optimizer.name, config.optimizer.momentum
+    if config.optimizer.nesterov and (not momentum or name not in ('sgd', 'lars')):
         raise InputError(
-            'config.optimizer.nesterov needs config.optimizer.name=sgd or lars, and momentum above 0, got '
-            f'{config.optimizer.name} and {config.optimizer.momentum}'
+            'config.optimizer.nesterov needs config.optimizer.name=sgd or lars and momentum above 0, got '
+            f'{name} and {momentum}'
         )
-
-
-def _validate_place(data: DataConfig) -> None:
-    if data.source in ('folder', 'records') and not data.dir:
-        raise InputError(
-            'config.data.dir must name a folder with the splits, got nothing: --config.data.dir=DIR'
-        )
-    if data.source == 'tfds' and not data.name:
-        raise InputError("config.data.name must name a TFDS data set, as 'digits', got nothing")
 
 
 def _validate_data(data: DataConfig) -> None:
     for field in ('crop_scale', 'crop_ratio'):
         value = getattr(data, field)
         if len(value) != 2 or not 0 < value[0] <= value[1] or (field == 'crop_scale' and value[1] > 1):
+            limit = ' and at most 1' if field == 'crop_scale' else ''
             raise InputError(
-                f'config.data.{field} must be a smallest and a largest number above 0'
-                f'{", at most 1" if field == "crop_scale" else ""}, got {value}'
+                f'config.data.{field} must be a smallest and a largest number above 0{limit}, got {value}'
             )
     check_pixels(data.mean, data.std, 'config.data')
     if len(data.color_jitter) != 4 or min(data.color_jitter) < 0 or data.color_jitter[3] > 0.5:
         raise InputError(
-            'config.data.color_jitter must be brightness, contrast, saturation and hue, from 0, hue to 0.5, '
-            f'got {data.color_jitter}'
+            'config.data.color_jitter must be brightness, contrast, saturation and hue, at least 0, hue at '
+            f'most 0.5, got {data.color_jitter}'
         )
-    if data.randaugment_magnitude > 30:
-        raise InputError(
-            f'config.data.randaugment_magnitude must be at most 30, got {data.randaugment_magnitude}'
-        )
+    magnitude = data.randaugment_magnitude
+    if magnitude > 30:
+        raise InputError(f'config.data.randaugment_magnitude must be at most 30, got {magnitude}')
     if not 0 <= data.random_erasing <= 1:
         raise InputError(f'config.data.random_erasing must be in [0, 1], got {data.random_erasing}')

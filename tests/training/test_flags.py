@@ -1,14 +1,13 @@
-"""The command line of train.py, started as users start it."""
+"""The command line of train.py, run like users run it."""
 
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 from PIL import Image
+from runs import ROOT
 
-ROOT = pathlib.Path(__file__).parents[2]
 IMPORTS = 'from epsanet_jax.training.config import Config, DataConfig, ModelConfig\n'
 TINY = """
 def get_config(size: str = '32'):
@@ -33,7 +32,7 @@ def train(*arguments, cwd=ROOT):
         text=True,
         cwd=cwd,
         env=environment,
-        timeout=300,
+        timeout=600,
     )
 
 
@@ -45,11 +44,11 @@ def assert_one_clear_line(process, *parts, status=2):
         assert part in process.stderr
 
 
-def test_a_run_from_start_to_finish_and_again(recipe, tmp_path):
+def test_a_finished_run_started_again_only_prints_its_result(recipe, tmp_path):
     arguments = (f'--config={recipe}', f'--workdir={tmp_path / "run"}', '--config.optimizer.lr=0.01')
     first = train(*arguments)
     assert first.returncode == 0, first.stderr
-    for part in ('step 2/2 | loss', 'lr 0.01', 'of 64 pictures', 'workdir: ', 'epsanet evaluate'):
+    for part in ('step 2/2 | loss', 'lr 0.01', 'of 64 images', 'workdir: ', 'epsanet evaluate'):
         assert part in first.stdout
     before = (tmp_path / 'run' / 'metrics.jsonl').read_text()
     again = train(*arguments)
@@ -107,7 +106,7 @@ def test_a_wrong_config_file_gives_one_line_and_status_2(recipe, tmp_path):
     )
 
 
-def test_a_folder_with_an_empty_class_or_a_bad_picture(recipe, tmp_path):
+def test_an_empty_class_or_a_bad_image_gives_one_line_and_status_2(recipe, tmp_path):
     for split in ('train', 'val'):
         for name in 'ab':
             (tmp_path / split / name).mkdir(parents=True)
@@ -125,7 +124,7 @@ def test_a_folder_with_an_empty_class_or_a_bad_picture(recipe, tmp_path):
     assert 'train/a/5.png' in skipping.stdout
 
 
-def test_the_loss_that_is_not_finite_ends_with_status_1(recipe, tmp_path):
+def test_a_non_finite_loss_gives_one_line_and_status_1(recipe, tmp_path):
     process = train(
         f'--config={recipe}',
         f'--workdir={tmp_path}/run',
@@ -137,7 +136,7 @@ def test_the_loss_that_is_not_finite_ends_with_status_1(recipe, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['digits', 'image_folder', 'imagenet'])
-def test_every_recipe_is_valid_and_its_header_says_how(name):
+def test_every_recipe_is_valid_and_its_header_is_complete(name):
     import importlib.util
 
     from epsanet_jax.training.validation import validate
@@ -147,7 +146,7 @@ def test_every_recipe_is_valid_and_its_header_says_how(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config()
-    config.data.dir = config.data.dir or 'pictures'
+    config.data.dir = config.data.dir or 'images'
     validate(config)
     for part in (f'configs/{name}.py', 'Hardware:', 'Expected result:'):
         assert part in module.__doc__

@@ -1,4 +1,4 @@
-"""A step's memory on a CPU stays in the process."""
+"""The memory of steps on a CPU stays in the process."""
 
 import platform
 import subprocess
@@ -17,7 +17,7 @@ if sys.argv[1] == 'kept':
 import jax, jax.numpy as jnp
 
 @jax.jit
-def step(x):  # sorts 64 MiB: more than glibc ever keeps by itself
+def step(x):  # sorts 64 MiB: more than glibc keeps by default
     return jnp.sort(jnp.broadcast_to(x, (2, 2**23)), axis=0)[0, ::2**20].sum()
 
 x = jnp.arange(2.0)[:, None]
@@ -26,7 +26,7 @@ if sys.argv[1] == 'kept':
     malloc.keep_freed_memory()
     step(x).block_until_ready()
 counts = []
-for _ in range(4):  # now and then, in 3 of 128 steps, a small allocation is in the way of a large one
+for _ in range(4):  # in 3 of 128 steps a small allocation prevents the reuse of a large one
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     step(x).block_until_ready()
     counts.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
@@ -34,17 +34,17 @@ print(min(counts))
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='another C library than glibc')
-def test_a_second_step_fetches_no_memory_from_the_kernel():
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='the C library is not glibc')
+def test_a_second_step_gets_no_memory_from_the_kernel():
     def faults(how):
         done = subprocess.run([sys.executable, '-c', COUNT, how], capture_output=True, text=True, check=True)
         return int(done.stdout)
 
-    assert faults('kept') < faults('returned') / 4  # a hundredth, unless pages are huge
+    assert faults('kept') < faults('returned') / 4  # a hundredth, unless there are huge pages
 
 
 @pytest.mark.parametrize(('asynchronous', 'settings'), [(True, 0), (False, 2)])
-def test_malloc_is_set_in_processes_alone_that_asked_for_the_main_thread(monkeypatch, asynchronous, settings):
+def test_malloc_is_set_only_if_the_main_thread_computes(monkeypatch, asynchronous, settings):
     set_to = []
 
     class Library:

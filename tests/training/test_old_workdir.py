@@ -1,7 +1,6 @@
-"""A workdir that version 0.1.0 made before weights had one type: it loads, evaluates and continues.
+"""A workdir of version 0.1.0 loads, evaluates and continues.
 
-tests/fixtures/workdir_0_1_0 is a run of 3 steps with moving averages. The version that made it gave the
-numbers below.
+tests/fixtures/workdir_0_1_0 is a run of 3 steps with moving averages; version 0.1.0 gave the numbers below.
 """
 
 import hashlib
@@ -58,7 +57,7 @@ def digest(tree):
     return found.hexdigest()
 
 
-def test_weights_averages_and_momentum_are_the_same_bits():
+def test_weights_averages_and_momentum_are_equal_bit_for_bit():
     averaged = epsanet_jax.load(WORKDIR)
     raw = epsanet_jax.load(WORKDIR, ema=False, with_checkpoint=True)
     state = raw.source.checkpoint.optimizer['state']

@@ -1,4 +1,4 @@
-"""Optimizers against PyTorch's and against their formulas, schedules at their corners, frozen parameters."""
+"""Optimizers against PyTorch and their formulas, learning rates of schedules, frozen parameters."""
 
 import math
 
@@ -16,7 +16,7 @@ STEPS = 20
 
 
 def params_and_targets(rng):
-    """A kernel and a bias, and what their loss sum((p - target)^2) pulls them to in each step."""
+    """Returns a kernel and a bias, and the targets of their loss sum((p - target)^2) in each step."""
     shapes = {'fc': {'kernel': (3, 4), 'bias': (4,)}}
     draw = lambda: jax.tree.map(rng.standard_normal, shapes, is_leaf=lambda s: isinstance(s, tuple))  # noqa: E731
     return draw(), [draw() for _ in range(STEPS)]
@@ -74,7 +74,7 @@ def test_twenty_updates_of_adamw_are_pytorch_s(rng, clip):
     expected = pytorch_s(
         lambda p: torch.optim.AdamW(p, 0.03, (0.8, 0.95), 1e-3, weight_decay=0.1), start, targets, clip=clip
     )
-    # PyTorch divides by the norm + 1e-6 where it clips.
+    # PyTorch divides by the norm + 1e-6 when it clips.
     for a, b in zip(jax.tree.leaves(ours(config, start, targets)), expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4 if clip else 1e-10)
 
@@ -93,7 +93,7 @@ def ratio(p, u):
     return np.linalg.norm(p) / np.linalg.norm(u)
 
 
-def test_lamb_by_its_formula(rng):
+def test_lamb_follows_its_formula(rng):
     start, targets = params_and_targets(rng)
     config = OptimizerConfig(0.05, weight_decay=0.1, name='lamb', b1=0.8, b2=0.95, eps=1e-4)
     expected = []
@@ -109,7 +109,7 @@ def test_lamb_by_its_formula(rng):
 
 
 @pytest.mark.parametrize('everything', [True, False])
-def test_lars_by_its_formula(rng, everything):
+def test_lars_follows_its_formula(rng, everything):
     start, targets = params_and_targets(rng)
     config = OptimizerConfig(
         0.5, 0.9, weight_decay=0.1, name='lars', trust_coefficient=0.02, decay_norm_and_bias=everything
@@ -129,7 +129,7 @@ def test_lars_by_its_formula(rng, everything):
 
 
 @pytest.mark.parametrize('name', ['sgd', 'adamw', 'lamb'])
-def test_weight_decay_may_leave_out_what_has_one_axis(rng, name):
+def test_weight_decay_may_leave_out_batchnorm_and_biases(rng, name):
     start, targets = params_and_targets(rng)
     some, none, all_ = (
         ours(OptimizerConfig(0.01, weight_decay=d, name=name, decay_norm_and_bias=b), start, targets)['fc']
@@ -142,7 +142,7 @@ def test_weight_decay_may_leave_out_what_has_one_axis(rng, name):
 
 
 @pytest.mark.parametrize('name', ['sgd', 'adamw', 'lamb', 'lars'])
-def test_frozen_parameters_stay_as_they_are(rng, name):
+def test_frozen_parameters_do_not_change(rng, name):
     start, targets = params_and_targets(rng)
     config = OptimizerConfig(0.01, name=name, clip_norm=1.0)
     params = ours(config, start, targets, freeze='fc/bias')['fc']
@@ -150,14 +150,14 @@ def test_frozen_parameters_stay_as_they_are(rng, name):
     assert not np.allclose(params['kernel'], start['fc']['kernel'])
 
 
-@pytest.mark.parametrize(('pattern', 'message'), [('conv9', 'the name of no parameter'), ('.', 'all')])
-def test_a_pattern_that_freezes_nothing_or_everything_is_refused(rng, pattern, message):
+@pytest.mark.parametrize(('pattern', 'message'), [('conv9', 'matches no parameter'), ('.', 'matches all')])
+def test_freezing_nothing_or_everything_is_refused(rng, pattern, message):
     with pytest.raises(InputError, match=message):
         frozen_mask(params_and_targets(rng)[0], pattern)
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'float64'])
-def test_the_compiled_step_decays_when_it_is_due(dtype):
+def test_the_step_schedule_decays_at_the_exact_step_when_compiled(dtype):
     for period in (41, 47, 49, 55, 107, 330, 2.5):
         config = ScheduleConfig('step', warmup_epochs=0, step_epochs=1, step_factor=0.5)
         with jax.enable_x64(dtype == 'float64'):
@@ -167,7 +167,7 @@ def test_the_compiled_step_decays_when_it_is_due(dtype):
         assert rates == [1, 0.5, 0.5, 0.25, 0.25, 0.125], period
 
 
-def test_schedules_at_their_corners():
+def test_schedules_have_the_expected_values_where_they_change():
     def rates(config, at, total=100):
         return [float(make_schedule(config, 0.4, total, 2.0)(step)) for step in at]
 

@@ -1,4 +1,4 @@
-"""The sharded step on 8 devices, each with different data, against one device."""
+"""The training and evaluation steps: 8 devices, each with different data, against one device."""
 
 import re
 
@@ -9,14 +9,20 @@ import numpy as np
 import optax
 import pytest
 import small
+import torch
+from runs import (
+    equal_trees,
+)
 
-from epsanet_jax import InputError
 from epsanet_jax.data.augment import Mixing, mix, normalize, row_keys
 from epsanet_jax.training import sharding, steps
-from epsanet_jax.training.config import OptimizerConfig, ScheduleConfig
+from epsanet_jax.training.config import (
+    OptimizerConfig,
+    ScheduleConfig,
+)
 from epsanet_jax.training.optimizer import make_optimizer, make_schedule
 from epsanet_jax.training.state import TrainState, create_state
-from epsanet_jax.training.steps import draw_keep, smoothed_targets, update_average
+from epsanet_jax.training.steps import draw_keep, smoothed_cross_entropy, smoothed_targets, update_average
 
 MEAN, STD, SMOOTHING = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3), 0.1
 F64 = {'dtype': jnp.float64, 'param_dtype': jnp.float64}
@@ -30,7 +36,7 @@ def net(layers=(1,), **changes):
 
 def batch(rng, n=16, size=32):
     images = rng.integers(0, 256, (n, size, size, 3), dtype=np.uint8)
-    # Every row of another brightness: a step that mixes up rows or groups cannot pass.
+    # Every row has another brightness: a step that confuses rows or groups fails.
     images = (images * np.linspace(0.1, 1, n)[:, None, None, None]).astype(np.uint8)
     return {'image': images, 'label': (np.arange(n) % 7).astype(np.int32)}
 
@@ -42,7 +48,7 @@ def fresh_state(model, ema=False):
     return jax.tree.map(jnp.array, state)
 
 
-# What is random, and averages.
+# Options with random numbers, and moving averages.
 OPTIONS = {
     'mixing': Mixing(mixup_alpha=0.4, cutmix_alpha=1.0),
     'stochastic_depth': 0.5,
@@ -70,7 +76,7 @@ def sharded(model, data, devices, n_steps=2, microbatches=1, **options):
 
 
 def by_hand(model, data, n_steps=2, mixing=None, stochastic_depth=0.0, ema_decay=0.0, seed=0):
-    """The same without a mesh, from the pieces a researcher would use."""
+    """Returns the same state, computed without a mesh from the public functions."""
     images = normalize(data['image'], MEAN, STD, jnp.float64)
     targets = smoothed_targets(data['label'], model.num_classes, SMOOTHING, jnp.float64)
 
@@ -103,7 +109,7 @@ def by_hand(model, data, n_steps=2, mixing=None, stochastic_depth=0.0, ema_decay
     'bn_group', [None, 4, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 8, 16))]
 )
 def test_eight_devices_make_the_update_of_one(rng, bn_group):
-    """2 rows a device: groups of all rows, of several devices, of the local batch, and of less."""
+    """2 rows per device: groups of all rows, of several devices, of one device, and of less."""
     model, data = net(bn_group=bn_group, **F64), batch(rng, size=64)
     state, sums = sharded(model, data, jax.devices())
     expected = by_hand(model, data)
@@ -123,8 +129,8 @@ def test_eight_devices_make_the_update_of_one(rng, bn_group):
         pytest.param(8, 1, 4, marks=pytest.mark.slow),
     ],
 )
-def test_microbatches_make_the_update_of_the_batch(rng, devices, bn_group, microbatches):
-    """Groups within a device, over several, and over all of them."""
+def test_microbatches_make_the_update_of_the_whole_batch(rng, devices, bn_group, microbatches):
+    """BatchNorm groups on one device, on several and on all."""
     model, data = net(bn_group=bn_group, **F64), batch(rng, n=32, size=32)
     data['requests'] = np.arange(32, dtype=np.float32)[:, None]
     state, sums = sharded(model, data, jax.devices()[:devices], microbatches=microbatches)
@@ -136,33 +142,20 @@ def test_microbatches_make_the_update_of_the_batch(rng, devices, bn_group, micro
 @pytest.mark.parametrize(
     ('devices', 'microbatches'), [(8, 1), (4, 4), pytest.param(1, 2, marks=pytest.mark.slow)]
 )
-def test_what_is_random_does_not_depend_on_devices_and_microbatches(rng, devices, microbatches):
+def test_random_numbers_do_not_depend_on_devices_and_microbatches(rng, devices, microbatches):
     model, data = net((1, 1), bn_group=4, **F64), batch(rng, n=32, size=32)
     state, _ = sharded(model, data, jax.devices()[:devices], microbatches=microbatches, **OPTIONS)
     chex.assert_trees_all_close(state, by_hand(model, data, **OPTIONS), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(
-    ('batch_size', 'bn_group', 'microbatches', 'message'),
-    [
-        (32, 4, 3, 'batch_size 32 does not divide into 3 microbatches'),
-        (32, 16, 4, r'4 microbatches of 8 rows do not hold whole BatchNorm groups \(groups of 16\): set'),
-        (32, None, 2, 'groups .over the whole batch.: set model.bn_group to a divisor of 16'),
-    ],
-)
-def test_microbatches_that_would_cut_a_group_are_refused(batch_size, bn_group, microbatches, message):
-    with pytest.raises(InputError, match=message):
-        sharding.microbatch_size(batch_size, bn_group, microbatches)
-
-
-def test_another_grouping_is_another_update(rng):
+def test_the_size_of_batchnorm_groups_changes_the_update(rng):
     data = batch(rng)
     whole, grouped = (by_hand(net(bn_group=g, **F64), data, 1).params for g in (None, 4))
     assert not np.allclose(whole['conv1']['kernel'], grouped['conv1']['kernel'])
 
 
 @pytest.mark.parametrize('bn_group', [None, pytest.param(2, marks=pytest.mark.slow), 4])
-def test_the_compiled_step_reduces_and_gathers_nothing(bn_group):
+def test_the_compiled_step_communicates_by_all_reduce_only(bn_group):
     model = net(bn_group=bn_group)
     mesh = sharding.make_mesh(16, bn_group)
     step = steps.make_train_step(model, OPTIMIZER, mesh, smoothing=SMOOTHING, mean=MEAN, std=STD)
@@ -194,7 +187,7 @@ def test_a_step_is_not_compiled_twice(rng):
 
 
 @pytest.mark.parametrize('devices', [1, 8])
-def test_evaluation_adds_up_masked_rows(rng, devices):
+def test_evaluation_leaves_out_masked_rows(rng, devices):
     model, data = net(**F64), batch(rng)
     variables = small.random_variables(model)
     mesh = sharding.make_mesh(16, None, jax.devices()[:devices])
@@ -211,32 +204,8 @@ def test_evaluation_adds_up_masked_rows(rng, devices):
     assert sums['top5'] == (best[:, :5] == data['label'][:, None]).any(1)[:11].sum()
 
 
-@pytest.mark.parametrize(
-    ('batch_size', 'bn_group', 'shape'),
-    [(16, None, (1, 8)), (16, 16, (1, 8)), (16, 4, (4, 2)), (16, 2, (8, 1)), (32, 2, (8, 1)), (8, 1, (8, 1))],
-)
-def test_the_mesh_puts_a_group_on_as_many_devices_as_it_spans(batch_size, bn_group, shape):
-    mesh = sharding.make_mesh(batch_size, bn_group)
-    assert mesh.devices.shape == shape
-    assert mesh.devices.flatten().tolist() == jax.devices()
-
-
-@pytest.mark.parametrize(
-    ('batch_size', 'bn_group', 'message'),
-    [
-        (12, None, 'batch_size 12 does not divide among 8 devices; the next that does is 16'),
-        (16, 3, 'batch_size 16 does not divide into BatchNorm groups of 3'),
-        (48, 4, 'groups of 4 straddle devices with 6 rows'),
-        (8, 32, 'batch_size 8 does not divide into BatchNorm groups of 32'),
-    ],
-)
-def test_batches_that_do_not_divide_are_refused(batch_size, bn_group, message):
-    with pytest.raises(InputError, match=message):
-        sharding.make_mesh(batch_size, bn_group)
-
-
-def test_the_pieces_work_under_vmap_and_forward_mode(rng):
-    """Per-example gradients and a directional derivative of the very loss that is trained."""
+def test_the_loss_works_under_vmap_and_forward_mode(rng):
+    """Per-example gradients and a directional derivative of the training loss."""
     model, data = net(**F64), batch(rng, 4)
     images = normalize(data['image'], MEAN, STD, jnp.float64)
     variables = small.random_variables(model)
@@ -251,3 +220,63 @@ def test_the_pieces_work_under_vmap_and_forward_mode(rng):
     slope = jax.jvp(lambda p: loss(p, images[0], data['label'][0]), (variables['params'],), (direction,))[1]
     expected = sum(g[0].sum() for g in jax.tree.leaves(gradients))
     np.testing.assert_allclose(slope, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize('smoothing', [0.0, 0.1])
+def test_the_loss_is_pytorch_s(rng, smoothing):
+    logits, labels = rng.standard_normal((5, 7)) * 3, rng.integers(0, 7, 5)
+    expected = torch.nn.functional.cross_entropy(
+        torch.from_numpy(logits), torch.from_numpy(labels), label_smoothing=smoothing, reduction='none'
+    )
+    np.testing.assert_allclose(smoothed_cross_entropy(logits, labels, smoothing), expected, rtol=1e-12)
+
+
+def test_the_moving_average_follows_its_formula():
+    average, decay = 3.0, 0.9
+    tree = {'a': jnp.asarray(average)}
+    for step, value in enumerate([1.0, 2.0, -1.0, 0.5] * 30):
+        share = min(decay, (1 + step) / (10 + step))
+        average = share * average + (1 - share) * value
+        tree = update_average(tree, {'a': jnp.asarray(value)}, jnp.asarray(step), decay)
+    assert float(tree['a']) == pytest.approx(average, rel=1e-12)
+
+
+def test_deeper_blocks_are_skipped_more_often_and_independently_per_row():
+    keys = row_keys(0, 5, jnp.arange(4000))
+    keep = np.asarray(draw_keep(keys, 0.6, 4))
+    np.testing.assert_allclose((keep == 0).mean(axis=0), [0, 0.2, 0.4, 0.6], atol=0.03)
+    np.testing.assert_allclose(keep.mean(axis=0), 1, atol=0.08)
+    np.testing.assert_array_equal(draw_keep(keys[7:9], 0.6, 4), keep[7:9])
+
+
+def test_a_skipped_block_is_its_shortcut(rng):
+    model = small.model(layers=(2, 1), planes=(8, 16))
+    variables, images = small.random_variables(model), small.images(rng)
+
+    def run(keep):
+        return model.apply(variables, images, keep=jnp.asarray(keep), method='features')
+
+    kept = run(np.ones((2, 3)))
+    chex.assert_trees_all_equal(kept, model.apply(variables, images, method='features'))
+    one = run([[1.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+    first = small.model(layers=(1, 1), planes=(8, 16))
+    outputs = first.apply(_without(variables, 'layer1_1'), images, method='features')
+    np.testing.assert_allclose(one['layer1'][0], outputs['layer1'][0], rtol=1e-6)
+    np.testing.assert_allclose(one['layer1'][1], kept['layer1'][1], rtol=1e-6)
+
+
+def _without(variables, name):
+    return {k: {n: v for n, v in tree.items() if n != name} for k, tree in variables.items()}
+
+
+def test_frozen_batchnorms_keep_their_statistics(rng):
+    images = small.images(rng, n=4)
+    for pattern, frozen in (('^bn1|^layer1', {'bn1', 'layer1_0', 'layer1_1'}), ('.', None), ('', set())):
+        model = small.model(layers=(2, 1), planes=(8, 16), frozen_bn=pattern)
+        variables = small.random_variables(model)
+        logits, new = model.apply(variables, images, train=True, mutable=['batch_stats'])
+        for name, before in variables['batch_stats'].items():
+            same = equal_trees(new['batch_stats'][name], before)
+            assert same == (frozen is None or name in frozen), (pattern, name)
+        if frozen is None:
+            np.testing.assert_array_equal(logits, model.apply(variables, images))

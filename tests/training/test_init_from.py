@@ -1,15 +1,24 @@
-"""A training begun in PyTorch goes on in JAX with the same updates, and the other way round."""
+"""Runs that start from other weights, and trainings that continue from PyTorch in JAX and back."""
 
+import dataclasses
+
+import jax
 import numpy as np
 import pytest
+import runs
 import small
 import torch
+from runs import (
+    equal_trees,
+    lines,
+)
 
 from epsanet_jax import InputError
 from epsanet_jax.commands.main import main
 from epsanet_jax.convert import read_checkpoint, to_torch, torch_model
 from epsanet_jax.convert.momentum import momentum_from_torch, momentum_to_torch
-from epsanet_jax.training import inputs, loop
+from epsanet_jax.models.zoo import build_model
+from epsanet_jax.training import init_from, inputs, loop
 from epsanet_jax.training.config import (
     CheckpointConfig,
     Config,
@@ -18,7 +27,10 @@ from epsanet_jax.training.config import (
     OptimizerConfig,
     ScheduleConfig,
 )
+from epsanet_jax.training.run import prepare
 from epsanet_jax.weights import load
+from epsanet_jax.weights.metadata import make_metadata
+from epsanet_jax.weights.orbax import save_weights
 
 TWO_STAGES = {'layers': (1, 1), 'planes': (8, 16)}
 MODEL = {k: v for k, v in {**small.SETTINGS, **TWO_STAGES}.items() if k != 'num_classes'}
@@ -50,7 +62,7 @@ def recipe(**changes):
 
 
 def batches(config, first, last):
-    """The very batches that the trainer sees, for PyTorch."""
+    """Yields the same batches as the trainer, for PyTorch."""
     source = inputs.open_source(config.data, 'train')
     for _, batch in zip(range(first, last), inputs.train_batches(config, source, first), strict=False):
         images = (batch['image'] / 255.0 - np.array(config.data.mean)) / np.array(config.data.std)
@@ -75,7 +87,7 @@ def make_sgd(twin, lr=0.01):
 
 @pytest.fixture(scope='module')
 def half_trained(tmp_path_factory):
-    """One epoch of three in PyTorch, saved as the reference does, and where PyTorch gets from there."""
+    """One of three epochs in PyTorch, saved like the reference does, and the weights two steps later."""
     path = tmp_path_factory.mktemp('torch') / 'checkpoint.pth.tar'
     torch.manual_seed(0)
     twin = torch_model.EPSANet(NET)
@@ -95,7 +107,7 @@ def assert_close(ours, expected):
             assert error < 2e-4, (name, error)  # float32, two steps on 8 devices
 
 
-def test_a_run_half_trained_in_pytorch_goes_on_in_jax(half_trained, tmp_path, capsys):
+def test_a_training_from_pytorch_continues_in_jax_with_the_same_updates(half_trained, tmp_path, capsys):
     path, expected = half_trained
     config = recipe(steps=6, init_from=str(path), init_optimizer=True)
     loop.train(config, str(tmp_path))
@@ -110,7 +122,7 @@ def test_a_run_half_trained_in_pytorch_goes_on_in_jax(half_trained, tmp_path, ca
     assert np.abs(other['fc.weight'] - expected['fc.weight']).max() > 1e-3
 
 
-def test_the_file_is_not_needed_once_there_is_a_checkpoint(half_trained, tmp_path):
+def test_the_file_is_not_needed_after_the_first_checkpoint(half_trained, tmp_path):
     path = tmp_path / 'moved.pth.tar'
     path.write_bytes(half_trained[0].read_bytes())
     loop.train(recipe(steps=5, init_from=str(path), init_optimizer=True), str(tmp_path / 'run'))
@@ -119,23 +131,17 @@ def test_the_file_is_not_needed_once_there_is_a_checkpoint(half_trained, tmp_pat
     assert_close(to_torch(load(str(tmp_path / 'run')).variables, NET), half_trained[1])
 
 
-def test_the_learning_rate_carries_over(half_trained, tmp_path):
-    """The file was trained at 0.01 in its first epoch: the schedule goes on from there, whatever its peak."""
+def test_the_learning_rate_continues_from_the_file(half_trained, tmp_path):
+    """The last learning rate of the file is 0.01: the schedule continues there, not at its own peak."""
     config = recipe(steps=9, init_from=str(half_trained[0]), init_optimizer=True)
     config.optimizer.lr = 5.0
     loop.train(config, str(tmp_path))
-    rates = [line['lr'] for line in _lines(tmp_path) if line['split'] == 'train']
+    rates = [line['lr'] for line in lines(tmp_path) if line['split'] == 'train']
     assert rates == pytest.approx([0.01] * 4 + [0.001])
 
 
-def _lines(workdir):
-    import json
-
-    return [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-
-
-def test_and_the_way_back(tmp_path):
-    """Two steps in JAX, converted, two in PyTorch: the same as four in JAX."""
+def test_a_training_from_jax_continues_in_pytorch_with_the_same_updates(tmp_path):
+    """Four steps in JAX, converted, then two in PyTorch: the same as six in JAX."""
     config = recipe(steps=8)
     config.checkpoint.every_steps = 4
     loop.train(config, str(tmp_path / 'run'))
@@ -155,7 +161,7 @@ def test_and_the_way_back(tmp_path):
     assert_close({k: v.numpy() for k, v in twin.state_dict().items()}, expected)
 
 
-def test_half_an_epoch_is_said_to_be_lost(tmp_path, capsys):
+def test_converting_half_an_epoch_reports_the_loss(tmp_path, capsys):
     loop.train(recipe(steps=6), str(tmp_path / 'run'))
     capsys.readouterr()
     assert main(['convert', str(tmp_path / 'run'), str(tmp_path / 'x.pth.tar')]) == 0
@@ -165,7 +171,7 @@ def test_half_an_epoch_is_said_to_be_lost(tmp_path, capsys):
     assert 'lost:' not in capsys.readouterr().out
 
 
-def test_momentum_there_and_back_in_the_order_of_pytorch(half_trained):
+def test_momentum_is_in_the_order_of_pytorch_and_converts_back(half_trained):
     read = read_checkpoint(half_trained[0])
     momentum = momentum_from_torch(read.optimizer, read.state_dict, NET)
     group = {'lr': 0.1, 'momentum': 0.9, 'weight_decay': 0.0, 'nesterov': False}
@@ -180,12 +186,12 @@ def test_momentum_there_and_back_in_the_order_of_pytorch(half_trained):
     np.testing.assert_array_equal(ours, expected)
 
 
-def test_optimizers_that_do_not_fit(half_trained, tmp_path):
+def test_other_optimizer_settings_are_refused(half_trained, tmp_path):
     path = str(half_trained[0])
     for changes, part in (
         ({'optimizer': OptimizerConfig(momentum=0.8, weight_decay=1e-3)}, 'optimizer.momentum=0.9'),
         ({'optimizer': OptimizerConfig()}, 'config.optimizer.weight_decay=0.001'),
-        ({'epochs': 1.0}, 'has 4 steps behind it, and the run ends at 4'),
+        ({'epochs': 1.0}, 'is at step 4, but the run ends at step 4'),
         ({'model': ModelConfig(**{**MODEL, 'layers': (1,), 'planes': (8,)})}, 'unexpected layer2.0.conv1'),
         ({'init_from': ''}, 'needs config.init_from'),
     ):
@@ -212,7 +218,7 @@ def test_optimizers_that_do_not_fit(half_trained, tmp_path):
         (lambda o: o['state'][0].update(momentum_buffer=torch.zeros(3)), 'a buffer of shape'),
     ],
 )
-def test_optimizer_states_that_are_not_those_of_sgd(half_trained, tmp_path, damage, part):
+def test_damaged_or_other_optimizer_states_are_refused(half_trained, tmp_path, damage, part):
     content = torch.load(half_trained[0], weights_only=True)
     damage(content['optimizer'])
     torch.save(content, tmp_path / 'x.pth.tar')
@@ -221,8 +227,8 @@ def test_optimizer_states_that_are_not_those_of_sgd(half_trained, tmp_path, dama
     assert not (tmp_path / 'run').exists()
 
 
-def test_epochs_need_not_be_whole_steps(tmp_path, capsys):
-    """100 examples in batches of 16: an epoch is 6.25 steps; a run goes on from where it was."""
+def test_an_epoch_may_be_a_fractional_number_of_steps(tmp_path, capsys):
+    """100 examples in batches of 16: an epoch is 6.25 steps; a run continues at the right step."""
     config = recipe(epochs=2)
     config.data.synthetic_examples = 100
     loop.train(config, str(tmp_path / 'two'))
@@ -235,7 +241,7 @@ def test_epochs_need_not_be_whole_steps(tmp_path, capsys):
     assert 'continues at step 12 with its momentum' in capsys.readouterr().out
 
 
-def test_a_run_converted_to_a_checkpoint_is_read_again(tmp_path):
+def test_weights_survive_a_chain_of_conversions(tmp_path):
     loop.train(recipe(steps=1), str(tmp_path / 'run'))
     for src, dst in (('run', 'x.safetensors'), ('x.safetensors', 'orbax'), ('orbax', 'y.pth')):
         assert main(['convert', str(tmp_path / src), str(tmp_path / dst)]) == 0
@@ -257,3 +263,59 @@ def test_weights_of_a_run_start_another_with_a_new_classifier(tmp_path, capsys):
     first, second = (load(str(tmp_path / name)).variables['params'] for name in ('first', 'second'))
     np.testing.assert_array_equal(first['conv1']['kernel'], second['conv1']['kernel'])
     assert second['fc']['kernel'].shape == (32, 3)
+
+
+def test_fine_tuning_a_part_at_another_image_size(tmp_path):
+    """Other classes and larger images; the stem and the first stage are frozen."""
+    first = runs.recipe(steps=3, eval_every_epochs=0.0)
+    first.model = dataclasses.replace(first.model, layers=(1, 1), planes=(8, 16))
+    loop.train(first, str(tmp_path / 'first'))
+    config = runs.recipe(
+        steps=3,
+        eval_every_epochs=0.0,
+        model=first.model,
+        init_from=str(tmp_path / 'first'),
+        freeze='^conv1|^bn1|^layer1',
+        data=DataConfig(
+            source='synthetic', image_size=40, eval_image_size=48, resize_size=56, synthetic_examples=64,
+            synthetic_classes=3,
+        ),
+    )  # fmt: skip
+    loop.train(config, str(tmp_path / 'second'))
+    before, after = (load(str(tmp_path / name)) for name in ('first', 'second'))
+    for collection in ('params', 'batch_stats'):
+        for name, old in before.variables[collection].items():
+            if name != 'fc':
+                same = equal_trees(old, after.variables[collection][name])
+                assert same == name.startswith(('conv1', 'bn1', 'layer1')), (collection, name)
+    assert after.class_names == ('class0', 'class1', 'class2')
+    assert after.preprocessing.image_size == 48
+    assert after.variables['params']['fc']['kernel'].shape[-1] == 3
+
+
+@pytest.mark.parametrize(
+    ('names', 'report'),
+    [
+        (('class0', 'class1'), 'classifier of 2 classes replaced by a new one of 4'),
+        (('a', 'b', 'c', 'd'), 'classifier of other classes (a, b, c and 1 more) replaced by a new one'),
+        (('class1', 'class0', 'class2', 'class3'), 'classifier of other classes (class1, class0, class2'),
+        (('class0', 'class1', 'class2', 'class3'), ''),
+        ((), 'classifier of 4 classes kept: the weights come without class names'),
+    ],
+)
+def test_the_classifier_is_kept_only_for_the_same_classes(tmp_path, names, report):
+    net = dataclasses.replace(runs.recipe().model, layers=(1,), planes=(8,), num_classes=len(names) or 4)
+    variables = small.random_variables(build_model(net, 0), dtype=np.float32)
+    save_weights(str(tmp_path / 'weights'), variables, make_metadata(net, names, DataConfig().preprocessing))
+    config = runs.recipe(init_from=str(tmp_path / 'weights'))
+    config.model = dataclasses.replace(net, num_classes=0)
+    initial = prepare(config, str(tmp_path / 'run')).initial
+    assert [line[: len(report)] for line in initial.report] == ([report] if report else [])
+    before, after = (v['params']['fc']['kernel'] for v in (variables, initial.variables))
+    kept = np.array_equal(before, after)
+    assert kept == (not report or 'kept' in report)
+    network, model = load(str(tmp_path / 'weights')), build_model(config.model, 4)
+    classes = [f'class{i}' for i in range(4)]
+    if not kept:
+        with pytest.raises(InputError, match='cannot continue with other classes: the weights are for'):
+            init_from.make_initial_state(network, model, classes, jax.random.key(0), 3, True)

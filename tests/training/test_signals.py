@@ -1,0 +1,52 @@
+"""SIGTERM and SIGINT: the run saves, stops and can continue."""
+
+import signal
+
+import pytest
+from runs import (
+    assert_equal_runs,
+    finish,
+    lines,
+    recipe,
+    signal_at,
+    start,
+    wait_for,
+)
+
+from epsanet_jax.errors import Interrupted
+from epsanet_jax.training import loop
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_makes_the_run_save_and_it_continues_bit_for_bit(
+    uninterrupted_8, tmp_path, monkeypatch, capsys, number
+):
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        signal_at(patch, 'train_batches', 2, number)
+        with pytest.raises(Interrupted, match=r'stopped at step \d'):
+            loop.train(recipe(steps=8), str(tmp_path))
+    assert signal.getsignal(number) is before
+    assert number.name in capsys.readouterr().err
+    assert 2 < max(int(p.name) for p in (tmp_path / 'checkpoints').iterdir()) < 8
+    loop.train(recipe(steps=8), str(tmp_path))
+    assert_equal_runs(tmp_path, uninterrupted_8, 8)
+
+
+def test_an_interrupted_evaluation_is_repeated(uninterrupted_8, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_at(patch, 'eval_batches', 3)
+        with pytest.raises(Interrupted, match='stopped at step 2'):
+            loop.train(recipe(steps=8), str(tmp_path))
+    assert [(x['split'], x['step']) for x in lines(tmp_path)] == [('train', 2)]
+    loop.train(recipe(steps=8), str(tmp_path))
+    assert_equal_runs(tmp_path, uninterrupted_8, 8)
+
+
+def test_during_compilation_a_signal_ends_the_process_at_once(tiny, tmp_path):
+    process = start(tiny, tmp_path / 'run')
+    wait_for(process, 'compiling ...')
+    process.terminate()
+    _, err = finish(process, status=75)
+    assert err == 'SIGTERM: stopped, nothing was unsaved; the same command continues\n'
+    assert not any((tmp_path / 'run' / 'checkpoints').iterdir())
