@@ -1,9 +1,13 @@
-"""A small EPSANet with all that the large ones have: four stages, two kinds of block, full pyramids."""
+"""A small EPSANet with all parts of the large ones: four stages, both kinds of block, four branches."""
 
 import jax
 import numpy as np
 
 import epsanet_jax
+from epsanet_jax.data.preprocessing import Preprocessing
+from epsanet_jax.models.settings import ModelConfig
+from epsanet_jax.weights import orbax
+from epsanet_jax.weights.metadata import make_metadata
 
 SETTINGS = {
     'layers': (2, 1, 1, 1),
@@ -13,6 +17,17 @@ SETTINGS = {
     'reduction': 2,
     'num_classes': 7,
 }
+PREPROCESSING = Preprocessing(32, 32)
+ONE_BLOCK = {**SETTINGS, 'layers': (1,), 'planes': (8,)}
+NAMES = (
+    'ant',
+    'bee',
+    'cat, or dog',
+    '4',
+    '$x$',
+    'ünï',
+    'a very long name with "quotes", for the seventh class',
+)
 
 
 def model(**changes):
@@ -24,9 +39,10 @@ def images(rng, n=2, size=32, dtype=np.float64):
 
 
 def random_variables(net, seed=0, dtype=np.float64):
-    """Variables that are all random: the defaults 1, 0, 0, 1 of BatchNorm would hide swapped entries."""
+    """Returns random variables: the initial values 1, 0, 0, 1 of BatchNorm would hide swapped entries."""
     rng = np.random.default_rng(seed)
-    shapes = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), dtype))
+    images = jax.ShapeDtypeStruct((1, 32, 32, net.in_channels), dtype)
+    shapes = jax.eval_shape(net.init, jax.random.key(0), images)
 
     def draw(path, leaf):
         values = rng.standard_normal(leaf.shape)
@@ -40,3 +56,12 @@ def random_variables(net, seed=0, dtype=np.float64):
         return values.astype(dtype)
 
     return jax.tree_util.tree_map_with_path(draw, dict(shapes))
+
+
+def save(path, variables=None, names=NAMES, preprocessing=PREPROCESSING, **settings):
+    """Writes weights as a checkpoint, by default random ones of a network of one block; returns the path."""
+    settings = {'name': 'epsanet50_small', **(settings or ONE_BLOCK)}
+    if variables is None:
+        variables = random_variables(epsanet_jax.create_model(**settings), dtype=np.float32)
+    orbax.save_weights(str(path), variables, make_metadata(ModelConfig(**settings), names, preprocessing))
+    return path

@@ -1,1 +1,1 @@
-"""What a network is and does: counts, costs, pictures."""
+"""Analysis of networks and runs: predictions, explanations, counts, costs and curves."""

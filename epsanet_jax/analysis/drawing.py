@@ -17,16 +17,16 @@ from matplotlib.ticker import PercentFormatter
 from epsanet_jax.analysis.explain import Explanation
 from epsanet_jax.paths import write_atomically
 
-_TOP = 5  # classes in the list of the likeliest
-_PANEL = 2.6  # width and height of a picture, inches
-_BARS_HEIGHT = 2.4  # of the attention's bars, inches
-_LONGEST = 30  # characters of a name
+_TOP = 5  # number of classes in the list
+_PANEL = 2.6  # width and height of an image, inches
+_BARS_HEIGHT = 2.4  # height of the bars of the attention, inches
+_LONGEST = 30  # longest name, characters
 _COLOURS = ('#3b6fb6', '#52a675', '#e0a030', '#c8553d', '#8a5fa8', '#6b6b6b')
 _MAP = 'inferno'
 
 
 def draw(explanation: Explanation) -> Figure:
-    """Draws the picture, the likeliest classes, Grad-CAM (a row a class, a column a stage) and attention."""
+    """Draws the image, Grad-CAM (one row per class, one column per stage), the top classes and attention."""
     e = explanation
     rows = len(e.classes)
     heights = [rows * (_PANEL + 0.45) + 0.3, *([_BARS_HEIGHT] if e.attention else [])]
@@ -44,13 +44,9 @@ def draw(explanation: Explanation) -> Figure:
 
 
 def save(figure: Figure, path: str) -> None:
-    """Writes a PNG, under a temporary name that is changed when it is whole.
-
-    Raises:
-        InputError: it cannot be written.
-    """
+    """Writes a PNG file; InputError if that is not possible. An interruption leaves no partial file."""
     with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', 'Glyph .* missing from')  # names in scripts that the font lacks
+        warnings.filterwarnings('ignore', 'Glyph .* missing from')  # characters that the font lacks
         write_atomically(path, lambda temporary: figure.savefig(temporary, format='png'))
 
 
@@ -61,26 +57,26 @@ def _draw_maps(figure: SubFigure, e: Explanation) -> None:
     for axes in grid.flat:
         axes.set_axis_off()
     grid[0, 0].imshow(e.image)
-    _title(grid[0, 0], shorten(e.name, middle=True))
-    _draw_likeliest(grid[0, -1], e)
+    style = {'fontsize': 9, 'parse_math': False}
+    grid[0, 0].set_title(shorten(e.name, middle=True), **style)
+    _draw_top_classes(grid[0, -1], e)
     gray = e.image.mean(axis=-1)
     for row, number in enumerate(e.classes):
         for column, (stage, cams) in enumerate(e.cams.items(), start=1):
             axes, cam = grid[row, column], cams[row]
             axes.imshow(gray, cmap='gray', vmin=0, vmax=255)
-            largest = cam.max()
-            note = '' if largest > 0 else ' (none)'
-            scaled = cam / largest if largest > 0 else cam
+            note = '' if cam.max() > 0 else ' (all 0)'
+            scaled = cam / (cam.max() or 1)
             axes.imshow(scaled, cmap=_MAP, vmin=0, vmax=1, alpha=0.25 + 0.5 * scaled)
             name, share = shorten(e.names[int(number)]), 100 * e.probabilities[number]
-            _title(axes, f'{name}, {share:.1f} %\nGrad-CAM at {stage}{note}')
+            axes.set_title(f'{name}, {share:.1f} %\nGrad-CAM at {stage}{note}', **style)
     mapping = ScalarMappable(Normalize(0, 1), _MAP)
     bar = figure.colorbar(mapping, ax=list(grid[0, 1:-1]), shrink=0.8, aspect=25, pad=0.02)
-    bar.set_label("share of the map's maximum", fontsize=8)
+    bar.set_label('relative to the maximum of the map', fontsize=8)
     bar.ax.tick_params(labelsize=8)
 
 
-def _draw_likeliest(axes: Any, e: Explanation) -> None:
+def _draw_top_classes(axes: Any, e: Explanation) -> None:
     axes.set_axis_on()
     order = np.argsort(-e.probabilities, kind='stable')[:_TOP]
     places = np.arange(len(order))
@@ -92,20 +88,17 @@ def _draw_likeliest(axes: Any, e: Explanation) -> None:
         axes.text(0, place - 0.2, shorten(e.names[int(number)], 26), **style)
         axes.text(1, place - 0.2, share, ha='right', **style)
     axes.set(xlim=(0, 1), ylim=(_TOP - 0.4, -0.75), yticks=[])
-    axes.set_title('likeliest classes', fontsize=9)
+    axes.set_title('top classes', fontsize=9)
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.tick_params(labelsize=8)
     axes.spines[['top', 'right', 'left']].set_visible(False)
 
 
 def _draw_attention(figure: SubFigure, attention: dict[str, np.ndarray], kernels: Sequence[str]) -> None:
-    """Draws bars from the equal share up or down: attention is near to it, and lengths must not mislead."""
-    branches = len(kernels)
-    equal = 1 / branches
-    blocks = [len(rows) for rows in attention.values()]
-    grid: Any = figure.subplots(
-        1, len(blocks), squeeze=False, sharey=True, width_ratios=[max(2, n) for n in blocks]
-    )
+    """Draws bars that start at the equal share, because all values are close to it."""
+    branches, equal = len(kernels), 1 / len(kernels)
+    widths = [max(2, len(rows)) for rows in attention.values()]
+    grid: Any = figure.subplots(1, len(widths), squeeze=False, sharey=True, width_ratios=widths)
     for axes, (stage, rows) in zip(grid[0], attention.items(), strict=True):
         for branch in range(branches):
             places = np.arange(len(rows)) + (branch - (branches - 1) / 2) * 0.8 / branches
@@ -117,8 +110,7 @@ def _draw_attention(figure: SubFigure, attention: dict[str, np.ndarray], kernels
         axes.set_xticks(range(0, len(rows), 1 if len(rows) < 8 else 2))
         axes.tick_params(labelsize=8)
         axes.spines[['top', 'right']].set_visible(False)
-    farthest = max(float(np.abs(rows - equal).max()) for rows in attention.values())
-    reach = max(0.02, 1.1 * farthest)
+    reach = max(0.02, 1.1 * max(float(np.abs(rows - equal).max()) for rows in attention.values()))
     grid[0, 0].set_ylim(max(0.0, equal - reach), equal + reach)
     grid[0, 0].set_ylabel('mean attention', fontsize=9)
     handles = [Patch(color=_COLOURS[i % len(_COLOURS)]) for i in range(branches)]
@@ -129,20 +121,15 @@ def _draw_attention(figure: SubFigure, attention: dict[str, np.ndarray], kernels
         ncols=branches,
         fontsize=8,
         frameon=False,
-        title=f'attention of the pyramids, mean over channels; the line is the equal share, {equal:.3g}',
+        title=f'attention of the pyramids, mean over channels; line: equal share, {equal:.3g}',
         title_fontsize=9,
     )
 
 
-def _title(axes: Any, text: str) -> None:
-    axes.set_title(text, fontsize=9, parse_math=False)
-
-
 def shorten(text: str, longest: int = _LONGEST, middle: bool = False) -> str:
-    """Returns a name that fits, on one line: its end, or its middle, is left out."""
+    """Returns a name on one line, without its end or its middle if it is too long."""
     text = text if text.isprintable() else repr(text)
     if len(text) <= longest:
         return text
-    kept = longest - 1
-    head = math.ceil(kept / 2) if middle else kept
-    return f'{text[:head]}…{text[len(text) - (kept - head) :]}'
+    head = math.ceil((longest - 1) / 2) if middle else longest - 1
+    return f'{text[:head]}…{text[len(text) - (longest - 1 - head) :]}'

@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Explanation:
-    """What a network makes of one image.
+    """The explanation of one image.
 
     Attributes:
-        name: of the image.
-        image: uint8 [H, W, 3], as the network sees it.
+        name: name of the image.
+        image: preprocessed image, uint8 [H, W, 3].
         names: names of all classes.
-        probabilities: [num_classes].
-        classes: int [K], numbers of the explained classes.
-        cams: for each stage [K, H, W], from `grad_cam`.
-        attention: for each stage [blocks, S], means over channels; none for a ResNet.
-        kernels: names of the S branches.
+        probabilities: probabilities of all classes, [num_classes].
+        classes: numbers of the explained classes, int [K].
+        cams: Grad-CAM of each stage, [K, H, W].
+        attention: attention of each stage, [blocks, S], means over channels; empty for a ResNet.
+        kernels: labels of the S branches.
     """
 
     name: str
@@ -56,26 +56,26 @@ def grad_cam(
     stage: str = 'layer4',
     upsample: bool = True,
 ) -> jax.Array:
-    """Returns Grad-CAM: where in each image a stage's activations speak for a class.
+    """Returns Grad-CAM maps: the image regions whose activations increase the logit of a class.
 
-    Selvaraju et al. (2017), arXiv:1610.02391, equations 1 and 2: with A [h, w, C] the activations after a
-    stage and y the logit of the class, a channel's weight is the spatial mean of dy/dA, and the map is
-    relu(sum over channels of weight * A). It is in units of the logit, neither scaled nor cut off above.
+    Selvaraju et al. (2017), arXiv:1610.02391, equations 1 and 2: with the activations A [h, w, C] after a
+    stage and the logit y of the class, a channel's weight is the spatial mean of dy/dA, and the map is
+    relu(sum over channels of weight * A). Maps are in units of the logit and are not rescaled.
 
     Args:
-        model: from `create_model`.
+        model: network from `create_model`.
         variables: {'params', 'batch_stats'}.
-        images: [N, H, W, 3], normalised.
-        classes: integers [N], or one for all images; where a number is that of no class, the map is zero or
-            NaN, since values are not known under jit.
+        images: normalised images [N, H, W, 3].
+        classes: class numbers, integers [N], or one for all images. They are not checked, since their values
+            are not known under jit: a number without a class gives zeros or NaN.
         stage: 'stem', 'layer1' .. 'layer4'.
-        upsample: whether to enlarge the map to the images' size, bilinearly, as the paper's figures do.
+        upsample: whether to resize the maps to the size of the images, bilinearly.
 
     Returns:
-        [N, H, W], or with `upsample=False` [N, H/s, W/s], s being the stage's stride; at least float32.
+        [N, H, W], or with `upsample=False` [N, H/s, W/s] for a stage of stride s; at least float32.
 
     Raises:
-        InputError: there is no such stage, or the images are not what `EPSANet.features` takes.
+        InputError: there is no such stage, or the images are invalid, see `EPSANet.features`.
     """
     check_stage(model, stage)
     features: Any = model.apply(variables, images, method='features')
@@ -83,7 +83,7 @@ def grad_cam(
     classes = jnp.broadcast_to(jnp.asarray(classes), images.shape[:1])
 
     def chosen_logits(features: jax.Array) -> jax.Array:
-        # Without training, images do not see each other: the sum's gradient is each image's own.
+        # In evaluation images are independent, so the gradient of the sum holds each image's gradient.
         logits: Any = model.apply(variables, features, stage, method='logits_from')
         return jnp.take_along_axis(logits, classes[:, None], axis=1).sum()
 
@@ -94,26 +94,26 @@ def grad_cam(
 
 
 def attention(model: EPSANet, variables: Any, images: jax.Array) -> dict[str, jax.Array]:
-    """Returns the pyramids' attention: how much of each kernel every channel of every image takes.
+    """Returns the attention of the pyramids: the weight of each branch, for each channel of each image.
 
     Zhang et al. (2021), arXiv:2105.14447, section 3: a softmax over the branches of the sigmoids of the
-    shared squeeze-and-excitation module. Its entries lie between 1 / (1 + (S - 1) e) and e / (e + S - 1),
-    for S = 4 branches from 0.11 to 0.48; equal shares are 1 / S.
+    shared squeeze-and-excitation module. Values lie between 1 / (1 + (S - 1) e) and e / (e + S - 1), which is
+    0.11 to 0.48 for S = 4 branches; the equal share is 1 / S.
 
     Args:
-        model: from `create_model`.
+        model: network from `create_model`.
         variables: {'params', 'batch_stats'}.
-        images: [N, H, W, 3], normalised.
+        images: normalised images [N, H, W, 3].
 
     Returns:
         For each stage, 'layer1' .. 'layer4', [N, blocks, S, planes / S]: the branches in the order of
-        `model.kernels`, each with its channels; sums over the branches are 1.
+        `model.kernels`, each with its channels. Sums over the branches are 1.
 
     Raises:
         InputError: the network has no pyramids.
     """
-    if not has_pyramids(model):
-        raise InputError(f'a network with middle={model.middle!r} has no attention to look at')
+    if model.middle != 'psa':
+        raise InputError(f'a network with middle={model.middle!r} has no attention')
     _, state = model.apply(variables, images, method='features', mutable=['intermediates'])
     sown: Any = state['intermediates']
     return {
@@ -124,17 +124,10 @@ def attention(model: EPSANet, variables: Any, images: jax.Array) -> dict[str, ja
     }
 
 
-def has_pyramids(model: EPSANet) -> bool:
-    """Whether there is attention to look at; ResNets have none."""
-    return model.middle == 'psa'
-
-
 def kernel_labels(model: EPSANet) -> list[str]:
-    """Returns names for the branches: '3x3', '5x5', '5x5 (2nd)', '7x7'; none for a ResNet."""
+    """Returns labels of the branches: '3x3', '5x5', '5x5 (2nd)', '7x7'; none for a ResNet."""
     labels = []
-    if not has_pyramids(model):
-        return labels
-    for i, kernel in enumerate(model.kernels):
+    for i, kernel in enumerate(model.kernels if model.middle == 'psa' else ()):
         nth = model.kernels[:i].count(kernel) + 1
         ending = {2: 'nd', 3: 'rd'}.get(nth, 'th')
         labels.append(f'{kernel}x{kernel}' + (f' ({nth}{ending})' if nth > 1 else ''))
@@ -151,21 +144,21 @@ def explain(
     on_bad: 'OnBad | None' = None,
     without: str | None = None,
 ) -> Generator[tuple['ImageFile', Explanation], None, None]:
-    """Yields what a network makes of each image: probabilities, Grad-CAM and attention.
+    """Yields the explanation of each image: probabilities, Grad-CAM and attention.
 
     Args:
         network: a network, or the path of its weights, see `weights.load`.
-        paths: of images, and of folders, whose images are found at any depth.
-        stages: where to take Grad-CAM; None: the last stage.
+        paths: image files, and folders, which are searched with their subfolders.
+        stages: stages for Grad-CAM; None: the last stage.
         classes: names or numbers of the classes to explain; None: the top class of each image.
-        batch_size: images computed at once.
-        on_bad: called with a line for each image that cannot be decoded; by default that raises.
-        without: a folder that is left out.
+        batch_size: images per batch.
+        on_bad: called with a message for each image that cannot be decoded; raises an error by default.
+        without: folder to leave out.
 
     Raises:
         InputError: a path, stage or class does not exist, or the network has no classifier.
     """
-    from epsanet_jax.analysis.predict import run  # imports what reads images
+    from epsanet_jax.analysis.predict import run  # needs libraries that Grad-CAM and attention do not need
     from epsanet_jax.data.image_files import stop_at_bad
 
     network = as_network(network)
@@ -180,30 +173,13 @@ def explain(
     step = make_step(model, stages, numbers)
     with contextlib.closing(run(step, network, paths, batch_size, on_bad or stop_at_bad, without)) as rows:
         for file, image, _, found in rows:
-            yield (
-                file,
-                Explanation(
-                    file.below,
-                    image,
-                    names,
-                    found['probabilities'],
-                    found['classes'],
-                    found['cams'],
-                    found['attention'],
-                    kernels,
-                ),
-            )
+            yield file, Explanation(name=file.below, image=image, names=names, kernels=kernels, **found)
 
 
 def make_step(
     model: EPSANet, chosen_stages: Sequence[str], classes: Sequence[int] | None
 ) -> Callable[[Any, jax.Array], tuple[jax.Array, dict[str, Any]]]:
-    """Returns the function `(variables, images) -> (logits, arrays)` behind a drawing.
-
-    The arrays are 'probabilities' [N, num_classes]; 'classes' int [N, K], those given or the likeliest one;
-    'cams', for each stage [N, K, H, W]; and 'attention', for each stage [N, blocks, S], means over channels,
-    empty for a ResNet.
-    """
+    """Returns the function `(variables, images) -> (logits, fields of Explanation)` that explains a batch."""
 
     def step(variables: Any, images: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         logits: Any = model.apply(variables, images, train=False)
@@ -213,15 +189,15 @@ def make_step(
         else:
             chosen = jnp.broadcast_to(jnp.asarray(classes), (len(images), len(classes)))  # [N, K]
 
-        def cams(stage: str) -> jax.Array:
-            one = lambda classes: grad_cam(model, variables, images, classes, stage)  # noqa: E731
-            return jax.vmap(one, in_axes=1, out_axes=1)(chosen)
+        def cam(classes: jax.Array, stage: str) -> jax.Array:
+            return grad_cam(model, variables, images, classes, stage)
 
-        shares = attention(model, variables, images) if has_pyramids(model) else {}
+        cams = jax.vmap(cam, in_axes=(1, None), out_axes=1)
+        shares = attention(model, variables, images) if model.middle == 'psa' else {}
         return logits, {
             'probabilities': probabilities,
             'classes': chosen,
-            'cams': {stage: cams(stage) for stage in chosen_stages},
+            'cams': {stage: cams(chosen, stage) for stage in chosen_stages},
             'attention': {stage: a.mean(axis=-1) for stage, a in shares.items()},
         }
 
@@ -229,7 +205,7 @@ def make_step(
 
 
 def find_classes(chosen: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Returns the numbers of classes given by name or, where no class is called so, by number.
+    """Returns the numbers of classes that are given by name or, if no class has this name, by number.
 
     Raises:
         InputError: there is no such class.
@@ -242,6 +218,6 @@ def find_classes(chosen: Sequence[str], names: Sequence[str]) -> list[int]:
             numbers.append(int(text))
         else:
             raise InputError(
-                f'no class {text!r}{suggest(text, names)}; a name or a number from 0 to {len(names) - 1}'
+                f'no class {text!r}{suggest(text, names)}; give a name or a number from 0 to {len(names) - 1}'
             )
     return list(dict.fromkeys(numbers))

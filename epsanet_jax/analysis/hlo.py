@@ -1,23 +1,23 @@
-"""What the text of a compiled module says: the compiler's estimates, and the collectives."""
+"""Reads the compiler's estimates and the collectives from the text of a compiled module."""
 
 import collections
+import math
 import re
 from typing import Any
 
 COLLECTIVES = ('all-reduce', 'all-gather', 'reduce-scatter', 'collective-permute', 'all-to-all')
-_BITS = {'pred': 8, 'bf16': 16, 'f16': 16, 'f32': 32, 'f64': 64}  # of others the name ends in the number
+_BITS = {'pred': 8, 'bf16': 16, 'f16': 16, 'f32': 32, 'f64': 64}  # other names end in the number
 
 
 def analyze(text: str) -> dict[str, Any]:
-    """Sums over a compiled module's text, for one device.
+    """Returns sums over the text of a compiled module, for one device.
 
     Returns:
-        cycles: 'estimated_cycles' of all operations (the TPU compiler's), bodies of loops times their trip
-            count.
-        loops: loops found; unknown_loops: those among them whose trip count is not known, counted once.
-        collectives: by kind, their 'count' and the 'bytes' of their results; they carry no estimate.
-        custom_calls: targets and how many; their estimate, if any, is what their author says and is in
-            custom_call_cycles, not in cycles.
+        cycles: sum of the TPU compiler's 'estimated_cycles'; loop bodies count once per iteration.
+        loops, unknown_loops: number of loops, and of loops of unknown length, whose bodies count once.
+        collectives: for each kind the 'count' and the 'bytes' of the results; they have no estimate.
+        custom_calls: number of calls of each target.
+        custom_call_cycles: sum of their estimates, which their authors give and `cycles` does not include.
     """
     computations, entry = _computations(text)
     collectives: dict[str, dict[str, int]] = {}
@@ -55,20 +55,17 @@ def analyze(text: str) -> dict[str, Any]:
 
 
 def shape_bytes(shape: str) -> int:
-    """Returns the bytes of a shape as HLO writes it, or of a tuple's: '(f32[4,2]{1,0}, f32[])'."""
+    """Returns the bytes of a shape in HLO text, or of a tuple of shapes: '(f32[4,2]{1,0}, f32[])'."""
     total = 0
     for kind, sizes in re.findall(r'([a-z]+\d*\w*)\[([\d,]*)\]', shape):
         number = re.search(r'\d+$', kind)
         bits = _BITS.get(kind) or (int(number.group()) if number else 8)
-        elements = 1
-        for size in filter(None, sizes.split(',')):
-            elements *= int(size)
-        total += elements * bits // 8
+        total += math.prod(int(size) for size in sizes.split(',') if size) * bits // 8
     return total
 
 
 def _operation(line: str) -> tuple[str, str]:
-    """Returns shape and opcode of an instruction: '%name = SHAPE opcode(...)'."""
+    """Returns the shape and the opcode of an instruction: '%name = SHAPE opcode(...)'."""
     found = re.match(r'\s*(?:ROOT )?%?[\w.\-]+ = (.*?[\])}]) ([a-z][\w-]*)\(', line)
     return (found.group(1), found.group(2)) if found else ('', '')
 

@@ -1,4 +1,4 @@
-"""What a step needs on devices that need not be there: memory, communication and cost, from the compiler."""
+"""Memory, communication and cost of a training step, from a compiler for devices that need not exist."""
 
 import dataclasses
 import functools
@@ -18,21 +18,21 @@ Lower = Callable[[int], Any]  # global batch -> jax.stages.Lowered
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the compiler says about a training step. All numbers are for one device.
+    """The needs of a training step as the compiler reports them, per device. None stands for unknown.
 
     Attributes:
-        model: its name.
+        model: name of the model.
         topology: name of the topology.
-        devices: their number.
+        devices: number of devices.
         batch: rows of the global batch.
-        fits: whether the step fits into a device's memory; None if that is not known.
-        bytes_per_device: parameters, optimizer, batch, program and temporaries at their peak.
-        memory_per_device: what the device has; None if not known.
-        collectives: by kind: 'count' and 'bytes' in a step, and 'seconds' at the links' published rate, with
-            nothing hidden behind computation (None if the rate is not known).
-        cost: 'flops', 'bytes_accessed' and, for TPUs, 'estimated_cycles' and 'seconds' at the chip's clock
-            (None if not known): the compiler's model, not a measurement.
-        compile_s: seconds.
+        fits: whether the step fits into the memory of a device.
+        bytes_per_device: peak of parameters, optimizer, batch, program and temporaries.
+        memory_per_device: memory of a device, bytes.
+        collectives: for each kind 'count' and 'bytes' per step, and 'seconds' at the published rate of the
+            links, without overlap with the computation.
+        cost: 'flops', 'bytes_accessed' and, for TPUs, 'estimated_cycles' and 'seconds' at the chip's clock:
+            the compiler's model, not a measurement.
+        compile_s: time that the compiler took, seconds.
     """
 
     model: str
@@ -48,7 +48,7 @@ class Plan:
 
     @property
     def seconds(self) -> float | None:
-        """Of a step by the compiler's model, the collectives after the computation; None if not known."""
+        """Time of a step by the compiler's model: computation, then collectives; None if unknown."""
         parts = [self.cost.get('seconds'), *(c['seconds'] for c in self.collectives.values())]
         return None if None in parts else sum(parts)
 
@@ -59,11 +59,11 @@ def make_plan(
     """Compiles a step for a topology.
 
     Args:
-        lower: lowers the step for a global batch.
-        name: of the model.
+        lower: function that lowers the step for a global batch.
+        name: name of the model.
         batch: rows of the global batch.
-        topology: from `open_topology`.
-        report: called with a line before the compiler starts.
+        topology: topology from `open_topology`.
+        report: called with a message before the compiler starts.
 
     Raises:
         InputError: the step cannot be lowered for this batch.
@@ -75,18 +75,8 @@ def make_plan(
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
-        needed, there = _out_of_memory(e)
-        seconds = time.perf_counter() - began
-        return plan(
-            fits=False,
-            bytes_per_device=needed,
-            memory_per_device=there,
-            collectives={},
-            cost={},
-            compile_s=seconds,
-        )
-    seconds = time.perf_counter() - began
-    needed = _bytes(compiled.memory_analysis())
+        return plan(False, *_out_of_memory(e), {}, {}, time.perf_counter() - began)
+    seconds, needed = time.perf_counter() - began, _bytes(compiled.memory_analysis())
     found = hlo.analyze(compiled.as_text())
     return plan(
         fits=None if topology.memory is None else needed <= topology.memory,
@@ -110,26 +100,20 @@ def find_batch(
     topology: Topology,
     report: Callable[[str], None] = lambda _: None,
 ) -> tuple[int, list[Plan]]:
-    """Finds the largest batch that fits, from a straight line through the memory of two batches.
+    """Estimates the largest batch that fits, by linear extrapolation of the memory of two batches.
 
-    Args:
-        lower: lowers the step for a global batch.
-        divides: whether a batch divides among the devices.
-        name: of the model.
-        batch: the larger of the two batches to compile. For TPUs it is rounded up to at least 256 rows per
-            device, because their compiler pads rows to multiples of 128.
-        unit: rows that every batch must be a multiple of.
-        topology: from `open_topology`, with known memory.
-        report: called with a line before the compiler starts.
+    `batch` is the larger one of the two, for TPUs rounded up to at least 256 rows per device, because their
+    compiler pads rows to multiples of 128. Batches are multiples of `unit`; `divides` returns whether the
+    devices can share a batch. The other arguments are those of `make_plan`.
 
     Returns:
         The batch, 0 if none fits, and the two plans, the smaller batch first.
 
     Raises:
-        InputError: the memory is not known, or the batch cannot be halved.
+        InputError: the memory is unknown, or the batch is too small.
     """
     if topology.memory is None:
-        raise InputError(f'--find-batch: the memory of {topology.name} is not known')
+        raise InputError(f'--find-batch: the memory of {topology.name} is unknown')
     unit *= 128 if topology.platform == 'tpu' else 1
 
     def largest(limit: int) -> int:
@@ -143,14 +127,14 @@ def find_batch(
     low, high = (plan.bytes_per_device for plan in plans)
     if high <= low:
         raise InputError(
-            f'--find-batch: batches of {smaller} and {larger} need the same memory; give a larger --batch'
+            f'--find-batch: {smaller} and {larger} rows need equal memory; give a larger --batch'
         )
     room = min(plan.memory_per_device or 0 for plan in plans) - low
     return largest(max(0, int(smaller + room * (larger - smaller) / (high - low)))), plans
 
 
 def _bytes(memory: Any) -> int:
-    """Returns the peak: arguments, of which results take the place, temporaries, and the program."""
+    """Returns the peak: arguments, results that do not reuse them, temporaries and the program."""
     return (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
@@ -161,17 +145,17 @@ def _bytes(memory: Any) -> int:
 
 
 def _out_of_memory(error: Exception) -> tuple[int, int]:
-    """Returns what is needed and what is there, in bytes, of the compiler's error; or raises it again."""
+    """Returns the needed and the available bytes from a compiler's error; raises any other error again."""
     sizes = re.findall(r'([\d.]+)([KMG])\b', str(error))
     if 'RESOURCE_EXHAUSTED' not in str(error) or len(sizes) < 2:
         raise error
     units = {'K': 2**10, 'M': 2**20, 'G': GIB}
-    needed, there = (int(float(number) * units[unit]) for number, unit in sizes[:2])
-    return needed, there
+    needed, available = (int(float(number) * units[unit]) for number, unit in sizes[:2])
+    return needed, available
 
 
 def _transfer(kind: str, size: int, topology: Topology) -> float | None:
-    """Returns the seconds of a collective whose results have that size, on rings of all devices."""
+    """Returns the seconds of a collective with results of `size` bytes, on rings of all devices."""
     count = len(topology.devices)
     if topology.reduce_rate is None:
         return 0.0 if count == 1 else None
@@ -181,8 +165,7 @@ def _transfer(kind: str, size: int, topology: Topology) -> float | None:
 
 def _cost(analysis: dict[str, float], cycles: int, topology: Topology) -> dict[str, Any]:
     cost: dict[str, Any] = {
-        'flops': int(analysis.get('flops', 0)),
-        'bytes_accessed': int(analysis.get('bytes accessed', 0)),
+        name: int(analysis.get(name.replace('_', ' '), 0)) for name in ('flops', 'bytes_accessed')
     }
     if topology.platform == 'tpu':
         cost['estimated_cycles'] = cycles
@@ -191,34 +174,32 @@ def _cost(analysis: dict[str, float], cycles: int, topology: Topology) -> dict[s
 
 
 def describe(plan: Plan) -> list[str]:
-    """Returns the plan as lines for people."""
-    fits = {True: 'fits', False: 'DOES NOT FIT', None: 'memory of the device is not known'}[plan.fits]
-    there = '' if plan.memory_per_device is None else f' of {_amount(plan.memory_per_device, "B")}'
+    """Returns the lines that `epsanet plan` prints."""
+    fits = {True: 'fits', False: 'DOES NOT FIT', None: 'memory of the device unknown'}[plan.fits]
+    available = '' if plan.memory_per_device is None else f' of {_amount(plan.memory_per_device, "B")}'
     lines = [
         f'{plan.model} on {plan.topology}: {plan.devices} devices, batch {plan.batch}, '
-        f'{plan.batch // plan.devices} rows each',
-        f'memory:      {_amount(plan.bytes_per_device, "B")}{there} a device: {fits}',
+        f'{plan.batch // plan.devices} rows per device',
+        f'memory:      {_amount(plan.bytes_per_device, "B")}{available} per device: {fits}',
     ]
     for kind, entry in plan.collectives.items():
-        seconds = (
-            '' if entry['seconds'] is None else f', {entry["seconds"] * 1e3:.2f} ms at the published rate'
-        )
-        lines.append(f'{kind + ":":<12} {entry["count"]} of {_amount(entry["bytes"], "B")} together{seconds}')
+        line = f'{kind + ":":<12} {entry["count"]}, in all {_amount(entry["bytes"], "B")}'
+        if entry['seconds'] is not None:
+            line += f', {entry["seconds"] * 1e3:.2f} ms at the published rate'
+        lines.append(line)
     if plan.cost:
         cost = f'{_amount(plan.cost["flops"], "FLOP")}, {_amount(plan.cost["bytes_accessed"], "B")} accessed'
         if 'estimated_cycles' in plan.cost:
             cost += f', {_amount(plan.cost["estimated_cycles"], "cycles")}'
-        lines.append(f'compiler:    {cost} a device')
+        lines.append(f'compiler:    {cost} per device')
     if plan.seconds:
-        rate = plan.batch / plan.seconds
-        lines.append(
-            f'modelled:    {plan.seconds * 1e3:.1f} ms a step, {rate:,.0f} images/s, from the compiler'
-        )
+        speed = f'{plan.batch / plan.seconds:,.0f} images/s'
+        lines.append(f'modelled:    {plan.seconds * 1e3:.1f} ms per step, {speed}')
     return [*lines, f'compiled in  {plan.compile_s:.0f} s']
 
 
 def _amount(number: float, unit: str) -> str:
-    """Returns a number with its unit and the prefix that leaves 1 to 1000."""
+    """Returns a number with a unit and the prefix that makes it less than 1000."""
     for prefix in ('', 'k', 'M', 'G', 'T'):
         if number < 1000 or prefix == 'T':
             break

@@ -1,9 +1,9 @@
-"""Predictions for pictures from files, as a stream: memory does not grow with their number."""
+"""Predictions for image files, as a stream: memory does not grow with the number of images."""
 
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -24,13 +24,13 @@ BATCH_SIZE = 64
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What a network makes of one picture.
+    """The prediction for one image.
 
     Attributes:
-        path: of the picture.
-        classes: int [K], the numbers of the K likeliest classes, the likeliest first.
-        probabilities: float [K], of these classes.
-        logits: float [num_classes].
+        path: path of the image.
+        classes: numbers of the top classes, int [K], the most probable first.
+        probabilities: probabilities of these classes, float [K].
+        logits: logits of all classes, float [num_classes].
     """
 
     path: str
@@ -47,21 +47,21 @@ def predict(
     batch_size: int = BATCH_SIZE,
     on_bad: OnBad = image_files.stop_at_bad,
 ) -> Generator[Prediction, None, None]:
-    """Yields a prediction for every picture, in order, while later ones are being read.
+    """Yields a prediction for each image, in order, while later images are being read.
 
-    Pictures are resized, cut and normalised as the weights' metadata say. All batches have one shape, so
-    there is one compilation; the computation is on one device, with BatchNorm folded into the convolutions.
+    Images are resized, cropped and normalised as the network's preprocessing says. All batches have one shape
+    and are compiled once, for one device, with BatchNorm folded into the convolutions.
 
     Args:
         network: a network, or the path of its weights, see `weights.load`.
-        paths: of pictures, and of folders, whose pictures are found at any depth.
-        top: how many classes to name; all of them if there are fewer.
-        batch_size: pictures computed at once, fewer if there are fewer.
-        on_bad: told of each picture that cannot be decoded, in one line; by default that raises.
+        paths: image files, and folders, which are searched with their subfolders.
+        top: number of classes per image, at most all classes.
+        batch_size: images per batch; smaller if there are fewer images.
+        on_bad: called with a message for each image that cannot be decoded; raises an error by default.
 
     Raises:
-        InputError: a path is not there, or a folder has no picture; `top` or `batch_size` is less than 1; or
-            the network's outputs are no numbers.
+        InputError: a path does not exist, a folder holds no image, `top` or `batch_size` is less than 1, or
+            the logits are not finite.
     """
     for option, value in (('top', top), ('batch_size', batch_size)):
         if value < 1:
@@ -75,10 +75,9 @@ def predict(
     def step(variables: Any, images: jax.Array) -> Any:
         return model.apply(variables, images), ()
 
-    rows = run(step, network, paths, batch_size, on_bad)
-    with contextlib.closing(rows):
+    with contextlib.closing(run(step, network, paths, batch_size, on_bad)) as rows:
         for file, _, logits, _ in rows:
-            # Here, not in the compiled step, which is then the same one for any `top`.
+            # Outside of the compiled step, so that another `top` does not compile it again.
             shares = np.exp(logits - logits.max())
             classes = np.argsort(-logits, kind='stable')[:top]
             yield Prediction(file.path, classes, shares[classes] / shares.sum(), logits)
@@ -92,29 +91,22 @@ def run(
     on_bad: OnBad,
     without: str | None = None,
 ) -> Generator[tuple[ImageFile, np.ndarray, np.ndarray, Any], None, None]:
-    """Yields each picture with what a function of batches computes for it.
+    """Yields each image with the results of a function of batches.
 
-    Args:
-        step: `(variables, images [N, H, W, 3], normalised) -> (logits [N, num_classes], tree of arrays
-            [N, ...])`, to be compiled.
-        network: whose preprocessing the images go through.
-        paths: of images and folders, see `predict`.
-        batch_size: images computed at once.
-        on_bad: called with a line for each image that cannot be decoded.
-        without: see `image_files.find_images`.
+    `step` is `(variables, normalised images [N, H, W, 3]) -> (logits [N, num_classes], tree of arrays
+    [N, ...])`; it is compiled here. `without` is a folder to leave out. For other arguments and errors see
+    `predict`.
 
     Yields:
-        The file, its picture as the network sees it, uint8 [H, W, 3], its logits and its rows of the tree.
-
-    Raises:
-        InputError: see `predict`.
+        The file, the preprocessed image, uint8 [H, W, 3], its logits and its rows of the tree.
     """
     if isinstance(paths, str):
         raise InputError(f'paths must be a list of paths, got {paths!r}')
     image_files.check_paths(paths, without)
     model, preprocessing = network.model, network.preprocessing
     crop = CentreCrop(preprocessing.image_size, preprocessing.resize_size)
-    rows = _rows(itertools.islice(image_files.find_images(paths, without=without), batch_size), batch_size)
+    count = sum(1 for _ in itertools.islice(image_files.find_images(paths, without=without), batch_size))
+    rows = min(batch_size, 2 ** (count - 1).bit_length())  # for few images a power of 2: few compilations
 
     @jax.jit
     def compiled(variables: Any, images: jax.Array) -> Any:
@@ -122,9 +114,9 @@ def run(
 
     variables = jax.device_put(network.variables)
     found = image_files.find_images(paths, on_bad, without)
-    exif_orientation = preprocessing.exif_orientation
-    batches = image_files.read_batches(found, crop, rows, Reading().threads_each(), exif_orientation, on_bad)
-    waiting = None  # the batch before, which the device computes while the next one is read
+    threads, exif_orientation = Reading().threads_each(), preprocessing.exif_orientation
+    batches = image_files.read_batches(found, crop, rows, threads, exif_orientation, on_bad)
+    waiting = None  # the previous batch, which the device computes while the next one is read
     with contextlib.closing(batches):
         for batch, images in batches:
             computed = compiled(variables, images)
@@ -135,12 +127,6 @@ def run(
             yield from _each(*waiting)
 
 
-def _rows(found: Iterable[Any], batch_size: int) -> int:
-    """Returns the batch size: a power of 2 that holds all if they are few, for few different compilations."""
-    count = sum(1 for _ in found)
-    return min(batch_size, 2 ** (count - 1).bit_length())
-
-
 def _each(
     batch: list[ImageFile], images: np.ndarray, computed: Any
 ) -> Iterator[tuple[ImageFile, np.ndarray, np.ndarray, Any]]:
@@ -148,5 +134,5 @@ def _each(
     for row, file in enumerate(batch):
         logits, rest = jax.tree.map(lambda a, row=row: a[row], computed)
         if not np.isfinite(logits).all():
-            raise InputError(f'{file.path}: the logits are not finite; are the weights damaged?')
+            raise InputError(f'{file.path}: the logits are not finite: the weights may be damaged')
         yield file, images[row], logits, rest

@@ -14,16 +14,16 @@ from epsanet_jax.models.norm import BatchNorm
 
 @dataclasses.dataclass
 class Row:
-    """One stage: `stem`, `layer1` .. `layer4`, `fc`.
+    """Counts of one stage, for one image.
 
     Attributes:
-        stage: its name.
-        output: shape of its output for one image.
+        stage: 'stem', 'layer1' .. 'layer4' or 'fc'.
+        output: shape of the output.
         params: number of parameters.
-        multiply_adds: of convolutions and linear layers, for one image.
-        published_count: multiply_adds plus 2 for each element that BatchNorm gives, as the paper counts.
-        activation_bytes: of what convolutions, BatchNorms and the linear layer give for one image, in the
-            model's dtype: about what a training step keeps for the backward pass.
+        multiply_adds: multiply-adds of convolutions and linear layers.
+        published_count: multiply_adds plus 2 for each output element of a BatchNorm, as the paper counts.
+        activation_bytes: size of the outputs of convolutions, BatchNorms and the linear layer in the model's
+            dtype; about the memory that a training step keeps for the backward pass.
     """
 
     stage: str
@@ -35,10 +35,10 @@ class Row:
 
 
 def summarize(model: EPSANet, image_size: int = 224) -> list[Row]:
-    """Returns a row for each stage of the network; nothing is computed, only shapes are.
+    """Returns a row for each stage of a network, from shapes alone.
 
     Args:
-        model: the network.
+        model: network from `create_model`.
         image_size: height and width of the image, pixels.
     """
     rows: dict[str, Row] = {}
@@ -54,17 +54,16 @@ def summarize(model: EPSANet, image_size: int = 224) -> list[Row]:
         if isinstance(module, Conv | Linear | BatchNorm):
             row.activation_bytes += out.size * out.dtype.itemsize
         if isinstance(module, Conv | Linear):
-            kernel = module.variables['params']['kernel']
-            row.multiply_adds += math.prod(out.shape[:-1]) * kernel.size
-            row.published_count += math.prod(out.shape[:-1]) * kernel.size
+            multiply_adds = math.prod(out.shape[:-1]) * module.variables['params']['kernel'].size
+            row.multiply_adds += multiply_adds
+            row.published_count += multiply_adds
         elif isinstance(module, BatchNorm):
             row.published_count += 2 * out.size
         if len(module.path) == 1:
             row.params += sum(p.size for p in jax.tree.leaves(module.variables['params']))
-            # The stem's max-pool, which is no module, halves what the last of its modules gives.
-            row.output = (
-                out.shape[1:] if stage != 'stem' else (*(-(-s // 2) for s in out.shape[1:3]), out.shape[3])
-            )
+            row.output = out.shape[1:]
+            if stage == 'stem':  # the max-pooling is not a module
+                row.output = (*(-(-s // 2) for s in out.shape[1:3]), out.shape[3])
         return out
 
     def forward(key):

@@ -1,4 +1,4 @@
-"""Devices to compile for that need not be there, and what is published about them."""
+"""Devices to compile for, which need not exist here, and their published properties."""
 
 import dataclasses
 import importlib.util
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax._src import xla_bridge  # the only way to learn whether devices are fixed already
+from jax._src import xla_bridge  # nothing public tells whether JAX has started
 from jax.experimental import topologies
 
 from epsanet_jax.errors import InputError, one_line
@@ -19,14 +19,14 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """A TPU generation. Source: Google Cloud's documentation, the page of each version, 'key specifications'.
+    """A TPU generation. Source: 'key specifications' on the page of each version in Google Cloud's docs.
 
     Attributes:
-        memory: HBM, bytes; of v5e what libtpu leaves to programs, 15.75 of 16 GiB.
-        link_rate: of all of a chip's links together, one way, bytes per second.
-        axes: of the torus.
-        wraps_at: slices whose axis is a multiple of this close it to a ring.
-        clock: Hz, from peak compute and the number of matrix units; None where the latter is not published.
+        memory: HBM, bytes; for v5e the 15.75 of 16 GiB that libtpu leaves to programs.
+        link_rate: one-way rate of all links of a chip together, bytes per second.
+        axes: number of axes of the torus.
+        wraps_at: an axis of a slice is a ring if its length is a multiple of this.
+        clock: Hz, from peak compute and the number of matrix units; None if that number is not published.
     """
 
     memory: int
@@ -47,14 +47,14 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices, and what is known about them.
+    """Devices and their known properties. None stands for unknown.
 
     Attributes:
-        name: as it was given.
-        devices: to make a mesh of.
-        memory: of one device, bytes; None if not known.
-        reduce_rate: bytes per second at which a device sends what is to be reduced; None if not known.
-        clock: Hz; None if not known.
+        name: name as the user gave it.
+        devices: devices for a mesh.
+        memory: memory of one device, bytes.
+        reduce_rate: rate at which a device sends in an all-reduce, bytes per second.
+        clock: clock rate, Hz.
     """
 
     name: str
@@ -70,20 +70,20 @@ class Topology:
 
 
 def open_topology(name: str) -> Topology:
-    """Finds the devices of a topology.
+    """Returns the devices of a topology.
 
     Args:
-        name: 'cpu:8', a TPU slice as 'v5e:2x4' (needs libtpu, but no TPU), or 'cuda:8' (needs JAX's CUDA
-            plug-in).
+        name: 'cpu:8', a TPU slice such as 'v5e:2x4' (needs libtpu, but no TPU), or 'cuda:8' (needs JAX's
+            CUDA plug-in).
 
     Raises:
-        InputError: there is no such topology, or what can compile for it is not installed.
+        InputError: there is no such topology, or its compiler is not installed.
     """
     match = re.fullmatch(r'([a-z0-9]+):(\d+(?:x\d+)*)', name)
     if not match or any(int(side) < 1 for side in match[2].split('x')):
         raise InputError(
-            f'--topology={name} must be cpu:N, cuda:N, or a TPU slice as v5e:2x4, v5p:4x4x4; '
-            f'TPUs known: {", ".join(CHIPS)}'
+            f'--topology={name} must be cpu:N, cuda:N, or a TPU slice such as v5e:2x4 or v5p:4x4x4; '
+            f'known TPUs: {", ".join(CHIPS)}'
         )
     kind, sides = match[1], [int(side) for side in match[2].split('x')]
     if kind in ('cpu', 'cuda') and len(sides) > 1:
@@ -93,7 +93,7 @@ def open_topology(name: str) -> Topology:
     if kind == 'cuda':
         return _cuda(name, sides[0])
     if kind not in CHIPS:
-        raise InputError(f'--topology={name}: no TPU {kind!r} is known; there are {", ".join(CHIPS)}')
+        raise InputError(f'--topology={name}: unknown TPU {kind!r}; known TPUs: {", ".join(CHIPS)}')
     return _tpu(name, CHIPS[kind], sides)
 
 
@@ -104,17 +104,19 @@ def _cpu(name: str, count: int) -> Topology:
         jax.config.update('jax_num_cpu_devices', count)
     devices = jax.devices('cpu')
     if len(devices) < count:
-        raise InputError(f'--topology={name}: this process has started JAX with {len(devices)} CPU devices')
+        raise InputError(
+            f'--topology={name}: this process has already started JAX with {len(devices)} CPU devices'
+        )
     memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     return Topology(name, devices[:count], memory // count)
 
 
 def _cuda(name: str, count: int) -> Topology:
     try:
-        described = topologies.get_topology_desc(platform='cuda', topology=f'1x1x{count}')
-    except Exception as e:  # a missing plug-in is told in many ways
-        raise InputError(f'--topology={name}: nothing here compiles for it: {one_line(e)}') from e
-    return Topology(name, list(described.devices), None)
+        devices = topologies.get_topology_desc(platform='cuda', topology=f'1x1x{count}').devices
+    except Exception as e:  # a missing plug-in raises several types
+        raise InputError(f'--topology={name}: no compiler is installed for it: {one_line(e)}') from e
+    return Topology(name, list(devices), None)
 
 
 def _tpu(name: str, chip: Chip, sides: list[int]) -> Topology:
@@ -125,23 +127,22 @@ def _tpu(name: str, chip: Chip, sides: list[int]) -> Topology:
         devices = list(topologies.get_topology_desc(topology_name=name, platform='tpu').devices)
     except Exception as e:
         raise InputError(f'--topology={name}: libtpu has no such slice: {one_line(e)}') from e
-    share = math.prod(sides) / len(devices)  # of a chip: some are several devices
+    share = math.prod(sides) / len(devices)  # a chip may be several devices
     rate = reduce_rate(chip, sides)
     return Topology(name, devices, int(chip.memory * share), rate and rate * share, chip.clock)
 
 
 def reduce_rate(chip: Chip, sides: Sequence[int]) -> float | None:
-    """Returns the bytes per second at which each chip of a slice sends in an all-reduce; None for one chip.
+    """Returns the bytes per second that each chip of a slice sends in an all-reduce; None for one chip.
 
-    An axis that is not closed to a ring offers half of its links to the chips at its ends, for which all
-    others wait.
+    On an axis that is not a ring, all chips wait for those at its ends, which use half of their links.
     """
     shares = [1.0 if side % chip.wraps_at == 0 else 0.5 for side in sides if side > 1]
     return chip.link_rate * sum(shares) / chip.axes if shares else None
 
 
 def use_libtpu_without_a_tpu() -> None:
-    """Keeps libtpu from looking for a TPU or locking it, and JAX from starting one; before JAX starts."""
+    """Prevents libtpu and JAX from searching, locking or starting a TPU; call it before JAX starts."""
     for variable, value in {
         'TPU_SKIP_MDS_QUERY': '1',
         'TPU_ACCELERATOR_TYPE': 'v5litepod-8',

@@ -1,1 +1,1 @@
-"""The command `epsanet`: one module per subcommand. Nothing else knows argparse or prints results."""
+"""The command `epsanet`: one module per subcommand. No other module uses argparse or prints results."""

@@ -1,10 +1,10 @@
-"""What several commands share: arguments, progress and output."""
+"""Arguments, progress and output that several commands share."""
 
 import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from epsanet_jax.errors import InputError, one_line
 
@@ -12,14 +12,31 @@ _Row = TypeVar('_Row')
 
 
 def positive(text: str) -> int:
-    """Returns a whole number above 0, as a type of argparse."""
+    """Returns a positive integer; a type for argparse."""
     try:
         value = int(text)
     except ValueError:
         value = 0
     if value < 1:
-        raise argparse.ArgumentTypeError(f'expected a whole number above 0, got {text!r}')
+        raise argparse.ArgumentTypeError(f'expected a positive integer, got {text!r}')
     return value
+
+
+def add_batch_size(parser: argparse.ArgumentParser, default: int) -> None:
+    """Adds --batch-size."""
+    text = f'images per batch (default: {default})'
+    parser.add_argument('--batch-size', type=positive, default=default, metavar='N', help=text)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Adds --json."""
+    parser.add_argument('--json', action='store_true', help='print JSON')
+
+
+def add_on_bad(parser: argparse.ArgumentParser) -> None:
+    """Adds --on-bad."""
+    text = 'what to do at an image that cannot be decoded (default: stop)'
+    parser.add_argument('--on-bad', choices=('stop', 'skip'), default='stop', help=text)
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
@@ -35,19 +52,13 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 def add_choice_of_weights(parser: argparse.ArgumentParser) -> None:
     """Adds --step and --no-ema."""
-    parser.add_argument(
-        '--step', default='latest', help="checkpoint of a workdir: 'latest' (default), 'best' or a number"
-    )
-    parser.add_argument(
-        '--no-ema', action='store_true', help="the run's weights instead of their moving averages"
-    )
+    text = "step of a workdir: 'latest' (default), 'best' or a number"
+    parser.add_argument('--step', default='latest', help=text)
+    parser.add_argument('--no-ema', action='store_true', help='use the weights, not their moving averages')
 
 
 def use_persistent_cache() -> None:
-    """Keeps compiled programs in ~/.cache/epsanet_jax/xla, or in JAX_COMPILATION_CACHE_DIR if that is set.
-
-    Compiling takes minutes on a CPU; a second start then takes seconds.
-    """
+    """Keeps compiled programs in JAX_COMPILATION_CACHE_DIR or ~/.cache/epsanet_jax/xla, to start faster."""
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
@@ -60,12 +71,12 @@ def to_stderr(line: str) -> None:
 
 
 def shown(text: str) -> str:
-    """Returns a name for people: as it is, or quoted if it has characters that cannot be shown."""
+    """Returns a name to print, in quotes and escaped if it has characters that cannot be printed."""
     return text if text.isprintable() else repr(text)
 
 
 def print_lines(lines: Iterable[str]) -> None:
-    """Prints lines; characters that the terminal or the pipe cannot encode are escaped."""
+    """Prints lines, with escapes for characters that stdout cannot encode."""
     reconfigure: Callable[..., None] | None = getattr(sys.stdout, 'reconfigure', None)
     if reconfigure is not None:
         reconfigure(errors='backslashreplace')
@@ -82,7 +93,7 @@ def print_skipped(images: Sequence[str], without: str | None = None) -> None:
 
 
 def progress(rows: Iterable[_Row], images: Sequence[str], without: str | None = None) -> Iterable[_Row]:
-    """Returns the rows with a progress bar, unless nobody sees it or printed rows show the progress."""
+    """Returns the rows, with a progress bar if stderr is a terminal and stdout, which shows rows, is not."""
     if not sys.stderr.isatty() or sys.stdout.isatty():
         return rows
     from tqdm import tqdm
@@ -96,7 +107,7 @@ def progress(rows: Iterable[_Row], images: Sequence[str], without: str | None = 
 class Skipped:
     """Reports images that cannot be decoded on stderr.
 
-    The first report waits until there is another image. If there is none, the command fails with it.
+    The first report waits for the next image. If there is none, it becomes the error of the command.
     """
 
     def __init__(self):
@@ -108,15 +119,14 @@ class Skipped:
         self._bad += 1
         if self._bad == 1 and not self._good:
             self._first = message
-            return
-        self._flush()
-        _report(message)
+        else:
+            self._report(message)
 
     def counted(self, rows: Iterable[_Row]) -> Iterator[_Row]:
         """Yields rows and counts each as an image that was decoded."""
         for row in rows:
             self._good += 1
-            self._flush()
+            self._report()
             yield row
 
     def finish(self) -> None:
@@ -130,13 +140,9 @@ class Skipped:
         if self._bad:
             to_stderr(f'skipped {self._bad} of {self._good + self._bad} images')
 
-    def _flush(self) -> None:
-        if self._first:
-            _report(self._first)
+    def _report(self, *messages: str) -> None:
+        from tqdm import tqdm
+
+        for message in filter(None, (self._first, *messages)):
+            tqdm.write(f'skipped: {message}', file=sys.stderr)
         self._first = ''
-
-
-def _report(message: Any) -> None:
-    from tqdm import tqdm
-
-    tqdm.write(f'skipped: {message}', file=sys.stderr)

@@ -1,4 +1,4 @@
-"""`epsanet convert`: weights from and to PyTorch."""
+"""`epsanet convert`: converts weights from and to PyTorch."""
 
 import argparse
 from typing import Any
@@ -10,20 +10,19 @@ def add_parser(subcommands: Any) -> None:
     """Adds the command's parser."""
     parser = subcommands.add_parser(
         'convert',
-        help='weights from and to PyTorch',
+        help='convert weights from and to PyTorch',
         description='Converts weights between PyTorch files, safetensors and checkpoints of epsanet_jax. '
-        'The names of SRC and DST decide what they are: .pth.tar (as the reference saves it), .pth and .pt '
-        '(a bare state dict), .safetensors; anything else is a folder: a workdir or a checkpoint.',
+        'The names of SRC and DST select the format: .pth.tar (a checkpoint of the reference), .pth or .pt '
+        '(a state dict), .safetensors; any other name is a folder: a workdir or a checkpoint.',
         epilog='example: epsanet convert checkpoint.pth.tar weights.safetensors --verify',
     )
     parser.add_argument('src', metavar='SRC')
     parser.add_argument('dst', metavar='DST')
-    parser.add_argument('--model', metavar='NAME', help='default: found from the shapes')
-    parser.add_argument(
-        '--num-classes', type=positive, metavar='N', help='replace a classifier of another size by a new one'
-    )
+    parser.add_argument('--model', metavar='NAME', help='default: inferred from the shapes')
+    text = 'replace a classifier of another size with a new one'
+    parser.add_argument('--num-classes', type=positive, metavar='N', help=text)
     add_choice_of_weights(parser)
-    parser.add_argument('--verify', action='store_true', help='compare logits with those of PyTorch')
+    parser.add_argument('--verify', action='store_true', help="compare the logits with PyTorch's")
     parser.set_defaults(run=run)
 
 
@@ -31,8 +30,6 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     from epsanet_jax.weights.save import convert
 
-    lines = convert(
-        args.src, args.dst, args.model, args.num_classes, args.step, args.verify, ema=not args.no_ema
-    )
-    for line in lines:
+    options = (args.model, args.num_classes, args.step, args.verify)
+    for line in convert(args.src, args.dst, *options, ema=not args.no_ema):
         print(line)

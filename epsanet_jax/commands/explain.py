@@ -1,4 +1,4 @@
-"""`epsanet explain`: a drawing for each image, a table for each class of a folder."""
+"""`epsanet explain`: Grad-CAM and attention, drawn for each image, in tables for the classes of folders."""
 
 import argparse
 import contextlib
@@ -18,35 +18,27 @@ if TYPE_CHECKING:
     from epsanet_jax.data.image_files import ImageFile
 
 TABLE = 'attention.csv'
+# For each class the number of images and, for each stage, their mean attention [blocks, S].
+ClassMeans = dict[str, tuple[int, dict[str, np.ndarray]]]
 
 
 def add_parser(subcommands: Any) -> None:
     """Adds the command's parser."""
     parser = subcommands.add_parser(
         'explain',
-        help='where a network looks, and which kernels it uses',
-        description="Draws Grad-CAM and the pyramid's attention for each image. For folders it also prints "
-        'the mean attention of each class (subfolder) and writes it to attention.csv.',
+        help='Grad-CAM and attention of images',
+        description='Draws Grad-CAM and the attention of the pyramids for each image. For folders it also '
+        'prints the mean attention of each class (subfolder) and writes it to attention.csv.',
         epilog='example: epsanet explain runs/pets cat.jpg --out explained --stages layer3 layer4',
     )
     common.add_checkpoint(parser)
     common.add_images(parser)
     parser.add_argument('--out', required=True, metavar='DIR', help='folder for the PNG files')
-    parser.add_argument(
-        '--stages',
-        nargs='+',
-        metavar='STAGE',
-        help='stem, layer1, ...: stages for Grad-CAM (default: the last stage)',
-    )
-    parser.add_argument(
-        '--classes',
-        nargs='+',
-        metavar='CLASS',
-        help="names or numbers of the classes to explain (default: each image's top class)",
-    )
-    parser.add_argument(
-        '--batch-size', type=common.positive, default=8, metavar='N', help='images at once (default: 8)'
-    )
+    stages = 'stages for Grad-CAM: stem, layer1, ... (default: the last stage)'
+    parser.add_argument('--stages', nargs='+', metavar='STAGE', help=stages)
+    classes = "names or numbers of the classes to explain (default: each image's top class)"
+    parser.add_argument('--classes', nargs='+', metavar='CLASS', help=classes)
+    common.add_batch_size(parser, 8)
     parser.set_defaults(run=run)
 
 
@@ -68,9 +60,8 @@ def _lines(args: argparse.Namespace) -> Iterator[str]:
     _make_folder(out)
     places, tables, skipped = Places(images, out), Tables(images), common.Skipped()
     kernels = explain.kernel_labels(network.model)
-    rows = explain.explain(
-        network, images, args.stages, args.classes, args.batch_size, on_bad=skipped, without=out
-    )
+    options = (args.stages, args.classes, args.batch_size)
+    rows = explain.explain(network, images, *options, on_bad=skipped, without=out)
     with contextlib.closing(rows):
         for file, explanation in common.progress(skipped.counted(rows), images, without=out):
             path = places.of(file)
@@ -81,27 +72,28 @@ def _lines(args: argparse.Namespace) -> Iterator[str]:
             share = 100 * explanation.probabilities[best]
             yield f'{shown(path)}: {shown(explanation.names[best])} {share:.1f} %'
     skipped.finish()
-    if tables.means() and kernels:
-        for name, (count, means) in tables.means().items():
-            yield from ('', *table(name, count, means, kernels))
+    means = tables.means()
+    if means and kernels:
+        for name, (count, stages) in means.items():
+            yield from ('', *table(name, count, stages, kernels))
         path = os.path.join(out, TABLE)
-        write_tables(path, tables.means(), network.model.kernels)
+        write_tables(path, means, network.model.kernels)
         yield from ('', f'written: {shown(path)}')
 
 
 def _make_folder(path: str) -> None:
-    """Makes a folder, and those above it; InputError if that is not possible."""
+    """Creates a folder and its parents; InputError if that is not possible."""
     try:
         os.makedirs(path, exist_ok=True)
     except OSError as e:
-        raise InputError(f'cannot make the folder {path}: {e.strerror or one_line(e)}') from e
+        raise InputError(f'cannot create the folder {path}: {e.strerror or one_line(e)}') from e
 
 
 class Places:
-    """The path of each image's drawing: the image's name with .png, in the folder `out`.
+    """Paths of the drawings: the name of the image with .png, in the folder `out`.
 
-    Images of a folder keep their subfolders; if several paths are given, each folder gets a folder of its own
-    name in `out`. A name that is taken already gets a number.
+    Images of a folder keep their subfolders. If several paths are given, each given folder gets a folder with
+    its name in `out`. A name that is already in use gets a number.
     """
 
     def __init__(self, images: Sequence[str], out: str):
@@ -118,7 +110,7 @@ class Places:
             self._names.append(name)
 
     def of(self, file: 'ImageFile') -> str:
-        """Returns the path of an image's drawing."""
+        """Returns the path of the drawing of an image."""
         name = self._names[file.argument]
         if os.path.isdir(self._images[file.argument]):
             name = file.below if len(self._images) == 1 else os.path.join(name, file.below)
@@ -126,23 +118,23 @@ class Places:
 
 
 def base_name(path: str) -> str:
-    """Returns a file's or folder's own name, also for '.' and 'x/'."""
+    """Returns the name of a file or folder, also for '.' and 'x/'."""
     return os.path.basename(os.path.abspath(path)) or 'images'
 
 
 class Tables:
-    """The attention of each class in the given folders, averaged over its images.
+    """Mean attention of each class in the given folders.
 
-    A class is a direct subfolder of a given folder, with everything below it. Images directly in a given
-    folder form a class with the name of that folder.
+    A class is a direct subfolder of a given folder, with its subfolders. Images directly in a given folder
+    form a class with the name of that folder.
     """
 
     def __init__(self, images: Sequence[str]):
         self._classes = {i: base_name(path) for i, path in enumerate(images) if os.path.isdir(path)}
-        self._sums: dict[str, tuple[int, dict[str, np.ndarray]]] = {}
+        self._sums: ClassMeans = {}
 
     def add(self, file: 'ImageFile', attention: dict[str, np.ndarray]) -> None:
-        """Counts the attention of an image in a folder, [blocks, S] for each stage."""
+        """Adds the attention of an image, [blocks, S] for each stage, if it is in a folder."""
         if file.argument not in self._classes:
             return
         first, *below = file.below.split(os.sep)
@@ -151,8 +143,8 @@ class Tables:
         added = {stage: a.astype(np.float64) + sums.get(stage, 0) for stage, a in attention.items()}
         self._sums[name] = count + 1, added
 
-    def means(self) -> dict[str, tuple[int, dict[str, np.ndarray]]]:
-        """Returns for each class the number of images and, for each stage, [blocks, S]."""
+    def means(self) -> ClassMeans:
+        """Returns the mean attention of each class."""
         return {
             name: (count, {stage: total / count for stage, total in sums.items()})
             for name, (count, sums) in self._sums.items()
@@ -160,19 +152,17 @@ class Tables:
 
 
 def table(name: str, count: int, means: dict[str, np.ndarray], kernels: Sequence[str]) -> Iterator[str]:
-    """Yields the lines of a class's table: a row a block, a column a kernel size."""
-    yield f'{shown(name)}, {count} image{"" if count == 1 else "s"}: attention to each kernel size'
+    """Yields the lines of the table of a class: one row per block, one column per branch."""
+    yield f'{shown(name)}, {count} image{"" if count == 1 else "s"}: mean attention of each kernel'
     width = max(8, *map(len, kernels)) + 2
-    yield f'  {"block":<10}' + ''.join(f'{kernel:>{width}}' for kernel in kernels) + '  most'
+    yield f'  {"block":<10}' + ''.join(f'{kernel:>{width}}' for kernel in kernels) + '  largest'
     for stage, rows in means.items():
         for block, row in enumerate(rows):
             values = ''.join(f'{value:>{width}.4f}' for value in row)
             yield f'  {f"{stage}.{block}":<10}{values}  {kernels[int(row.argmax())]}'
 
 
-def write_tables(
-    path: str, means: dict[str, tuple[int, dict[str, np.ndarray]]], sizes: Sequence[int]
-) -> None:
+def write_tables(path: str, means: ClassMeans, sizes: Sequence[int]) -> None:
     """Writes all tables as one CSV: class, images, stage, block, branch (from 1), kernel, attention."""
 
     def write(temporary: str) -> None:
@@ -182,8 +172,7 @@ def write_tables(
             for name, (count, blocks) in means.items():
                 for stage, rows in blocks.items():
                     for (block, branch), value in np.ndenumerate(rows):
-                        writer.writerow(
-                            (name, count, stage, block, branch + 1, sizes[branch], f'{value:.6g}')
-                        )
+                        place = (name, count, stage, block, branch + 1, sizes[branch])
+                        writer.writerow((*place, f'{value:.6g}'))
 
     write_atomically(path, write)

@@ -1,4 +1,4 @@
-"""The command `epsanet`. Exit status 0, 2 with one line for bad usage or input, 75 if interrupted."""
+"""The command `epsanet`. Exit status 0; 2 with one line for wrong usage or input; 75 if interrupted."""
 
 import argparse
 import os
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status.
 
     Args:
-        argv: arguments without the program's name; None: those of this process.
+        argv: arguments without the name of the program; None: those of this process.
     """
     parser = _Parser(prog='epsanet', description='EPSANet for JAX.')
     subcommands = parser.add_subparsers(required=True, metavar='COMMAND')
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of the output, `head` for example, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:  # in commands that have nothing to save
+    except KeyboardInterrupt:  # commands that have something to save raise Interrupted instead
         return 130
     return status
 

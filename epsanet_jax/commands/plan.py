@@ -1,11 +1,11 @@
-"""`epsanet plan`: memory, communication and cost of a training step on devices that need not be there."""
+"""`epsanet plan`: compiles a training step for devices that need not exist here."""
 
 import argparse
 import dataclasses
 import json
 from typing import Any
 
-from epsanet_jax.commands.common import positive, to_stderr
+from epsanet_jax.commands.common import add_json, positive, to_stderr
 
 
 def add_parser(subcommands: Any) -> None:
@@ -13,18 +13,19 @@ def add_parser(subcommands: Any) -> None:
     parser = subcommands.add_parser(
         'plan',
         help='memory, communication and cost of a training step on devices that you do not have',
-        description='Compiles the training step of a recipe for a topology and shows what it needs there. '
-        'TPU slices need `pip install libtpu`, but no TPU. Exit status 1 if the step does not fit.',
+        description='Compiles the training step of a recipe for a topology and prints memory, communication '
+        'and cost. TPU slices need `pip install libtpu`, but no TPU. Exit status 1 if the step does not fit.',
         epilog='example: epsanet plan --config=configs/imagenet.py --topology=v5e:2x4 --batch=1024 '
         '--config.model.dtype=bfloat16',
     )
-    parser.add_argument('--config', metavar='FILE', help='a recipe; its fields as --config.FIELD=VALUE')
+    parser.add_argument(
+        '--config', metavar='FILE', help='recipe; change its fields with --config.FIELD=VALUE'
+    )
     parser.add_argument('--topology', required=True, metavar='NAME', help='v5e:2x4, v5p:4x4x4, cpu:8, ...')
     parser.add_argument('--batch', type=positive, metavar='N', help="global batch; default: the recipe's")
-    parser.add_argument(
-        '--find-batch', action='store_true', help='estimate the largest batch that fits from two compilations'
-    )
-    parser.add_argument('--json', action='store_true', help='print JSON')
+    text = 'estimate the largest batch that fits, from two compilations'
+    parser.add_argument('--find-batch', action='store_true', help=text)
+    add_json(parser)
     parser.set_defaults(run=run, config_fields=[])
 
 
@@ -59,5 +60,5 @@ def run(args: argparse.Namespace) -> int:
     else:
         print('\n\n'.join('\n'.join(plan.describe(p)) for p in plans))
         if args.find_batch:
-            print(f'\nlargest batch that fits: {most}, by a straight line through these two')
+            print(f'\nlargest batch that fits: {most}, by linear extrapolation of these two')
     return int(most == 0 if args.find_batch else plans[0].fits is False)

@@ -1,4 +1,4 @@
-"""`epsanet plot`: curves of runs."""
+"""`epsanet plot`: draws the curves of runs."""
 
 import argparse
 import os
@@ -9,14 +9,13 @@ def add_parser(subcommands: Any) -> None:
     """Adds the command's parser."""
     parser = subcommands.add_parser(
         'plot',
-        help='curves of runs',
-        description='Draws loss, accuracy, learning rate and images per second of one or several runs.',
+        help='draw the curves of runs',
+        description='Draws loss, top-1 accuracy and learning rate of one or several runs over their steps.',
         epilog='example: epsanet plot runs/a runs/b --out curves.png',
     )
     parser.add_argument('workdirs', nargs='+', metavar='WORKDIR')
-    parser.add_argument(
-        '--out', metavar='FILE', help=".png, .svg or .pdf; default: 'curves.png' in the first workdir"
-    )
+    out = '.png, .svg or .pdf (default: curves.png in the first workdir)'
+    parser.add_argument('--out', metavar='FILE', help=out)
     parser.set_defaults(run=run)
 
 

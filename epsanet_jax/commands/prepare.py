@@ -1,38 +1,32 @@
-"""`epsanet prepare`: images into ArrayRecord."""
+"""`epsanet prepare`: writes images as a dataset in ArrayRecord."""
 
 import argparse
 from typing import Any
 
-from epsanet_jax.commands.common import positive
+from epsanet_jax.commands.common import add_on_bad, positive
 
 
 def add_parser(subcommands: Any) -> None:
     """Adds the command's parser."""
     parser = subcommands.add_parser(
         'prepare',
-        help='images into ArrayRecord',
-        description='Writes the images of a folder, or of tars, as a TFDS dataset in sharded ArrayRecord. '
-        'SRC holds train/ and val/ with one folder or one tar per class; train.tar and val.tar of class '
-        'folders; class folders; or ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar. JPEG files are kept '
-        'byte for byte, others are converted. After an interruption (status 75) or a kill the same command '
-        'continues.',
+        help='write images as a dataset in ArrayRecord',
+        description='Writes the images of a folder or of tar files as a TFDS dataset in sharded ArrayRecord. '
+        'SRC holds train/ and val/ with one folder or tar file per class; train.tar and val.tar of class '
+        'folders; class folders; or ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar. JPEG files are '
+        'copied unchanged, other formats are converted. After an interruption (status 75) or a crash, the '
+        'same command continues.',
         epilog='example: epsanet prepare images records/images --on-bad=skip',
     )
     parser.add_argument('src', metavar='SRC')
     parser.add_argument('dst', metavar='DST', help='a new or empty folder')
-    parser.add_argument(
-        '--on-bad', choices=('stop', 'skip'), default='stop', help='at an image that cannot be decoded'
-    )
-    parser.add_argument('--workers', type=positive, metavar='N', help='default: the number of processors')
-    parser.add_argument(
-        '--name',
-        help="name of the dataset; default: 'image_folder', or 'imagenet2012' for ImageNet's own tars",
-    )
-    parser.add_argument(
-        '--labels',
-        metavar='FILE',
-        help="labels of ImageNet's validation images, one synset per line; default: the list that TFDS has",
-    )
+    add_on_bad(parser)
+    workers = 'number of processes (default: the number of processors)'
+    parser.add_argument('--workers', type=positive, metavar='N', help=workers)
+    name = "name of the dataset (default: 'image_folder', or 'imagenet2012' for ImageNet's tar files)"
+    parser.add_argument('--name', help=name)
+    labels = "labels of ImageNet's validation images, one synset per line (default: the list of TFDS)"
+    parser.add_argument('--labels', metavar='FILE', help=labels)
     parser.set_defaults(run=run)
 
 

@@ -1,11 +1,11 @@
-"""`epsanet summary`: parameters, multiply-adds and activations of a network."""
+"""`epsanet summary`: prints parameters, multiply-adds and activations of a network."""
 
 import argparse
 import dataclasses
 import json
 from typing import Any
 
-from epsanet_jax.commands.common import positive
+from epsanet_jax.commands.common import add_json, positive
 from epsanet_jax.errors import InputError
 
 
@@ -14,13 +14,13 @@ def add_parser(subcommands: Any) -> None:
     parser = subcommands.add_parser(
         'summary',
         help='parameters, multiply-adds and activations of a network',
-        description='Shows parameters, multiply-adds and activation memory of a network, stage by stage.',
+        description='Prints parameters, multiply-adds and activation memory of a network, per stage.',
         epilog='example: epsanet summary epsanet50_small',
     )
-    parser.add_argument('name', metavar='NAME', help='a model, as in epsanet_jax.list_models()')
+    parser.add_argument('name', metavar='NAME', help='model, one of epsanet_jax.list_models()')
     parser.add_argument('--num-classes', type=positive, default=1000, metavar='N')
     parser.add_argument('--image-size', type=positive, default=224, metavar='PIXELS')
-    parser.add_argument('--json', action='store_true', help='print JSON')
+    add_json(parser)
     parser.set_defaults(run=run)
 
 
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
     memory = f'{total["activation_bytes"] / 2**20:.2f} MiB'
     print(f'{"total":<8}{"":>18}{total["params"]:>14,}{total["multiply_adds"]:>18,}{memory:>14}\n')
     print('activations: outputs of convolutions, BatchNorms and the classifier for one image, in float32')
-    print(f"by the paper's count, 2 more for each BatchNorm output: {total['published_count']:,}")
+    print(f"multiply-adds by the paper's count, with 2 per BatchNorm output: {total['published_count']:,}")
     variant = get_variant(args.name)
     if variant.published_params:
         print(

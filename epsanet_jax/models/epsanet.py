@@ -1,4 +1,4 @@
-"""EPSANet, and ResNet from the same parts."""
+"""EPSANet, and ResNet as a variant of it."""
 
 import functools
 from collections.abc import Callable
@@ -27,11 +27,11 @@ class EPSABlock(nn.Module):
 
     Attributes:
         planes: width of the bottleneck; the output has planes * settings.expansion channels.
-        stride: of the PSA module and of the shortcut.
-        downsample: whether the shortcut is a 1x1 conv with BatchNorm instead of the input itself.
-        dilation: of the PSA module.
+        stride: stride of the PSA module and of the shortcut.
+        downsample: whether the shortcut is a 1x1 conv with BatchNorm instead of the identity.
+        dilation: dilation of the PSA module.
         settings: options of the network, see `models.settings.Settings`.
-        middle: 'psa', or 'conv3x3' for ResNet's plain bottleneck.
+        middle: 'psa', or 'conv3x3' for the bottleneck of ResNet.
         use_se: whether a squeeze-and-excitation module weights the output of the last convolution.
         bn_axis: mesh axis over which one BatchNorm group is spread, see `EPSANet`.
         folded: whether the block has no BatchNorm, see `EPSANet`.
@@ -54,17 +54,8 @@ class EPSABlock(nn.Module):
         width = self.planes * s.expansion
         self.conv1, self.bn1 = conv(self.planes, 1), norm()
         if self.middle == 'psa':
-            self.conv2 = PSAModule(
-                self.planes,
-                self.stride,
-                s.kernels,
-                s.groups,
-                s.reduction,
-                use_bias=s.psa_bias,
-                dilation=self.dilation,
-                conv=s.conv,
-                **dtypes,
-            )
+            options = {'use_bias': s.psa_bias, 'dilation': self.dilation, 'conv': s.conv, **dtypes}
+            self.conv2 = PSAModule(self.planes, self.stride, s.kernels, s.groups, s.reduction, **options)
         else:
             self.conv2 = conv(self.planes, 3, stride=self.stride, dilation=self.dilation)
         self.bn2: Norm = Affine(**dtypes) if self.folded and self.middle == 'psa' else norm()
@@ -78,9 +69,9 @@ class EPSABlock(nn.Module):
         """Maps [N, H, W, C] to [N, ceil(H / stride), ceil(W / stride), planes * expansion].
 
         Args:
-            x: the activation.
+            x: activations.
             train: whether BatchNorm normalises by the batch.
-            keep: factor [N] of each row's residual branch, for stochastic depth.
+            keep: factor of the residual branch of each row, [N], for stochastic depth.
         """
         y = nn.relu(self.bn1(self.conv1(x), train))  # [N, H, W, P]
         y = self.conv2.weighted(y) if self.middle == 'psa' else self.conv2(y)
@@ -95,9 +86,9 @@ class EPSABlock(nn.Module):
 
 
 class EPSANet(nn.Module, Settings):
-    """The network; `epsanet_jax.create_model` makes the published variants.
+    """The network; `epsanet_jax.create_model` creates the published variants.
 
-    Its options are the fields of `models.settings.Settings`.
+    The options are the fields of `models.settings.Settings`.
 
     Attributes:
         middle: 'psa', or 'conv3x3' for ResNet.
@@ -129,7 +120,7 @@ class EPSANet(nn.Module, Settings):
             blocks = []
             for i in range(count):
                 halves = stage > 0 and i == 0
-                # Instead of halving, the blocks that follow are dilated.
+                # At the output stride a stage keeps its size, and the following blocks are dilated instead.
                 kept = halves and self.output_stride < 32 and reached >= self.output_stride
                 stride = 2 if halves and not kept else 1
                 downsample = halves or width != planes * self.expansion
@@ -148,15 +139,15 @@ class EPSANet(nn.Module, Settings):
         Args:
             images: [N, H, W, in_channels], normalised; H and W at least 32.
             train: whether BatchNorm normalises by the batch (and updates 'batch_stats').
-            keep: factors [N, blocks] of the residual branches, for stochastic depth
-                (`training.stochastic_depth.draw_keep`); None: all are kept as they are.
+            keep: factors of the residual branches, [N, blocks], for stochastic depth, see
+                `training.steps.draw_keep`; None: all are 1.
 
         Returns:
             'stem' [N, H/4, W/4, 64], and 'layer1' .. 'layer4' [N, H/s, W/s, planes * expansion] with
-            s = 4, 8, 16, 32, or `output_stride` where that is less (sizes rounded up).
+            s = 4, 8, 16, 32, but at most `output_stride` (sizes rounded up).
 
         Raises:
-            InputError: the images are of the wrong rank, type, number of channels or too small.
+            InputError: the images have a wrong rank, type or number of channels, or are too small.
         """
         check_images(images, self.in_channels)
         x = images.astype(self.dtype)  # [N, H, W, in_channels]
@@ -172,7 +163,7 @@ class EPSANet(nn.Module, Settings):
         return outputs
 
     def __call__(self, images: jax.Array, train: bool = False, keep: jax.Array | None = None) -> jax.Array:
-        """Returns logits [N, num_classes], of `dtype` or float32 if that is wider.
+        """Returns logits [N, num_classes], in `dtype` or float32 if that is wider.
 
         Arguments and errors are those of `features`. Without a classifier (`num_classes` 0) it returns the
         pooled features [N, planes * expansion].
@@ -181,12 +172,12 @@ class EPSANet(nn.Module, Settings):
         return self.logits_from(self.features(images, train, keep)[last], last, train)
 
     def logits_from(self, x: jax.Array, stage: str, train: bool = False) -> jax.Array:
-        """Returns the logits [N, num_classes] of a stage's activations, by what comes after that stage.
+        """Returns the logits [N, num_classes] from the activations of a stage, for Grad-CAM.
 
         Args:
-            x: what `features` gives for `stage`; its gradient is what Grad-CAM needs.
+            x: activations that `features` returns for `stage`.
             stage: 'stem', 'layer1', ...
-            train: as `features`.
+            train: whether BatchNorm normalises by the batch.
 
         Raises:
             InputError: there is no such stage.
@@ -207,15 +198,13 @@ def _dtypes(settings: Settings) -> dict[str, Any]:
 def _parts(
     settings: Settings, bn_axis: str | None, folded: bool
 ) -> tuple[Callable[..., Any], Callable[[], Norm]]:
-    """Returns what makes the convolutions and the BatchNorms of a network."""
+    """Returns the constructors of a network's convolutions and BatchNorms."""
     dtypes = _dtypes(settings)
     conv = functools.partial(Conv, conv=settings.conv, use_bias=folded, **dtypes)
     if folded:
-        return conv, lambda: lambda x, train: x  # the convolution before it does the work
-    group = settings.bn_group or None
-    return conv, functools.partial(
-        BatchNorm, group=group, axis_name=bn_axis, frozen=settings.frozen_bn, **dtypes
-    )
+        return conv, lambda: lambda x, train: x  # the convolution includes it
+    options = {'group': settings.bn_group or None, 'frozen': settings.frozen_bn, **dtypes}
+    return conv, functools.partial(BatchNorm, axis_name=bn_axis, **options)
 
 
 def abstract_images(model: EPSANet, size: int = MIN_SIZE) -> jax.ShapeDtypeStruct:
@@ -224,7 +213,7 @@ def abstract_images(model: EPSANet, size: int = MIN_SIZE) -> jax.ShapeDtypeStruc
 
 
 def abstract_variables(model: EPSANet) -> Any:
-    """Returns the shapes and types of a network's variables; nothing is computed."""
+    """Returns the shapes and types of a network's variables, without computing them."""
     return jax.eval_shape(model.init, jax.random.key(0), abstract_images(model))
 
 
@@ -236,9 +225,8 @@ def stages(model: EPSANet) -> list[str]:
 def check_stage(model: EPSANet, stage: str) -> None:
     """Raises InputError if a network has no such stage."""
     if stage not in stages(model):
-        raise InputError(
-            f'no stage {stage!r}{suggest(stage, stages(model))}; there are {", ".join(stages(model))}'
-        )
+        known = stages(model)
+        raise InputError(f'no stage {stage!r}{suggest(stage, known)}; stages: {", ".join(known)}')
 
 
 def check_images(images: jax.Array, channels: int = 3) -> None:

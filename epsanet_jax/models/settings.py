@@ -1,8 +1,8 @@
 """Every option of a model, stated once.
 
-`create_model`, the fields of the network, the configuration of a run, the settings found from a state dict
-and the metadata of a checkpoint all derive from `Settings`. A new option needs a field here and the module
-that uses it. Values are plain JSON: numbers, strings and tuples.
+`create_model`, the fields of the network, the configuration of a run, the settings inferred from a state dict
+and the metadata of a checkpoint derive from `Settings`. A new option needs a field here and the module that
+uses it. Values are plain JSON: numbers, strings and tuples.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ PYRAMID = ('kernels', 'groups', 'psa_bias')
 
 
 def settings_of(model: Settings) -> Settings:
-    """Returns the settings among the fields of a network, in the form that JSON can hold."""
+    """Returns the settings of a network, as plain JSON types."""
     return Settings(**plain({name: getattr(model, name) for name in NAMES}))
 
 
@@ -123,10 +123,10 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
-    """Returns the model's configuration from metadata or other JSON, which has lists for tuples.
+    """Returns the configuration of a model from JSON, which has lists for tuples.
 
     Raises:
-        InputError: there is a setting that this version does not know.
+        InputError: this version does not know a setting.
     """
     unknown = sorted(set(values) - {'name', *NAMES})
     if unknown:
@@ -140,16 +140,9 @@ def check_settings(model: Settings) -> None:
     check_name(model.conv)
     for field in ('dtype', 'param_dtype'):
         if jnp.dtype(getattr(model, field)).name not in DTYPES:
-            raise InputError(
-                f'{field} must be a floating-point type ({", ".join(DTYPES)}), got {getattr(model, field)}'
-            )
-    for field, least in {
-        'num_classes': 0,
-        'in_channels': 1,
-        'expansion': 1,
-        'reduction': 1,
-        'bn_group': 0,
-    }.items():
+            raise InputError(f'{field} must be one of {", ".join(DTYPES)}, got {getattr(model, field)}')
+    limits = {'num_classes': 0, 'in_channels': 1, 'expansion': 1, 'reduction': 1, 'bn_group': 0}
+    for field, least in limits.items():
         if getattr(model, field) < least:
             raise InputError(f'{field} must be at least {least}, got {getattr(model, field)}')
     for field in ('layers', 'planes', 'kernels', 'groups'):
@@ -173,33 +166,31 @@ def check_pyramid(model: Settings) -> None:
     kernels, groups = model.kernels, model.groups
     if len(kernels) != len(groups):
         raise InputError(
-            f'kernels and groups must each have one number per branch, got {kernels} and {groups}'
+            f'kernels and groups must have one number per branch each, got {kernels} and {groups}'
         )
     if any(k % 2 == 0 for k in kernels):
         raise InputError(f'kernels must be odd, got {kernels}')
     for planes in model.planes:
         width, rest = divmod(planes, len(kernels))
         if rest:
-            raise InputError(f'planes must divide by the {len(kernels)} branches, got {planes}')
+            raise InputError(
+                f'planes must be multiples of {len(kernels)}, the number of branches, got {planes}'
+            )
         for g in groups:
-            if planes % g or width % g:
-                raise InputError(
-                    f'groups must divide planes and a branch of planes / {len(kernels)}: {g} groups do not '
-                    f'divide {planes} and {width}'
-                )
+            if width % g:
+                raise InputError(f'{g} groups do not divide planes / {len(kernels)} = {width}')
         if width < model.reduction:
             raise InputError(
-                f'reduction {model.reduction} leaves a branch of {width} channels no hidden unit in its '
-                f'squeeze-and-excitation module; use at most {width}'
+                f'reduction must be at most planes / {len(kernels)} = {width}, got {model.reduction}'
             )
 
 
 def check_types(section: Any, prefix: str = 'model') -> None:
-    """Raises InputError if the value of a dataclass's field is not of its declared type, or not finite.
+    """Raises InputError if a field of a dataclass does not have its declared type, or is not finite.
 
     Args:
         section: instance of a dataclass; fields that are dataclasses are checked too.
-        prefix: put before the names of the fields in messages.
+        prefix: prefix of the names of fields in messages.
     """
     for name, hint in typing.get_type_hints(type(section)).items():
         value, field = getattr(section, name), f'{prefix}.{name}'

@@ -23,7 +23,7 @@ from epsanet_jax.models.settings import (
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A row of the table.
+    """A published network.
 
     Attributes:
         layers: blocks in each stage.
@@ -53,45 +53,25 @@ class Variant:
 
 
 _LARGE: dict[str, Any] = {
-    # Never released as code. Inferred: all published parameter and multiply-add counts are met to the last
-    # digit by these settings, and (3, 5, 5, 7) is the only pyramid of kernels that does.
+    # Inferred, since the code was never released: these settings match all published parameter and
+    # multiply-add counts to the last digit, and (3, 5, 5, 7) are the only kernels that do.
     'planes': (128, 256, 512, 1024),
     'expansion': 2,
     'kernels': (3, 5, 5, 7),
     'groups': (32, 32, 32, 32),
 }
 
+
+def _published(params: float, flops: float, top1: float, top5: float) -> dict[str, Any]:
+    names = ('published_params', 'published_flops', 'published_top1', 'published_top5')
+    return dict(zip(names, (params, flops, top1, top5), strict=True))
+
+
 VARIANTS: dict[str, Variant] = {
-    'epsanet50_small': Variant(
-        (3, 4, 6, 3),
-        published_params=22.56,
-        published_flops=3.62,
-        published_top1=77.49,
-        published_top5=93.54,
-    ),
-    'epsanet50_large': Variant(
-        (3, 4, 6, 3),
-        **_LARGE,
-        published_params=27.90,
-        published_flops=4.72,
-        published_top1=78.64,
-        published_top5=94.18,
-    ),
-    'epsanet101_small': Variant(
-        (3, 4, 23, 3),
-        published_params=38.90,
-        published_flops=6.82,
-        published_top1=78.43,
-        published_top5=94.11,
-    ),
-    'epsanet101_large': Variant(
-        (3, 4, 23, 3),
-        **_LARGE,
-        published_params=49.59,
-        published_flops=8.97,
-        published_top1=79.38,
-        published_top5=94.58,
-    ),
+    'epsanet50_small': Variant((3, 4, 6, 3), **_published(22.56, 3.62, 77.49, 93.54)),
+    'epsanet50_large': Variant((3, 4, 6, 3), **_LARGE, **_published(27.90, 4.72, 78.64, 94.18)),
+    'epsanet101_small': Variant((3, 4, 23, 3), **_published(38.90, 6.82, 78.43, 94.11)),
+    'epsanet101_large': Variant((3, 4, 23, 3), **_LARGE, **_published(49.59, 8.97, 79.38, 94.58)),
     'resnet50': Variant((3, 4, 6, 3), middle='conv3x3'),
     'resnet101': Variant((3, 4, 23, 3), middle='conv3x3'),
     'seresnet50': Variant((3, 4, 6, 3), middle='conv3x3', use_se=True),
@@ -105,7 +85,7 @@ def list_models() -> list[str]:
 
 
 def get_variant(name: str) -> Variant:
-    """Returns the row of the table; InputError names the nearest name if there is none."""
+    """Returns the published network of a name; InputError if there is none."""
     if name not in VARIANTS:
         raise InputError(
             f'unknown model {name!r}{suggest(name, list_models())}; known: {", ".join(VARIANTS)}'
@@ -121,7 +101,7 @@ def create_model(
     dtype: Dtype = jnp.float32,
     **overrides: Any,
 ) -> EPSANet:
-    """Makes a published network, or one changed from it.
+    """Creates a published network, with changes if any are given.
 
     Args:
         name: one of `list_models()`.
@@ -141,14 +121,14 @@ def create_model(
 
 
 def build_model(config: ModelConfig, num_classes: int = 0) -> EPSANet:
-    """Makes the network of a configuration.
+    """Creates the network of a configuration.
 
     Args:
         config: name and settings.
-        num_classes: number of classes where the configuration leaves it open.
+        num_classes: number of classes if the configuration has 0.
 
     Raises:
-        InputError: the settings are invalid, or they ask for float64 and JAX has it switched off.
+        InputError: the settings are invalid, or they need float64 and JAX has it disabled.
     """
     for field in ('dtype', 'param_dtype'):
         if getattr(config, field) == 'float64' and not jax.config.jax_enable_x64:
@@ -169,44 +149,41 @@ def _make(config: ModelConfig, num_classes: int) -> EPSANet:
     check_settings(model)
     if model.middle == 'psa':
         check_pyramid(model)
-    if model.use_se and min(model.planes) * model.expansion < model.reduction:
-        raise InputError(
-            f'reduction must be at most {min(model.planes) * model.expansion}, got {model.reduction}'
-        )
+    width = min(model.planes) * model.expansion
+    if model.use_se and width < model.reduction:
+        raise InputError(f'reduction must be at most planes * expansion = {width}, got {model.reduction}')
     return model
 
 
 def config_of(model: EPSANet) -> ModelConfig:
-    """Returns the nearest variant's name and the changes from it that give this network.
+    """Returns the name of the nearest variant and the settings that differ from it.
 
     Raises:
-        InputError: `create_model` cannot make such a network.
+        InputError: `create_model` cannot create such a network.
     """
     return nearest_variant(model.middle, model.use_se, dataclasses.asdict(settings_of(model)))
 
 
 def nearest_variant(middle: str, use_se: bool, settings: dict[str, Any]) -> ModelConfig:
-    """Returns settings as the name of the nearest variant of a kind and the changes from it.
+    """Returns settings as the name of the nearest variant and the settings that differ from it.
 
     Args:
-        middle: kind of the block's middle, see `EPSANet`.
+        middle: 'psa' or 'conv3x3', see `EPSANet`.
         use_se: whether blocks have squeeze-and-excitation modules.
-        settings: values of `Settings`; those that are left out keep their default.
+        settings: values of `Settings`; missing ones have their default.
 
     Raises:
-        InputError: no variant is of this kind.
+        InputError: no variant has this `middle` and `use_se`.
     """
     candidates = {name: v for name, v in VARIANTS.items() if (v.middle, v.use_se) == (middle, use_se)}
     if not candidates:
-        raise InputError(
-            'a block with both a pyramid and a squeeze-and-excitation module is not a network of this package'
-        )
+        raise InputError('blocks with both a pyramid and a squeeze-and-excitation module are not supported')
 
-    def is_own(name: str, field: str) -> bool:
+    def equals(name: str, field: str) -> bool:
         return field not in settings or getattr(candidates[name], field) == settings[field]
 
-    name = max(candidates, key=lambda name: sum(is_own(name, field) for field in STRUCTURE))
-    unset = {field for field in STRUCTURE if is_own(name, field)}
+    name = max(candidates, key=lambda name: sum(equals(name, field) for field in STRUCTURE))
+    unset = {field for field in STRUCTURE if equals(name, field)}
     if middle != 'psa':
         unset |= set(PYRAMID)
     return ModelConfig(name=name, **{k: v for k, v in settings.items() if k not in unset})

@@ -1,4 +1,4 @@
-"""What is read from a compiled module's text."""
+"""Estimates and collectives in the text of a compiled module."""
 
 import pytest
 
@@ -27,7 +27,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 """
 
 
-def test_loops_count_as_often_as_they_run_and_what_has_no_estimate_is_listed():
+def test_loop_bodies_count_once_per_iteration_and_custom_calls_are_listed():
     found = hlo.analyze(HLO.replace('TRIPS', '"known_trip_count":{"n":"7"}'))
     assert found['cycles'] == 7 * 10 + 10 + 5 + 1
     assert (found['loops'], found['unknown_loops']) == (2, 1)

@@ -1,117 +1,50 @@
-"""`epsanet plan`: the step compiled for devices, what it communicates and whether it fits."""
+"""Memory, communication and cost of a training step."""
 
-import dataclasses
-import json
-import os
-import subprocess
-import sys
+import types
 
 import jax
+import jax.numpy as jnp
 import pytest
-from command import run
 
 from epsanet_jax.analysis import plan, topology
 from epsanet_jax.errors import InputError
-from epsanet_jax.models.zoo import build_model
 from epsanet_jax.training import tracing
 from epsanet_jax.training.config import Config, ModelConfig
-from epsanet_jax.training.flags import read_config
 
-RECIPE = """
-from epsanet_jax.training.config import *
-def get_config(bn_group='8'):
-    model = ModelConfig(
-        layers=(1,), planes=(16,), expansion=2, groups=(1, 1, 2, 4), reduction=4, bn_group=int(bn_group)
-    )
-    data = DataConfig(image_size=32, resize_size=32)
-    return Config(batch_size=64, model=model, data=data)
-"""
+CPUS = topology.Topology('cpu:2', [None] * 2, 2**40)
 
 
-@pytest.fixture(scope='module')
-def recipe(tmp_path_factory):
-    path = tmp_path_factory.mktemp('recipe') / 'recipe.py'
-    path.write_text(RECIPE)
-    return path
+def lower(batch):
+    """Lowers a function whose memory is proportional to the batch."""
+    return jax.jit(lambda x: (x @ x.T).sum()).lower(jax.ShapeDtypeStruct((batch, 1000), jnp.float32))
 
 
-def gradient_and_statistics_bytes(config):
-    model = build_model(config.model, 1000)
-    variables = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), 'float32'))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(variables))
+def test_plan_of_a_small_function():
+    found = plan.make_plan(lower, 'net', 64, CPUS)
+    assert (found.devices, found.batch, found.fits, found.collectives) == (2, 64, True, {})
+    assert found.bytes_per_device >= 64 * 1000 * 4
+    assert found.cost['flops'] >= 2 * 64 * 64 * 1000
+    assert plan.describe(found)[0] == 'net on cpu:2: 2 devices, batch 64, 32 rows per device'
+    assert 'per device: fits' in plan.describe(found)[1]
 
 
-@pytest.mark.parametrize(('devices', 'microbatches'), [(8, 1), (8, 2), (256, 1)])
-def test_gradients_statistics_and_metrics_are_all_that_is_communicated(recipe, devices, microbatches):
-    arguments = [f'--config={recipe}', f'--topology=cpu:{devices}', f'--batch={devices * 16}', '--json']
-    arguments += [f'--config.gradient_accumulation_steps={microbatches}']
-    environment = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'}
-    done = subprocess.run(
-        [sys.executable, '-m', 'epsanet_jax', 'plan', *arguments],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=True,
-    )
-    found = json.loads(done.stdout)
-    assert (found['devices'], found['batch'], found['fits']) == (devices, devices * 16, True)
-    assert list(found['collectives']) == ['all-reduce']
-    expected = gradient_and_statistics_bytes(read_config([f'--config={recipe}']))
-    assert found['collectives']['all-reduce']['bytes'] == pytest.approx(expected, rel=0.01)
+def test_step_that_the_compiler_cannot_fit_has_no_cost():
+    def fails():
+        raise jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: required (32.0G) exceeds available (16.0G)')
+
+    found = plan.make_plan(lambda batch: types.SimpleNamespace(compile=fails), 'net', 64, CPUS)
+    assert (found.fits, found.bytes_per_device, found.memory_per_device) == (False, 2**35, 2**34)
+    assert (found.cost, found.collectives) == ({}, {})
+    assert 'DOES NOT FIT' in plan.describe(found)[1]
 
 
-def test_groups_over_several_devices_add_their_statistics_alone(recipe, capsys):
-    """Forward and backward of 3 BatchNorms with 8 devices' partial sums: thousands of bytes."""
-    status, out, _ = run(capsys, 'plan', f'--config={recipe}:64', '--topology=cpu:8', '--json')
-    assert status == 0
-    found = json.loads(out)['collectives']
-    assert list(found) == ['all-reduce']
-    expected = gradient_and_statistics_bytes(read_config([f'--config={recipe}']))
-    assert expected < found['all-reduce']['bytes'] < 1.1 * expected
+def test_largest_batch_is_found_only_if_the_memory_is_known():
+    unknown = topology.Topology('cuda:2', [None] * 2, None)
+    with pytest.raises(InputError, match='the memory of cuda:2 is unknown'):
+        plan.find_batch(lower, lambda n: True, 'net', 64, 2, unknown)
 
 
-def test_a_plan_for_people(recipe, capsys):
-    status, out, err = run(capsys, 'plan', f'--config={recipe}', '--topology=cpu:8', '--batch=128')
-    assert status == 0
-    for part in ('8 devices, batch 128, 16 rows each', 'a device: fits', 'all-reduce:', 'compiled in'):
-        assert part in out
-    assert 'compiling for cpu:8' in err
-
-
-def small_memory(size):
-    return dataclasses.replace(topology.open_topology('cpu:8'), memory=size)
-
-
-def plan_of(config, place, batch):
-    def lower(batch):
-        changed = dataclasses.replace(config, batch_size=batch)
-        return tracing.lower_train_step(changed, place.devices, place.platform)
-
-    return plan.make_plan(lower, 'net', batch, place)
-
-
-def test_the_largest_batch_fits_and_a_larger_one_does_not(recipe, capsys, monkeypatch):
-    config = read_config([f'--config={recipe}'])
-    place = small_memory(2 * plan_of(config, small_memory(2**40), 512).bytes_per_device)
-    monkeypatch.setattr(topology, 'open_topology', lambda name: place)
-    arguments = (f'--config={recipe}', '--topology=cpu:8', '--batch=512', '--find-batch', '--json')
-    found = json.loads(run(capsys, 'plan', *arguments)[1])
-    most = found['largest_batch']
-    assert [p['batch'] for p in found['plans']] == [256, 512]
-    assert most % 64 == 0
-    assert plan_of(config, place, most - most // 10 // 64 * 64).fits
-    assert plan_of(config, place, most + most // 5 // 64 * 64).fits is False
-
-
-def test_what_does_not_fit_ends_with_status_1(recipe, capsys, monkeypatch):
-    too_small = small_memory(1000)
-    monkeypatch.setattr(topology, 'open_topology', lambda name: too_small)
-    status, out, _ = run(capsys, 'plan', f'--config={recipe}', '--topology=cpu:8')
-    assert status == 1
-    assert 'DOES NOT FIT' in out
-
-
-def test_the_tpu_compilers_error_tells_how_much_is_missing():
+def test_memory_is_read_from_the_error_of_the_tpu_compiler():
     error = RuntimeError(
         'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required '
         'for HLO temporaries (32.03G) exceeds available HBM (15.75G). HLO module: jit_f.'
@@ -121,73 +54,13 @@ def test_the_tpu_compilers_error_tells_how_much_is_missing():
         plan._out_of_memory(RuntimeError('INTERNAL: something else'))
 
 
-@pytest.mark.parametrize(
-    ('kind', 'sides', 'rate'),
-    [
-        ('v5e', (16, 16), 200e9),  # the documentation's all-reduce bandwidth of a pod: 51.2 TB/s by 256
-        ('v5e', (2, 4), 100e9),
-        ('v5e', (1, 4), 50e9),
-        ('v5e', (16, 8), 150e9),
-        ('v5p', (4, 4, 8), 600e9),
-        ('v5p', (2, 2, 1), 200e9),
-        ('v5e', (1, 1), None),
-    ],
-)
-def test_a_slice_that_closes_no_ring_reduces_at_half_the_rate(kind, sides, rate):
-    found = topology.reduce_rate(topology.CHIPS[kind], sides)
-    assert found == (rate if rate is None else pytest.approx(rate))
-
-
-def test_an_all_reduce_goes_around_twice():
+def test_all_reduce_sends_twice_as_much_as_all_gather():
     ring = topology.Topology('v5e:2x4', [None] * 8, None, 100e9)
     assert plan._transfer('all-reduce', 10**9, ring) == pytest.approx(2 * 7 / 8 * 0.01)
     assert plan._transfer('all-gather', 10**9, ring) == pytest.approx(7 / 8 * 0.01)
 
 
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        (['--topology=v9:2x2'], "no TPU 'v9' is known"),
-        (['--topology=cpu:2x2'], 'cpu:N with a single number'),
-        (['--topology=cpu:0'], '--topology=cpu:0 must be'),
-        (['--topology=v5e'], '--topology=v5e must be cpu:N'),
-        (['--topology=cuda:8'], '--topology=cuda:8: nothing here compiles for it'),
-        (['--topology=cpu:7'], 'batch_size 64 does not divide among 7 devices'),
-        (['--topology=cpu:8', '--config.optimizer.lrr=1'], "did you mean 'optimizer.lr'"),
-        (['--topology=cpu:8', '--lr=1'], 'unrecognized arguments: --lr=1'),
-        (['--topology=cpu:8', '--find-batch', '--batch=8'], 'a batch of 8 cannot be halved'),
-        (
-            ['--topology=cpu:8', '--find-batch', '--config.gradient_accumulation_steps=0'],
-            'gradient_accumulation_steps must be at least 1, got 0',
-        ),
-    ],
-)
-def test_what_cannot_be_planned_is_told_in_one_line(recipe, capsys, arguments, message):
-    status, _, err = run(capsys, 'plan', f'--config={recipe}', *arguments)
-    assert (status, err.count('\n')) == (2, 1)
-    assert message in err
-    assert err.startswith('error: ')
-
-
-def test_a_recipe_that_is_none_is_told_in_one_line(tmp_path, capsys):
-    (tmp_path / 'dict.py').write_text('def get_config():\n    return {}')
-    status, _, err = run(capsys, 'plan', f'--config={tmp_path}/dict.py', '--topology=cpu:8', '--batch=64')
-    assert (status, err) == (2, 'error: get_config() must return an epsanet_jax Config, got dict\n')
-
-
-def test_without_a_recipe_there_is_no_plan(capsys):
-    status, _, err = run(capsys, 'plan', '--topology=cpu:8')
-    assert (status, err) == (2, 'error: no --config=FILE is given, for example --config=configs/digits.py\n')
-
-
-def test_the_batch_must_hold_whole_groups():
+def test_batch_must_hold_whole_batch_norm_groups():
     config = Config(batch_size=64, model=ModelConfig(bn_group=48))
     with pytest.raises(InputError, match='BatchNorm groups of 48'):
-        plan_of(config, topology.open_topology('cpu:8'), 64)
-
-
-def test_rows_that_cannot_be_mixed_in_pairs_are_refused_in_one_line(capsys, recipe):
-    arguments = ('--topology=cpu:8', '--batch=8', '--config.mixup_alpha=0.2', '--config.model.bn_group=1')
-    status, out, err = run(capsys, 'plan', f'--config={recipe}', *arguments)
-    assert (status, out) == (2, '')
-    assert err.endswith('are odd: batch_size 8 on 8 devices\n')
+        tracing.lower_train_step(config, jax.devices('cpu'), 'cpu')

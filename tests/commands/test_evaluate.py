@@ -1,14 +1,11 @@
-"""The command `epsanet`."""
+"""The command `epsanet evaluate`."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 from command import run
 from PIL import Image
 
-from epsanet_jax import list_models
 from epsanet_jax.training import loop
 from epsanet_jax.training.config import CheckpointConfig, Config, DataConfig, ModelConfig
 
@@ -34,28 +31,7 @@ def digits_run(tmp_path_factory, digits_dir):
     return workdir, loop.train(config, str(workdir))
 
 
-@pytest.mark.parametrize('name', list_models())
-def test_summary(capsys, name):
-    status, out, err = run(capsys, 'summary', name)
-    assert (status, err) == (0, '')
-    assert name in out
-    assert 'layer4' in out
-    status, out, _ = run(capsys, 'summary', name, '--json')
-    content = json.loads(out)
-    assert sum(stage['params'] for stage in content['stages']) == content['params']
-    if name == 'epsanet50_small':
-        assert content['params'] == 22_561_715
-        assert round(content['published_count'] / 1e9, 3) == 3.620
-
-
-def test_summary_of_another_size(capsys):
-    _, out, _ = run(capsys, 'summary', 'resnet50', '--num-classes', 10, '--image-size', 64, '--json')
-    content = json.loads(out)
-    assert content['params'] == 25_557_032 - 2049 * 990
-    assert content['stages'][-2]['output'] == [2, 2, 2048]
-
-
-def test_evaluate_gives_what_training_gave(capsys, digits_run):
+def test_metrics_equal_those_of_the_training(capsys, digits_run):
     workdir, result = digits_run
     expected = {k: result.last[k] for k in ('loss', 'top1', 'top5', 'examples')}
     for arguments in ((), ('--data', 'digits'), ('--data', 'digits', '--split', 'test', '--batch-size', 7)):
@@ -71,7 +47,7 @@ def test_evaluate_gives_what_training_gave(capsys, digits_run):
     assert 'of 1437 images' in out
 
 
-def test_evaluate_on_a_folder_matches_classes_by_name(capsys, digits_run, digits_dir, tmp_path):
+def test_classes_of_a_folder_are_matched_by_name(capsys, digits_run, digits_dir, tmp_path):
     """Two of the ten digits as a folder: their labels there, 0 and 1, are not those of the model."""
     from epsanet_jax.data.sources import Tfds
 
@@ -114,28 +90,6 @@ def test_evaluate_on_a_folder_matches_classes_by_name(capsys, digits_run, digits
 @pytest.mark.parametrize(
     ('arguments', 'part'),
     [
-        ((), 'COMMAND'),
-        (('sumary', 'x'), 'sumary'),
-        (('summary',), 'NAME'),
-        (('summary', 'epsanet50_smal'), "did you mean 'epsanet50_small'"),
-        (('summary', 'resnet50', '--image-size', '8'), 'at least 32, got 8'),
-        (('summary', 'resnet50', '--num-classes', 'ten'), "got 'ten'"),
-        (('evaluate', '/no/such/run'), 'no such checkpoint: /no/such/run'),
-        (('evaluate', __file__), 'is no checkpoint'),
-        (('evaluate', 'tests'), 'no checkpoint in'),
-    ],
-)
-def test_bad_usage_and_input_give_one_line_and_status_2(capsys, arguments, part):
-    status, out, err = run(capsys, *arguments)
-    assert (status, out) == (2, '')
-    assert err.startswith('error: ')
-    assert err.count('\n') == 1
-    assert part in err
-
-
-@pytest.mark.parametrize(
-    ('arguments', 'part'),
-    [
         (('--data', '/no/such/data'), 'no such data directory: /no/such/data'),
         (
             ('--data', 'no_such_set'),
@@ -147,7 +101,7 @@ def test_bad_usage_and_input_give_one_line_and_status_2(capsys, arguments, part)
         (('--split', 'val'), 'val'),
     ],
 )
-def test_evaluate_says_what_it_cannot_find(capsys, digits_run, arguments, part):
+def test_missing_data_and_steps_are_errors_of_one_line(capsys, digits_run, arguments, part):
     status, _, err = run(capsys, 'evaluate', digits_run[0], *arguments)
     assert (status, err.count('\n')) == (2, 1)
     assert part in err
@@ -161,25 +115,9 @@ def test_evaluate_says_what_it_cannot_find(capsys, digits_run, arguments, part):
         (('--data', '~nobody_of_this_name/set'), 'no such data directory: ~nobody_of_this_name/set'),
     ],
 )
-def test_evaluate_says_what_it_cannot_read(capsys, digits_run, tmp_path, arguments, part):
+def test_unreadable_data_are_errors_of_one_line(capsys, digits_run, tmp_path, arguments, part):
     (tmp_path / 'dataset_info.json').write_text('{"name": "cut')
     filled = [a.format(tmp=tmp_path) for a in arguments]
     status, _, err = run(capsys, 'evaluate', digits_run[0], *filled)
     assert (status, err.count('\n')) == (2, 1)
     assert part.format(tmp=tmp_path) in err
-
-
-def test_help_has_an_example_and_a_pipe_closed_early_is_no_error(capsys):
-    for command in ('summary', 'evaluate'):
-        status, out, _ = run(capsys, command, '--help')
-        assert status == 0
-        assert 'example: epsanet' in out
-    process = subprocess.run(
-        f'{sys.executable} -m epsanet_jax summary resnet50 | head -n 1; exit ${{PIPESTATUS[0]}}',
-        shell=True,
-        executable='/bin/bash',
-        capture_output=True,
-        text=True,
-    )
-    assert (process.returncode, process.stderr) == (0, '')
-    assert process.stdout.startswith('resnet50')
