@@ -94,9 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     times_hessian = jax.jit(functools.partial(hvp, loss))
     direction = random_direction(jax.random.key(1), params)
     sharpness = jnp.nan
-    if (
-        options.dtype == 'float64'
-    ):  # float32 would need differences so large that they cross the kinks of ReLU
+    if options.dtype == 'float64':  # float32 would need differences so large that they cross kinks of ReLU
         forward, backward = (
             value_and_grad(jax.tree.map(lambda p, d, s=size: p + s * d, params, direction))[1]
             for size in (1e-8, -1e-8)
