@@ -115,14 +115,22 @@ def start(config, workdir, *arguments, settings=(), prefix=(), devices=1):
 
 
 def start_all(
-    config, workdir, processes, devices, *arguments, only=None, host='localhost', prefixes=((), ())
+    config,
+    workdir,
+    processes,
+    devices,
+    *arguments,
+    only=None,
+    host='localhost',
+    prefixes=((), ()),
+    cache=True,
 ):
     """Starts the processes of a run (or only some of them), each with that many devices."""
     place, started = f'{host}:{free_port()}', []
     for i in range(processes) if only is None else only:
         joined = [f'--coordinator={place}', f'--num_processes={processes}', f'--process_id={i}']
         options = [*(joined if processes > 1 else []), *arguments]
-        settings = {'JAX_ENABLE_X64': '1'}
+        settings = {'JAX_ENABLE_X64': '1', 'JAX_ENABLE_COMPILATION_CACHE': str(int(cache))}
         started.append(
             start(config, workdir, *options, settings=settings, prefix=prefixes[i % 2], devices=devices)
         )

@@ -78,7 +78,7 @@ def test_a_signal_to_one_process_stops_all_and_another_number_of_processes_conti
 
 @pytest.mark.parametrize('signalled', [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_signal_to_one_process_during_compilation_ends_all(float64_recipe, tmp_path, signalled):
-    two = start_all(float64_recipe, tmp_path, 2, 2)
+    two = start_all(float64_recipe, tmp_path, 2, 2, cache=False)  # compilation takes long enough
     wait_for(two[0], 'compiling ...')
     two[signalled].send_signal(signal.SIGTERM)
     for _, err in finish_all(two, status=75):

@@ -113,7 +113,7 @@ def test_a_training_from_pytorch_continues_in_jax_with_the_same_updates(half_tra
     loop.train(config, str(tmp_path))
     assert 'continues at step 4 with its momentum' in capsys.readouterr().out
     loaded = load(str(tmp_path))
-    assert loaded.step == 6
+    assert loaded.source.step == 6
     assert_close(to_torch(loaded.variables, loaded.model), expected)
 
     without = recipe(steps=6, init_from=str(path))
@@ -165,7 +165,7 @@ def test_converting_half_an_epoch_reports_the_loss(tmp_path, capsys):
     loop.train(recipe(steps=6), str(tmp_path / 'run'))
     capsys.readouterr()
     assert main(['convert', str(tmp_path / 'run'), str(tmp_path / 'x.pth.tar')]) == 0
-    assert 'lost: epoch 1.5: .pth.tar files hold whole ones, here 2' in capsys.readouterr().out
+    assert 'lost: epoch 1.5: .pth.tar files hold whole epochs, here 2' in capsys.readouterr().out
     assert torch.load(tmp_path / 'x.pth.tar', weights_only=True)['epoch'] == 2
     assert main(['convert', str(tmp_path / 'run'), str(tmp_path / 'x.pth')]) == 0
     assert 'lost:' not in capsys.readouterr().out

@@ -105,7 +105,7 @@ def test_an_interrupted_run_with_all_options_equals_an_uninterrupted_one(tmp_pat
     whole, cut = (saved_state(tmp_path / name, steps) for name in ('whole', 'cut'))
     chex.assert_trees_all_equal(cut, whole)
     averages = [load(str(tmp_path / name)) for name in ('whole', 'cut')]
-    assert all(loaded.averaged for loaded in averages)
+    assert all(loaded.source.averaged for loaded in averages)
     chex.assert_trees_all_equal(*(loaded.variables for loaded in averages))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(whole['model']))
     losses = [line['loss'] for line in lines(tmp_path / 'whole') if line['split'] == 'train']

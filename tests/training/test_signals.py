@@ -44,7 +44,9 @@ def test_an_interrupted_evaluation_is_repeated(uninterrupted_8, tmp_path, monkey
 
 
 def test_during_compilation_a_signal_ends_the_process_at_once(tiny, tmp_path):
-    process = start(tiny, tmp_path / 'run')
+    # Without the cache, compilation takes long enough on any machine.
+    settings = {'JAX_ENABLE_COMPILATION_CACHE': '0'}
+    process = start(tiny, tmp_path / 'run', settings=settings)
     wait_for(process, 'compiling ...')
     process.terminate()
     _, err = finish(process, status=75)
