@@ -49,7 +49,8 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> Figure:
     """Draws runs, name -> lines of metrics.jsonl, in three panels."""
     names = [shorten(name, 100, middle=True) for name in runs]
     columns = max(1, min(len(names), 150 // (max(map(len, names)) + 8)))  # as many as fit in the width
-    figure = Figure(figsize=(13, 4.2 + 0.2 * math.ceil(len(names) / columns)), layout='constrained')
+    figure = Figure(figsize=(13, 4.2 + 0.2 * math.ceil(len(names) / columns)))
+    figure.set_layout_engine('constrained', w_pad=0.12)
     panels = loss, top1, lr = figure.subplots(1, 3)
     handles = []
     for number, lines in enumerate(runs.values()):

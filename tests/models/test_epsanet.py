@@ -1,3 +1,5 @@
+"""The network: shapes, types, gradients, BatchNorm groups."""
+
 import functools
 
 import chex
@@ -32,7 +34,7 @@ def test_features_have_the_strides_of_a_backbone(rng):
     assert sides.shape == (2, 7)
 
 
-def test_attention_of_every_psa_module_can_be_had(rng):
+def test_every_psa_module_records_its_attention(rng):
     net = small.model()
     variables = small.random_variables(net, dtype=np.float32)
     apply = jax.jit(functools.partial(net.apply, mutable=['intermediates']))
@@ -50,7 +52,7 @@ def test_attention_of_every_psa_module_can_be_had(rng):
 
 
 @pytest.mark.parametrize('psa_bias', [pytest.param(False, marks=pytest.mark.slow), True])
-def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(rng, psa_bias):
+def test_every_parameter_has_a_finite_gradient_other_than_zero(rng, psa_bias):
     f64 = {'dtype': jnp.float64, 'param_dtype': jnp.float64}
     net = small.model(psa_bias=psa_bias, reduction=1, **f64, **TWO_STAGES)
     images = small.images(rng, 4, 64)
@@ -96,7 +98,7 @@ def test_types_under_strict_promotion(dtype, param_dtype, logits):
     chex.assert_trees_all_equal_shapes_and_dtypes(new['batch_stats'], variables['batch_stats'])
 
 
-def test_rematerialisation_changes_nothing_but_memory(rng):
+def test_rematerialisation_does_not_change_gradients(rng):
     images = small.images(rng, 4)
 
     def gradients(remat):
@@ -113,7 +115,7 @@ def test_rematerialisation_changes_nothing_but_memory(rng):
     chex.assert_trees_all_close(gradients(True), gradients(False), rtol=1e-9, atol=1e-12)
 
 
-def test_a_batch_of_no_images_has_logits_for_none():
+def test_empty_batch_gives_empty_logits():
     net = small.model(**TWO_STAGES)
     variables = small.random_variables(net, dtype=np.float32)
     logits = jax.eval_shape(net.apply, variables, jnp.zeros((0, 32, 48, 3), jnp.float32))
@@ -131,13 +133,13 @@ def test_a_batch_of_no_images_has_logits_for_none():
         (np.zeros((2, 32, 32, 3), np.int32), 'got int32'),
     ],
 )
-def test_images_that_will_not_do_are_refused(images, message):
+def test_invalid_images_are_refused(images, message):
     net = small.model()
     with pytest.raises(InputError, match=message):
         net.init(jax.random.key(0), images)
 
 
-def test_groups_of_examples_change_training_and_not_evaluation(rng):
+def test_batch_norm_groups_change_training_but_not_evaluation(rng):
     f64 = {'dtype': jnp.float64, 'param_dtype': jnp.float64, **TWO_STAGES}
     images = small.images(rng, 4)
     whole, grouped = small.model(**f64), small.model(bn_group=2, **f64)
@@ -152,7 +154,7 @@ def test_groups_of_examples_change_training_and_not_evaluation(rng):
     np.testing.assert_array_equal(*evaluated)
 
 
-def test_initial_parameters_depend_on_the_key_alone():
+def test_initial_parameters_depend_only_on_the_key():
     net = small.model(**TWO_STAGES)
     small_images, large_images = (jnp.zeros((n, 32 * n, 32, 3), jnp.float32) for n in (1, 2))
     init = jax.jit(net.init)

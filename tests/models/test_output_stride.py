@@ -1,4 +1,4 @@
-"""Dilation instead of stride: larger maps from the same parameters."""
+"""Output stride: dilation instead of stride gives larger maps from the same parameters."""
 
 import chex
 import jax
@@ -14,7 +14,7 @@ from epsanet_jax.ops import grouped_conv
 @pytest.mark.parametrize(
     ('output_stride', 'sizes'), [(32, [16, 8, 4, 2]), (16, [16, 8, 4, 4]), (8, [16, 8, 8, 8])]
 )
-def test_sizes_of_the_stages(output_stride, sizes):
+def test_sizes_of_the_stages_follow_the_output_stride(output_stride, sizes):
     model = small.model(output_stride=output_stride)
     images = jnp.zeros((1, 64, 64, 3))
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -25,7 +25,7 @@ def test_sizes_of_the_stages(output_stride, sizes):
     assert [features[f'layer{i}'].shape[1] for i in (1, 2, 3, 4)] == sizes
 
 
-def test_a_fifth_stage_halves_as_the_others_do():
+def test_fifth_stage_halves_the_size():
     model = small.model(layers=(1,) * 5, planes=(8,) * 5)
     images = jnp.zeros((1, 128, 128, 3))
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -35,7 +35,7 @@ def test_a_fifth_stage_halves_as_the_others_do():
 
 @pytest.mark.parametrize('dilation', [1, 2, 3])
 @pytest.mark.parametrize(('stride', 'groups', 'algorithm'), [(1, 1, 'auto'), (2, 2, 'auto'), (1, 2, 'tiled')])
-def test_a_dilated_convolution_is_pytorch_s(rng, dilation, stride, groups, algorithm):
+def test_dilated_convolution_equals_pytorch(rng, dilation, stride, groups, algorithm):
     x, kernel = rng.standard_normal((2, 9, 8, 4)), rng.standard_normal((3, 3, 4 // groups, 6))
     expected = torch.nn.functional.conv2d(
         torch.from_numpy(x).permute(0, 3, 1, 2),

@@ -1,4 +1,4 @@
-"""What a port of EPSANet gets wrong, one test each, by the computation that the paper's listing makes."""
+"""Common errors in ports of EPSANet, one test each, against the computation in the paper's listing."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ F64 = {'dtype': jnp.float64, 'param_dtype': jnp.float64}
 
 @pytest.fixture
 def psa(rng):
-    """A PSA module, its parameters, an input, the branches and their sigmoid weights by hand."""
+    """Branches, sigmoid weights computed by hand, attention and output of a PSA module."""
     module = PSAModule(16, 1, (3, 5, 7, 9), (1, 2, 4, 2), reduction=2, **F64)
     x = rng.standard_normal((2, 6, 6, 16))
     params = module.init(jax.random.key(0), x)['params']
@@ -54,7 +54,7 @@ def test_2_one_squeeze_and_excitation_module_is_shared():
     assert params['params']['se']['fc1']['kernel'].shape == (1, 1, 4, 2)
 
 
-def test_3_sigmoid_and_then_softmax_over_the_branches(psa):
+def test_3_sigmoid_then_softmax_over_the_branches(psa):
     _, weights, attention, _ = psa
     expected = np.exp(weights) / np.exp(weights).sum(0)
     np.testing.assert_allclose(attention, expected.transpose(1, 0, 2), rtol=1e-10)
@@ -74,13 +74,13 @@ def test_4_padding_is_symmetric_at_stride_2(rng, size):
 
 
 @pytest.mark.parametrize('size', [7, 8])
-def test_4_padding_of_the_max_pool_too(rng, size):
-    x = rng.standard_normal((1, size, size, 2)) - 5  # zeros as padding would win
+def test_4_padding_of_the_max_pooling_is_symmetric(rng, size):
+    x = rng.standard_normal((1, size, size, 2)) - 5  # padding with zeros would change the maximum
     expected = torch.nn.functional.max_pool2d(torch.from_numpy(x).permute(0, 3, 1, 2), 3, 2, padding=1)
     np.testing.assert_array_equal(max_pool(x), expected.permute(0, 2, 3, 1))
 
 
-def test_the_max_pool_s_gradient_goes_to_the_first_of_equals_as_pytorch_s(rng):
+def test_gradient_of_max_pooling_goes_to_the_first_of_equal_values(rng):
     x = rng.integers(0, 3, (2, 9, 12, 3)).astype(np.float64)
     weights = rng.standard_normal((2, 5, 6, 3))
     twin = torch.from_numpy(x).permute(0, 3, 1, 2).requires_grad_()
@@ -90,14 +90,14 @@ def test_the_max_pool_s_gradient_goes_to_the_first_of_equals_as_pytorch_s(rng):
     np.testing.assert_allclose(gradient, twin.grad.permute(0, 2, 3, 1), rtol=1e-12)
 
 
-def test_the_max_pool_shows_nan_wherever_it_is_in_the_window(rng):
+def test_max_pooling_returns_nan_if_its_window_holds_one(rng):
     x = rng.standard_normal((1, 4, 4, 1))
     x[0, 1, 1] = np.nan
     np.testing.assert_array_equal(np.isnan(max_pool(x))[0, :, :, 0], [[True, True], [True, True]])
 
 
 @pytest.mark.parametrize(('kernel', 'groups'), [(3, 1), (9, 16), (1, 1)])
-def test_5_kernels_start_at_sqrt_2_over_k_k_out_not_divided_by_groups(kernel, groups):
+def test_5_standard_deviation_of_kernels_does_not_depend_on_groups(kernel, groups):
     conv = Conv(64, kernel, groups=groups, param_dtype=jnp.float64)
     weights = conv.init(jax.random.key(0), np.zeros((1, 9, 9, 256), np.float32))['params']['kernel']
     expected = np.sqrt(2 / (kernel * kernel * 64))
@@ -106,7 +106,7 @@ def test_5_kernels_start_at_sqrt_2_over_k_k_out_not_divided_by_groups(kernel, gr
     assert abs(np.mean(weights)) < 4 * expected / np.sqrt(weights.size)
 
 
-def test_5_the_squeeze_and_excitation_convs_too():
+def test_5_initial_values_of_squeeze_and_excitation():
     se = SEWeightModule(1024, 2, param_dtype=jnp.float64)
     params = se.init(jax.random.key(0), np.zeros((1, 2, 2, 1024), np.float32))['params']
     for name, outputs in (('fc1', 512), ('fc2', 1024)):
@@ -115,14 +115,14 @@ def test_5_the_squeeze_and_excitation_convs_too():
     assert np.abs(params['fc1']['bias']).max() > 0.9 / np.sqrt(1024)
 
 
-def test_5_the_linear_layer_starts_as_pytorch_s():
+def test_5_initial_values_of_the_linear_layer():
     params = Linear(100).init(jax.random.key(0), np.zeros((1, 400), np.float32))['params']
     for leaf in (params['kernel'], params['bias']):
         assert 0.9 / 20 < np.abs(leaf).max() <= 1 / 20
         assert abs(np.mean(leaf)) < 0.01
 
 
-def test_6_batch_norm_is_pytorch_s(rng):
+def test_6_batch_norm_equals_pytorch(rng):
     x = rng.standard_normal((4, 3, 3, 5)) * 3 + 1
     norm = BatchNorm(**F64)
     variables = norm.init(jax.random.key(0), x)
@@ -141,12 +141,12 @@ def test_6_batch_norm_is_pytorch_s(rng):
 
 
 @pytest.mark.parametrize('psa_bias', [False, True])
-def test_7_both_kinds_of_pyramid_exist_with_and_without_biases(psa_bias):
+def test_7_pyramids_with_and_without_biases_exist(psa_bias):
     net = small.model(psa_bias=psa_bias)
     conv2 = small.random_variables(net)['params']['layer2_0']['conv2']
     assert all(('bias' in conv2[f'conv_{i}']) == psa_bias for i in range(1, 5))
 
 
-def test_8_the_hidden_width_is_1_at_16_channels():
+def test_8_hidden_width_is_1_at_16_channels():
     params = SEWeightModule(16).init(jax.random.key(0), np.zeros((1, 2, 2, 16), np.float32))['params']
     assert params['fc1']['kernel'].shape == (1, 1, 16, 1)

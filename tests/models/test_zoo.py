@@ -1,3 +1,5 @@
+"""The published networks and `create_model`."""
+
 import pathlib
 
 import jax
@@ -23,14 +25,14 @@ PARAMS = {
 
 
 def tree(name):
-    """A line for each leaf: its path and shape."""
+    """Returns one line per leaf: its path and its shape."""
     net = create_model(name)
     shapes = jax.eval_shape(net.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
     leaves = jax.tree_util.tree_leaves_with_path(dict(shapes))
     return ''.join(f'{"/".join(k.key for k in path)} {leaf.shape}\n' for path, leaf in leaves)
 
 
-def test_the_models_there_are():
+def test_names_of_the_models():
     assert list_models() == list(PARAMS)
 
 
@@ -47,11 +49,11 @@ def test_published_figures_are_met_to_the_last_digit(name):
 
 
 @pytest.mark.parametrize('name', list(PARAMS))
-def test_golden_parameter_trees(name):
+def test_parameter_trees_equal_the_stored_ones(name):
     assert tree(name) == (GOLDEN / f'{name}.txt').read_text()
 
 
-def test_the_pyramid_3_5_7_9_does_not_give_the_published_large():
+def test_kernels_3_5_7_9_do_not_give_the_published_large_network():
     rows = summarize(create_model('epsanet50_large', kernels=(3, 5, 7, 9)))
     assert sum(row.params for row in rows) == 30_100_094
 
@@ -60,32 +62,36 @@ def test_the_pyramid_3_5_7_9_does_not_give_the_published_large():
     ('changes', 'message'),
     [
         ({'groups': (1, 4, 8, 24)}, '24 groups do not divide'),
-        ({'groups': (1, 4, 8)}, 'one number a branch'),
+        ({'groups': (1, 4, 8)}, 'one number per branch'),
         ({'kernels': (3, 5, 7, 8)}, 'kernels must be odd'),
-        ({'planes': (64, 128, 256)}, 'one number a stage'),
-        ({'planes': (66, 128, 256, 512)}, 'divide by the 4 branches, got 66'),
-        ({'planes': (32, 64, 128, 256), 'groups': (1, 1, 1, 1)}, 'reduction 16'),
+        ({'planes': (64, 128, 256)}, 'one number per stage'),
+        ({'planes': (66, 128, 256, 512)}, 'multiples of 4, the number of branches, got 66'),
+        (
+            {'planes': (32, 64, 128, 256), 'groups': (1, 1, 1, 1)},
+            'reduction must be at most planes / 4 = 8, got 16',
+        ),
         ({'layers': (1, 0, 1, 1)}, r'layers must hold numbers of at least 1, got \(1, 0, 1, 1\)'),
-        ({'num_classes': 0}, 'num_classes must be at least 1, got 0'),
+        ({'num_classes': -1}, 'num_classes must be at least 0, got -1'),
         ({'expansion': -1}, 'expansion must be at least 1, got -1'),
-        ({'bn_group': 0}, 'bn_group'),
-        ({'dtype': jnp.int32}, 'dtype must be a floating-point type'),
+        ({'bn_group': -1}, 'bn_group must be at least 0, got -1'),
+        ({'in_channels': 0}, 'in_channels must be at least 1, got 0'),
+        ({'dtype': jnp.int32}, 'dtype must be one of float32, .*, got .*int32'),
         ({'output_stride': 4}, 'output_stride must be 8, 16 or 32, got 4'),
         ({'frozen_bn': '('}, 'frozen_bn must be a regular expression'),
         ({'conv': 'fast'}, "unknown convolution algorithm 'fast'"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(changes, message):
+def test_invalid_settings_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         create_model('epsanet50_small', **changes)
 
 
-def test_a_resnet_takes_no_settings_of_a_pyramid():
+def test_resnet_refuses_settings_of_a_pyramid():
     with pytest.raises(InputError, match='resnet50 has no pyramid'):
         create_model('resnet50', kernels=(3, 3, 3, 3))
 
 
-def test_an_unknown_model_is_told_the_nearest():
+def test_unknown_model_is_refused_with_a_suggestion():
     with pytest.raises(InputError, match=r"'epsanet50small'.*did you mean 'epsanet50_small'"):
         create_model('epsanet50small')
 
