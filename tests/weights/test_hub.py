@@ -92,7 +92,7 @@ def test_code_of_the_card_runs(saved, monkeypatch, rng):
     names = {'images': x}
     exec(compile(blocks[0], 'README.md', 'exec'), names)
     exec(compile(blocks[1], 'README.md', 'exec'), names)
-    theirs = names['network'](torch.from_numpy(x).permute(0, 3, 1, 2)).detach().numpy()
+    theirs = names['model'](torch.from_numpy(x).permute(0, 3, 1, 2)).detach().numpy()
     np.testing.assert_allclose(names['logits'], theirs, atol=1e-5 * np.abs(theirs).max())
 
 
