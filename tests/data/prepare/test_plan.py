@@ -135,7 +135,7 @@ def test_other_arguments_than_at_the_start_are_refused(images, tmp_path, capsys)
         (('{src}', '{tmp}/file/records'), 'cannot write .*file/records'),
         (('{src}', 'gs://bucket/records'), 'gs://bucket/records is not on a disk'),
         (('{src}', '{tmp}/out', '--name', 'My pets'), "--name must consist of lower-case .*got 'My pets'"),
-        (('{src}', '{tmp}/out', '--workers', '0'), "expected a whole number above 0, got '0'"),
+        (('{src}', '{tmp}/out', '--workers', '0'), "expected a positive integer, got '0'"),
     ],
 )
 def test_invalid_arguments_are_errors_of_one_line(images, tmp_path, capsys, arguments, message):
