@@ -34,7 +34,7 @@ def main() -> None:
     """Measures and prints."""
     args = _parse()
     with tempfile.TemporaryDirectory() as folder:
-        root = enlarged(args.data, args.enlarge, Path(folder), args.pictures) if args.enlarge else args.data
+        root = enlarged(args.data, args.enlarge, Path(folder), args.images) if args.enlarge else args.data
         source = sources.ImageFolder(root)
         sides: dict[str, Callable[[], Iterator[Any]]] = {
             'ours': lambda: ours(source, args, pipeline.Reading(workers=args.workers, threads=1)),
@@ -63,7 +63,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--data', type=Path, required=True, help='folder of class folders')
     parser.add_argument('--enlarge', metavar='WxH', help='first resize the images to JPEGs of this size')
-    parser.add_argument('--pictures', type=int, default=400, help='number of images to resize')
+    parser.add_argument('--images', type=int, default=400, help='number of images to resize')
     parser.add_argument('--workers', type=int, default=1)
     parser.add_argument('--batch', type=int, default=64)
     parser.add_argument('--batches', type=int, default=20, help='batches timed in each round')

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     """Trains, computes the gradients and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--steps', type=int, default=200, help='number of training steps')
-    parser.add_argument('--pictures', type=int, default=256, help='number of images with a gradient')
+    parser.add_argument('--images', type=int, default=256, help='number of images with a gradient')
     options = parser.parse_args(argv)
 
     (images, labels), _ = digits.load()
@@ -79,12 +79,12 @@ def main(argv: list[str] | None = None) -> None:
     model = digits.small_model()
     for count in (0, options.steps):
         variables = digits.train(model, (images, labels), count)
-        chosen = (images[: options.pictures], labels[: options.pictures])
+        chosen = (images[: options.images], labels[: options.images])
         gradients = flatten(jax.jit(per_example_gradients, static_argnums=0)(model, variables, *chosen))
         whole = jax.jit(jax.grad(loss, argnums=1), static_argnums=0)(model, *variables.values(), *chosen)
         mean = flatten(jax.tree.map(lambda g: g[None], whole))[0]  # [P]
         error = np.abs(gradients.mean(axis=0) - mean).max() / np.abs(mean).max()
-        longest = np.argsort(-np.linalg.norm(gradients, axis=1))[: wrong[: options.pictures].sum()]
+        longest = np.argsort(-np.linalg.norm(gradients, axis=1))[: wrong[: options.images].sum()]
         print(
             f'step {count}: mean of {len(gradients)} gradients against the batch gradient: error {error:.1e}'
         )

@@ -73,15 +73,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--steps', type=int, default=60, help='number of steps of gradient descent')
     parser.add_argument('--lr', type=float, default=0.1, help='learning rate')
-    parser.add_argument('--pictures', type=int, default=128, help='number of images in the loss')
+    parser.add_argument('--images', type=int, default=128, help='number of images in the loss')
     parser.add_argument('--iterations', type=int, default=20, help='iterations of the power method')
     parser.add_argument('--dtype', default='float32', help='float32 or float64, which needs JAX_ENABLE_X64=1')
     options = parser.parse_args(argv)
 
     model = digits.small_model(dtype=options.dtype, param_dtype=options.dtype)
     (images, labels), _ = digits.load()
-    images = jnp.asarray(images[: options.pictures], options.dtype)
-    labels = jnp.asarray(labels[: options.pictures])
+    images = jnp.asarray(images[: options.images], options.dtype)
+    labels = jnp.asarray(labels[: options.images])
     targets = smoothed_targets(labels, 10, 0.0, options.dtype)
     variables = digits.init(model, jax.random.key(0), images[:1])
     params = variables['params']

@@ -43,7 +43,7 @@ def printed(capsys):
 
 
 def test_gradients_of_images_average_to_the_gradient_of_the_batch(printed):
-    numbers = printed(per_example_gradients, '--steps', 1, '--pictures', 8)
+    numbers = printed(per_example_gradients, '--steps', 1, '--images', 8)
     assert len(numbers('error')) == 2
     assert max(numbers('error')) < 1e-5
     assert min(numbers('noise scale')) > 0
@@ -63,7 +63,7 @@ def test_members_of_the_ensemble_equal_networks_trained_alone(printed):
 
 def test_hessian_vector_products_equal_differences_of_gradients(printed):
     numbers = printed(
-        sharpness, '--steps', 1, '--pictures', 8, '--iterations', 2, '--lr', 0.5, '--dtype', 'float64'
+        sharpness, '--steps', 1, '--images', 8, '--iterations', 2, '--lr', 0.5, '--dtype', 'float64'
     )
     assert numbers('gradients: error')[0] < 1e-5
     assert numbers('2 / lr:') == [4.0]
