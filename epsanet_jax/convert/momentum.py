@@ -40,7 +40,7 @@ def parse_sgd(optimizer: Any) -> SGDState:
     try:
         groups, state = optimizer['param_groups'], optimizer['state']
         if len(groups) != 1:
-            raise InputError(f'the optimizer has {len(groups)} parameter groups, expected one')
+            raise InputError(f'the optimizer has {len(groups)} groups of parameters, expected one')
         group = groups[0]
         for field, expected in (('dampening', 0), ('maximize', False)):
             if group.get(field, expected) != expected:
@@ -50,7 +50,7 @@ def parse_sgd(optimizer: Any) -> SGDState:
         entries = {number: dict(entry) for number, entry in state.items() if entry}
         other = sorted({str(key) for entry in entries.values() for key in entry} - {'momentum_buffer'})
         if other:
-            raise InputError(f'the optimizer is not SGD: its state has {", ".join(other)}')
+            raise InputError(f'the optimizer is not SGD: its state keeps {", ".join(other)}')
         parsed = SGDState(
             lr=float(group['lr']),
             momentum=float(group['momentum']),
@@ -65,7 +65,7 @@ def parse_sgd(optimizer: Any) -> SGDState:
         raise InputError(f'the optimizer state is not that of SGD: {type(e).__name__}: {e}') from e
     settings = (parsed.lr, parsed.momentum, parsed.weight_decay)
     if not all(math.isfinite(value) and value >= 0 for value in settings):
-        raise InputError(f'lr, momentum and weight_decay of the optimizer must be at least 0, got {settings}')
+        raise InputError(f'learning rate, momentum and weight decay must be finite and >= 0, got {settings}')
     return parsed
 
 

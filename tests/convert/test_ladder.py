@@ -1,4 +1,4 @@
-"""The ladder: from one module to five updates, each rung equal to PyTorch's, with every value random.
+"""The ladder: JAX equals PyTorch at every level, from one module to five updates, with random values.
 
 Errors are measured as max |difference| / max |reference| of each tensor: float64 to 1e-10, float32 to 1e-5.
 """
@@ -76,7 +76,7 @@ def twins(net, seed=0, dtype=np.float64, damping=1.0):
 
 
 def params_of(module):
-    """A module's parameters as a tree: parts without children of lists become flax's names."""
+    """Returns the parameters of a module as a tree with the names of flax."""
     tree = {}
     for name, value in module.state_dict().items():
         *path, leaf = name.replace('downsample.', 'downsample_').split('.')
@@ -213,7 +213,7 @@ def test_rung_8_five_updates_on_eight_devices(rng):
 
 
 def forward_float32(name, size):
-    """Relative errors of stages and logits of a whole variant, float32 at highest precision."""
+    """Returns features and logits of a whole variant from JAX and PyTorch, float32 at highest precision."""
     net = create_model(name)
     # Where no softmax follows them, random gates between 0 and 1 on growing activations make a deep network
     # ill-conditioned: PyTorch's own float32 was up to 0.1 from its float64.

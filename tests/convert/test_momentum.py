@@ -42,12 +42,12 @@ def test_missing_buffers_become_zeros():
 @pytest.mark.parametrize(
     ('change', 'part'),
     [
-        (lambda o: o['param_groups'].append(o['param_groups'][0]), 'has 2 parameter groups, expected one'),
+        (lambda o: o['param_groups'].append(o['param_groups'][0]), 'has 2 groups of parameters'),
         (lambda o: o['param_groups'][0].update(dampening=0.5), 'dampening 0.5, which is not supported'),
-        (lambda o: o['param_groups'][0].update(lr=-1.0), 'must be at least 0, got .-1.0'),
+        (lambda o: o['param_groups'][0].update(lr=-1.0), 'must be finite and >= 0, got .-1.0'),
         (lambda o: o['param_groups'][0]['params'].pop(), 'but the network has'),
         (lambda o: o['param_groups'][0].pop('lr'), 'is not that of SGD: KeyError'),
-        (lambda o: o['state'][0].update(exp_avg=np.zeros(1)), 'not SGD: its state has exp_avg'),
+        (lambda o: o['state'][0].update(exp_avg=np.zeros(1)), 'not SGD: its state keeps exp_avg'),
         (lambda o: o['state'][0].update(momentum_buffer=np.ones(3)), r'shape \(3,\) instead of .* in conv1'),
         (lambda o: o['state'][0]['momentum_buffer'].fill(np.nan), 'not finite as float32 in conv1.weight'),
     ],

@@ -97,7 +97,7 @@ def test_different_logits_are_reported_and_nothing_is_written(capsys, checkpoint
     monkeypatch.setattr(onnx_model, 'run_onnx', lambda content, x: np.ones((len(x), 7), np.float32))
     status, _, err = run(capsys, 'export', checkpoint, tmp_path / 'x.onnx', '--verify')
     assert (status, err.count('\n')) == (2, 1)
-    assert 'logits differ by' in err
+    assert 'logits of the export and JAX differ by' in err
     assert not list(tmp_path.iterdir())
 
 
