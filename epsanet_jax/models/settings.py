@@ -139,7 +139,7 @@ def check_settings(model: Settings) -> None:
     """Raises InputError if a network cannot be built with these settings."""
     check_name(model.conv)
     for field in ('dtype', 'param_dtype'):
-        if jnp.dtype(getattr(model, field)).name not in DTYPES:
+        if getattr(model, field) not in DTYPES:
             raise InputError(f'{field} must be one of {", ".join(DTYPES)}, got {getattr(model, field)}')
     limits = {'num_classes': 0, 'in_channels': 1, 'expansion': 1, 'reduction': 1, 'bn_group': 0}
     for field, least in limits.items():
