@@ -31,7 +31,7 @@ def run_mesh(config: Config, bn_group: int, devices: Sequence[sharding.Device] |
     if mixing(config) and rows % 2:
         raise InputError(
             f'mixup and cutmix need an even number of rows per device, got {rows}: change batch_size '
-            f'{config.batch_size} (on {mesh.size} devices in {microbatches} microbatches)'
+            f'{config.batch_size} (on {mesh.size} devices)'
         )
     return mesh
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from epsanet_jax.data.preprocessing import Preprocessing, preprocessing_from_json
 from epsanet_jax.errors import InputError, one_line
-from epsanet_jax.models.settings import ModelConfig, check_types, model_config, settings_of
+from epsanet_jax.models.settings import DTYPES, ModelConfig, check_types, model_config, settings_of
 from epsanet_jax.models.zoo import build_model, config_of
 from epsanet_jax.version import __version__
 from epsanet_jax.weights.network import Network
@@ -80,7 +80,9 @@ def read_metadata(metadata: Any, place: str) -> tuple[ModelConfig, tuple[str, ..
     try:
         model = model_config(metadata['model'])
         check_types(model)
-        build_model(model)  # checks the settings
+        for dtype in (model.dtype, model.param_dtype):
+            if dtype not in DTYPES:
+                raise InputError(f'unknown dtype {dtype!r}')
         names, config = metadata['class_names'], metadata['config']
         preprocessing = preprocessing_from_json(metadata['preprocessing'])
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

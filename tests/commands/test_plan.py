@@ -154,4 +154,4 @@ def test_rows_that_mixup_cannot_pair_are_refused_in_one_line(capsys, recipe):
     arguments = ('--topology=cpu:8', '--batch=8', '--config.mixup_alpha=0.2', '--config.model.bn_group=1')
     status, out, err = run(capsys, 'plan', f'--config={recipe}', *arguments)
     assert (status, out) == (2, '')
-    assert err.endswith('are odd: batch_size 8 on 8 devices\n')
+    assert err.endswith('got 1: change batch_size 8 (on 8 devices)\n')

@@ -97,7 +97,7 @@ def test_outputs_without_a_class_are_named_by_their_numbers(tmp_path, capsys):
         'class_names': names[:4],
     }
     assert list(read_metadata(old, 'old')[1]) == names
-    with pytest.raises(InputError, match='class_names has 7 names for 6 classes'):
+    with pytest.raises(InputError, match='class_names has 7 names, but the model has 6 classes'):
         read_metadata({**old, 'class_names': [*names, 'x']}, 'old')
 
 

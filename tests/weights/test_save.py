@@ -83,7 +83,7 @@ def test_converted_checkpoint_can_be_evaluated(capsys, saved, tmp_path, digits_d
     status, again, _ = run(capsys, 'evaluate', tmp_path / 'x.safetensors', *data)
     assert json.loads(again)['loss'] == pytest.approx(json.loads(out)['loss'])
     assert_refused(capsys, 'evaluate', saved, '--data', 'digits', '--data-dir', digits_dir, part='10 classes')
-    assert_refused(capsys, 'evaluate', saved, part='--data must name')
+    assert_refused(capsys, 'evaluate', saved, part='--data is missing')
 
 
 def test_missing_classifier_is_drawn_with_num_classes(capsys, tmp_path):
