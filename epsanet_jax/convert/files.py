@@ -1,5 +1,6 @@
 """Reads and writes weight files. Files are untrusted: no code in them runs."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -19,6 +20,7 @@ from epsanet_jax.paths import write_atomically
 TORCH_SUFFIXES = ('.pth.tar', '.pth', '.pt')
 SAFETENSORS_SUFFIX = '.safetensors'
 SUFFIXES = (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX)
+PACKAGE = 'epsanet_jax'  # key of the metadata in a file
 _WEIGHTS_KEYS = ('state_dict', 'model', 'state_dict_ema', 'model_state_dict')  # used by training scripts
 
 
@@ -32,7 +34,7 @@ class Checkpoint:
         optimizer: state dict of the optimizer, if the file has one.
         arch: name of the network in the training script, if known.
         best_prec1: best top-1 accuracy in percent, if known.
-        metadata: metadata of a safetensors file, as strings.
+        metadata: metadata of the file, as strings.
     """
 
     state_dict: Mapping[str, Any]
@@ -63,7 +65,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     if hub_folder.is_hub_folder(path):
         content = _read_safetensors(os.path.join(path, hub_folder.WEIGHTS))
         metadata = hub_folder.read_metadata(path)  # replaces that of the safetensors file
-        stored = {} if metadata is None else {'epsanet_jax': json.dumps(metadata)}
+        stored = {} if metadata is None else {PACKAGE: json.dumps(metadata)}
         return dataclasses.replace(content, metadata={**content.metadata, **stored})
     if not os.path.isfile(path):
         raise InputError(f'no such file: {path}' if not os.path.isdir(path) else f'{path} is a folder')
@@ -122,8 +124,10 @@ def _find_weights(content: Any, path: str) -> Checkpoint:
     named = {name: value for name, value in weights.items() if hasattr(value, 'shape')}
     if not named or len(named) < len(weights) or not all(isinstance(name, str) for name in named):
         raise InputError(f'{path} contains no state dict; its entries: {", ".join(map(str, weights))[:200]}')
+    note = getattr(weights, PACKAGE, None)
+    metadata = {PACKAGE: note} if isinstance(note, str) else {}
     if weights is content:
-        return Checkpoint(named)
+        return Checkpoint(named, metadata=metadata)
     epoch, arch, optimizer = (content.get(key) for key in ('epoch', 'arch', 'optimizer'))
     return Checkpoint(
         named,
@@ -131,6 +135,7 @@ def _find_weights(content: Any, path: str) -> Checkpoint:
         optimizer=optimizer if isinstance(optimizer, dict) else None,
         arch=arch if isinstance(arch, str) else None,
         best_prec1=_number(content.get('best_prec1')),
+        metadata=metadata,
     )
 
 
@@ -141,9 +146,14 @@ def _number(value: Any) -> float | None:
 
 
 def write_torch(
-    path: str, state_dict: Mapping[str, np.ndarray], rest: Mapping[str, Any] | None = None
+    path: str,
+    state_dict: Mapping[str, np.ndarray],
+    rest: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes a state dict or, with `rest`, {**rest, 'state_dict': ...}. Needs PyTorch.
+
+    The metadata become an attribute of the state dict, which other programs ignore.
 
     Raises:
         InputError: PyTorch is not installed, or the file cannot be written.
@@ -152,7 +162,9 @@ def write_torch(
         import torch
     except ImportError as e:
         raise InputError(f'writing {path} needs PyTorch: pip install torch') from e
-    tensors = {name: _tensor(array, torch) for name, array in state_dict.items()}
+    tensors = collections.OrderedDict((name, _tensor(a, torch)) for name, a in state_dict.items())
+    if metadata is not None:
+        setattr(tensors, PACKAGE, json.dumps(metadata))
     content = tensors if rest is None else {**_to_tensors(rest, torch), 'state_dict': tensors}
 
     def write(temporary: str) -> None:
@@ -180,7 +192,7 @@ def weights_metadata(metadata: Mapping[str, Any]) -> dict[str, Any]:
     model = metadata['model']
     shown = {'model': model['name'], 'num_classes': str(model['num_classes'])}
     shown |= {k: metadata[k] for k in ('class_names', 'preprocessing')}
-    return {**shown, 'epsanet_jax': metadata}
+    return {**shown, PACKAGE: metadata}
 
 
 def _to_tensors(tree: Any, torch: Any) -> Any:

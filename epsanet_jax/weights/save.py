@@ -16,7 +16,7 @@ from epsanet_jax.errors import InputError
 from epsanet_jax.models import ModelConfig, get_variant
 from epsanet_jax.models.epsanet import EPSANet
 from epsanet_jax.weights.files import load
-from epsanet_jax.weights.metadata import metadata_of
+from epsanet_jax.weights.metadata import metadata_of, without_run
 from epsanet_jax.weights.network import Network, with_new_classifier
 
 VERIFIED_TO = 1e-5  # relative to the largest logit; float32 rounding gives about 2e-6 at 224 px
@@ -92,8 +92,6 @@ def _report(network: Network, content: files.Checkpoint, dst: str, replaced: boo
     epoch = content.epoch or 0
     if epoch != round(epoch) and dst.lower().endswith('.pth.tar'):
         yield f'lost: epoch {epoch:.4g}: .pth.tar files store whole epochs, here {round(epoch)}'
-    if model.output_stride != 32 and dst.lower().endswith(files.TORCH_SUFFIXES):
-        yield f'lost: output_stride {model.output_stride}, which PyTorch files do not store'
 
 
 def _check_destination(src: str, dst: str) -> None:
@@ -217,9 +215,9 @@ def write(dst: str, network: Network, content: files.Checkpoint | None = None) -
         }
         if content.optimizer is not None:
             rest['optimizer'] = content.optimizer
-        files.write_torch(dst, state_dict, rest)
+        files.write_torch(dst, state_dict, rest, without_run(metadata))
     elif lower.endswith(files.TORCH_SUFFIXES):
-        files.write_torch(dst, state_dict)
+        files.write_torch(dst, state_dict, metadata=without_run(metadata))
     elif lower.endswith(files.SAFETENSORS_SUFFIX):
         files.write_safetensors(dst, state_dict, files.weights_metadata(metadata))
     else:

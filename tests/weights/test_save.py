@@ -16,6 +16,7 @@ from torch_files import NET, REFERENCE, STATE_DICT, VARIABLES, assert_refused
 import epsanet_jax
 from epsanet_jax import create_model
 from epsanet_jax.convert import files, read_checkpoint, to_torch, torch_model
+from epsanet_jax.data.preprocessing import Preprocessing
 from epsanet_jax.training.config import DataConfig, ModelConfig
 from epsanet_jax.weights import load, orbax
 from epsanet_jax.weights.metadata import make_metadata
@@ -166,13 +167,14 @@ def test_correct_model_name_changes_nothing(capsys, tmp_path, kind):
     assert_refused(capsys, *arguments[:-1], 'epsanet101_small', part='the state dict does not fit the model')
 
 
-def test_settings_that_pytorch_files_do_not_store_are_reported(capsys, tmp_path):
-    dense = small.model(output_stride=8)
-    epsanet_jax.save_pretrained(tmp_path / 'dense', dense, VARIABLES)
-    status, out, _ = run(capsys, 'convert', tmp_path / 'dense', tmp_path / 'dense.pth')
-    assert status == 0
-    assert 'lost: output_stride 8, which PyTorch files do not store' in out
-    status, out, _ = run(capsys, 'convert', tmp_path / 'dense', tmp_path / 'dense.safetensors')
-    assert status == 0
-    assert 'lost' not in out
-    assert 'output_stride 8' in out
+@pytest.mark.parametrize('suffix', ['pth', 'pth.tar', 'safetensors'])
+def test_files_keep_settings_class_names_and_preprocessing(capsys, tmp_path, suffix):
+    dense, path = small.model(output_stride=8), tmp_path / f'dense.{suffix}'
+    names, preprocessing = [f'class {i}' for i in range(7)], Preprocessing(32, 40, std=(0.2, 0.25, 0.3))
+    epsanet_jax.save_pretrained(tmp_path / 'dense', dense, VARIABLES, names, preprocessing)
+    assert run(capsys, 'convert', tmp_path / 'dense', path)[0] == 0
+    network = load(path)
+    assert (network.model.output_stride, list(network.class_names)) == (8, names)
+    assert network.preprocessing == preprocessing
+    if suffix == 'pth':  # for PyTorch it is a plain state dict
+        torch_model.EPSANet(dense).load_state_dict(torch.load(path, weights_only=True), strict=True)
