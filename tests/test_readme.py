@@ -41,6 +41,7 @@ def test_code_of_the_readme_runs_and_predicts(tmp_path, monkeypatch):
     assert names['conv'].feature_group_count == 16
 
 
+@pytest.mark.slow
 def test_table_of_models_is_true():
     from epsanet_jax.analysis.summary import summarize
     from epsanet_jax.models import create_model, get_variant, list_models

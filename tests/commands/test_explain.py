@@ -79,6 +79,7 @@ def test_folder_gives_drawings_and_a_table_for_each_class(capsys, weights, image
     np.testing.assert_allclose(np.reshape(shares, (-1, 4)).sum(axis=1), 1, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_chosen_classes_and_stages_and_images_of_equal_names(capsys, weights, images, tmp_path):
     chosen = ('--classes', '4', '1', 'bee', '$x$', '--stages', 'layer1', 'stem')
     one, two = images / 'cat/1.png', images / 'dog/1.png'

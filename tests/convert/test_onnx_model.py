@@ -14,6 +14,7 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.mark.parametrize('kind', ['float', 'uint8'])
+@pytest.mark.slow
 def test_onnxruntime_computes_the_same_logits(capsys, checkpoint, tmp_path, kind):
     import onnxruntime
 

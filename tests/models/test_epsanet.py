@@ -73,12 +73,12 @@ def test_every_parameter_has_a_finite_gradient_other_than_zero(rng, psa_bias):
 @pytest.mark.parametrize(
     ('dtype', 'param_dtype', 'logits'),
     [
-        (jnp.float32, jnp.float32, jnp.float32),
         (jnp.bfloat16, jnp.float32, jnp.float32),
-        (jnp.bfloat16, jnp.bfloat16, jnp.float32),
-        (jnp.float16, jnp.float32, jnp.float32),
         (jnp.float64, jnp.float32, jnp.float64),
-        (jnp.float64, jnp.float64, jnp.float64),
+        pytest.param(jnp.float32, jnp.float32, jnp.float32, marks=pytest.mark.slow),
+        pytest.param(jnp.bfloat16, jnp.bfloat16, jnp.float32, marks=pytest.mark.slow),
+        pytest.param(jnp.float16, jnp.float32, jnp.float32, marks=pytest.mark.slow),
+        pytest.param(jnp.float64, jnp.float64, jnp.float64, marks=pytest.mark.slow),
     ],
 )
 def test_types_under_strict_promotion(dtype, param_dtype, logits):
@@ -98,6 +98,7 @@ def test_types_under_strict_promotion(dtype, param_dtype, logits):
     chex.assert_trees_all_equal_shapes_and_dtypes(new['batch_stats'], variables['batch_stats'])
 
 
+@pytest.mark.slow
 def test_rematerialisation_does_not_change_gradients(rng):
     images = small.images(rng, 4)
 

@@ -59,6 +59,7 @@ def test_several_processes_make_the_run_of_one(
     assert_equal_up_to_rounding(tmp_path, alone)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_and_another_number_of_processes_continues(
     float64_recipe, alone, tmp_path
 ):

@@ -75,7 +75,8 @@ def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(
     assert last[0]['lr'] == last[1]['lr']
 
 
-@pytest.mark.parametrize(('steps', 'cut_at'), [(8, 3), pytest.param(200, 73, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(('steps', 'cut_at'), [(8, 3), (200, 73)])
 def test_an_interrupted_run_with_all_options_equals_an_uninterrupted_one(tmp_path, steps, cut_at):
     config = recipe(
         steps=steps,
@@ -129,6 +130,7 @@ def test_an_interrupted_run_with_frozen_parameters_equals_an_uninterrupted_one(t
     assert (source.checkpoint.optimizer, source.no_optimizer) == (None, 'it belongs to lars')
 
 
+@pytest.mark.slow
 def test_a_run_that_stopped_before_its_last_evaluation_is_evaluated(uninterrupted, tmp_path, monkeypatch):
     config = recipe(eval_every_epochs=0.0, checkpoint=CheckpointConfig(every_steps=6, every_minutes=0))
     with monkeypatch.context() as patch:

@@ -35,6 +35,7 @@ print(min(counts))
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='the C library is not glibc')
+@pytest.mark.slow
 def test_a_second_step_gets_no_memory_from_the_kernel():
     def faults(how):
         done = subprocess.run([sys.executable, '-c', COUNT, how], capture_output=True, text=True, check=True)

@@ -84,6 +84,7 @@ def test_lr_batch_scales_the_learning_rate_with_the_batch_size(tmp_path):
     assert prepare(config, str(tmp_path)).learning_rate(0) == pytest.approx(0.1 * 16 / 64)
 
 
+@pytest.mark.slow
 def test_outputs_without_a_class_are_named_by_their_numbers(tmp_path, capsys):
     config = recipe(steps=1, eval_every_epochs=0.0)
     config.model = dataclasses.replace(config.model, layers=(1,), planes=(8,), num_classes=6)

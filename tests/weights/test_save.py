@@ -29,7 +29,15 @@ def saved(tmp_path):
     return path
 
 
-@pytest.mark.parametrize('through', ['a.pth', 'a.pt', 'a.pth.tar', 'a.safetensors', 'orbax'])
+@pytest.mark.parametrize(
+    'through',
+    [
+        'a.pth.tar',
+        'a.safetensors',
+        'orbax',
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ('a.pth', 'a.pt')),
+    ],
+)
 def test_conversion_and_back_keeps_every_bit(capsys, saved, tmp_path, through):
     middle, end = tmp_path / through, tmp_path / 'end.pth'
     status, out, err = run(capsys, 'convert', saved, middle, '--verify')
@@ -69,6 +77,7 @@ def test_safetensors_have_metadata_and_need_no_torch(capsys, saved, tmp_path):
     assert output.stdout == '7 (7, 7, 3, 64)\n'
 
 
+@pytest.mark.slow
 def test_converted_checkpoint_can_be_evaluated(capsys, saved, tmp_path, digits_dir):
     status, out, _ = run(capsys, 'convert', saved, tmp_path / 'orbax', '--num-classes', 10)
     assert status == 0
@@ -97,6 +106,7 @@ def test_missing_classifier_is_drawn_with_num_classes(capsys, tmp_path):
 
 
 @pytest.mark.parametrize('param_dtype', ['bfloat16', 'float32'])
+@pytest.mark.slow
 def test_bfloat16_networks_are_converted(capsys, tmp_path, param_dtype):
     settings = ModelConfig(**small.SETTINGS, dtype='bfloat16', param_dtype=param_dtype)
     leaves = jax.tree.map(lambda leaf: jnp.asarray(leaf, param_dtype), VARIABLES['params'])

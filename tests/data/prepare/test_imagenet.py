@@ -40,6 +40,7 @@ def test_list_of_labels_follows_the_sorted_file_names(imagenet, tmp_path, capsys
     assert [label for _, label, _ in validation] == sorted(TRUTH.values())  # class by class, as in folders
 
 
+@pytest.mark.slow
 def test_whole_validation_tar_needs_no_list(tmp_path):
     with tarfile.open(tmp_path / module.VALIDATION_TAR, 'w') as tar:
         for number in reversed(range(1, 50_001)):
