@@ -129,7 +129,7 @@ def test_table_names_every_leaf_once():
 NAMES = sorted(k for k in STATE_DICT if not k.endswith('tracked'))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(
         st.tuples(

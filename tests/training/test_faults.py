@@ -59,7 +59,8 @@ def kill_at_random(config, workdir, kills, seed, *arguments):
     return sent
 
 
-@pytest.mark.parametrize('kills', [2, pytest.param(6, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('kills', [2, 6])
 def test_a_run_killed_at_random_moments_equals_an_uninterrupted_one(tiny, tmp_path, kills):
     more = '--config.epochs=12'
     finish(start(tiny, tmp_path / 'whole', more))

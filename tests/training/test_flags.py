@@ -44,6 +44,7 @@ def assert_one_clear_line(process, *parts, status=2):
         assert part in process.stderr
 
 
+@pytest.mark.slow
 def test_a_finished_run_started_again_only_prints_its_result(recipe, tmp_path):
     arguments = (f'--config={recipe}', f'--workdir={tmp_path / "run"}', '--config.optimizer.lr=0.01')
     first = train(*arguments)

@@ -227,6 +227,7 @@ def test_damaged_or_other_optimizer_states_are_refused(half_trained, tmp_path, d
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
 def test_an_epoch_may_be_a_fractional_number_of_steps(tmp_path, capsys):
     """100 examples in batches of 16: an epoch is 6.25 steps; a run continues at the right step."""
     config = recipe(epochs=2)
@@ -265,6 +266,7 @@ def test_weights_of_a_run_start_another_with_a_new_classifier(tmp_path, capsys):
     assert second['fc']['kernel'].shape == (32, 3)
 
 
+@pytest.mark.slow
 def test_fine_tuning_a_part_at_another_image_size(tmp_path):
     """Other classes and larger images; the stem and the first stage are frozen."""
     first = runs.recipe(steps=3, eval_every_epochs=0.0)

@@ -9,7 +9,8 @@ from runs import (
 )
 
 
-@pytest.mark.parametrize('killed', [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize('killed', [0, 1])
 def test_if_a_process_is_killed_the_others_end_with_a_message(float64_recipe, tmp_path, killed):
     two = start_all(float64_recipe, tmp_path, 2, 2, '--config.steps=100000')
     wait_for(two[0], 'step 5/')
