@@ -12,13 +12,14 @@ from tqdm import tqdm
 from epsanet_jax.data import pipeline
 from epsanet_jax.data.decode import BadImageError
 from epsanet_jax.data.sources import Source
-from epsanet_jax.errors import InputError, Interrupted, one_line
+from epsanet_jax.errors import InputError, Interrupted
 from epsanet_jax.models.settings import check_types
 from epsanet_jax.training import inputs, metrics, sharding
 from epsanet_jax.training.config import Config, DataConfig
 from epsanet_jax.training.steps import make_eval_step
 from epsanet_jax.weights import Network
 from epsanet_jax.weights.files import as_network
+from epsanet_jax.weights.metadata import damage_as_input_error
 
 
 def evaluate(
@@ -63,18 +64,15 @@ def evaluate(
 
 def _training_of(network: Network) -> tuple[DataConfig, float]:
     """Returns the data that a network was trained on, with its preprocessing, and the label smoothing."""
-    stored, place = network.source.config, network.source.path
+    stored = network.source.config
     config = dataclasses.asdict(Config()) if stored is None else stored
     preprocessing = {**dataclasses.asdict(network.preprocessing), 'eval_image_size': 0}
-    try:
+    with damage_as_input_error(network.source.path):
         data = DataConfig(**{**config['data'], **preprocessing})
         check_types(data, 'data')
         smoothing = config['label_smoothing']
         if not 0 <= smoothing < 1:
             raise InputError(f'label_smoothing must be in [0, 1), got {smoothing}')
-    except (KeyError, TypeError, ValueError) as e:
-        reason = str(e) if isinstance(e, InputError) else f'{type(e).__name__} {e}'
-        raise InputError(f'the metadata of {place} are damaged: {one_line(reason)}') from e
     return data, smoothing
 
 

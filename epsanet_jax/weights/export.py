@@ -23,8 +23,8 @@ from epsanet_jax.models.dtypes import at_least_float32
 from epsanet_jax.models.epsanet import MIN_SIZE
 from epsanet_jax.weights import hub
 from epsanet_jax.weights.files import load
-from epsanet_jax.weights.metadata import metadata_of, without_run
-from epsanet_jax.weights.network import Network
+from epsanet_jax.weights.metadata import metadata_of
+from epsanet_jax.weights.network import Network, without_run
 from epsanet_jax.weights.save import compare, convert, describe_model, verify_weights
 
 FORMATS = ('stablehlo', 'onnx', 'safetensors', 'torch', 'hub')

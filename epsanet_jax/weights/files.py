@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from epsanet_jax.convert import hub_folder
-from epsanet_jax.convert.files import Checkpoint, is_weights_file, read_checkpoint
+from epsanet_jax.convert.files import PACKAGE, Checkpoint, is_weights_file, read_checkpoint
 from epsanet_jax.convert.infer import infer_settings
 from epsanet_jax.convert.state_dict import from_torch, strip_prefix
 from epsanet_jax.data.preprocessing import Preprocessing
@@ -99,9 +99,9 @@ def as_network(network: Network | str | os.PathLike[str]) -> Network:
 
 def _metadata(content: Checkpoint, path: str, model: ModelConfig | None) -> dict[str, Any]:
     """Returns the metadata of a file, or metadata inferred from its shapes."""
-    if 'epsanet_jax' in content.metadata:
+    if PACKAGE in content.metadata:
         try:
-            return json.loads(content.metadata['epsanet_jax'])
+            return json.loads(content.metadata[PACKAGE])
         except (ValueError, RecursionError) as e:
             raise InputError(f'{path}: its metadata are damaged: {type(e).__name__}') from e
     try:

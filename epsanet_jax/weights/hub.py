@@ -14,8 +14,8 @@ from epsanet_jax.convert.state_dict import to_torch
 from epsanet_jax.data.preprocessing import Preprocessing
 from epsanet_jax.errors import InputError, one_line
 from epsanet_jax.models.epsanet import EPSANet
-from epsanet_jax.weights.metadata import metadata_of, read_metadata, without_run
-from epsanet_jax.weights.network import Network
+from epsanet_jax.weights.metadata import metadata_of, read_metadata
+from epsanet_jax.weights.network import Network, without_run
 
 SCHEME = 'hf://'
 

@@ -1,16 +1,17 @@
 """The metadata stored with weights, as JSON: model, class names, preprocessing and training run."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from epsanet_jax.convert.files import PACKAGE
 from epsanet_jax.data.preprocessing import Preprocessing, preprocessing_from_json
 from epsanet_jax.errors import InputError, one_line
 from epsanet_jax.models.settings import DTYPES, ModelConfig, check_types, model_config, settings_of
 from epsanet_jax.models.zoo import build_model, config_of
 from epsanet_jax.version import __version__
 from epsanet_jax.weights.network import Network
-
-PACKAGE = 'epsanet_jax'
 
 
 def make_metadata(
@@ -33,7 +34,7 @@ def make_metadata(
     return {
         'package': PACKAGE,
         'version': __version__,
-        'model': {name: getattr(model, name) for name in model.__dataclass_fields__},
+        'model': dataclasses.asdict(model),
         'class_names': name_outputs(class_names, model.num_classes),
         'preprocessing': preprocessing.to_json(),
         'config': config,
@@ -46,11 +47,6 @@ def metadata_of(network: Network) -> dict[str, Any]:
     stored = network.source.metadata
     made = make_metadata(_config_of(network), network.class_names, network.preprocessing)
     return {**made, **{k: v for k, v in stored.items() if k not in ('model', 'class_names', 'preprocessing')}}
-
-
-def without_run(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns metadata without the configuration of the run, which may contain private paths."""
-    return {**metadata, 'config': None, 'identity': None}
 
 
 def _config_of(network: Network) -> ModelConfig:
@@ -69,6 +65,16 @@ def name_outputs(class_names: Sequence[str], num_classes: int) -> list[str]:
     return [*class_names, *(str(i) for i in range(len(class_names), num_classes) if class_names)]
 
 
+@contextlib.contextmanager
+def damage_as_input_error(place: str) -> Iterator[None]:
+    """Turns what reading the untrusted metadata of a file named `place` raises into an InputError."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        reason = str(e) if isinstance(e, InputError) else f'{type(e).__name__} {e}'
+        raise InputError(f'the metadata of {place} are damaged: {one_line(reason)}') from e
+
+
 def read_metadata(metadata: Any, place: str) -> tuple[ModelConfig, tuple[str, ...], Preprocessing]:
     """Returns model, class names and preprocessing from the untrusted metadata of a file named `place`.
 
@@ -77,7 +83,7 @@ def read_metadata(metadata: Any, place: str) -> tuple[ModelConfig, tuple[str, ..
     """
     if not isinstance(metadata, dict) or metadata.get('package') != PACKAGE:
         raise InputError(f'{place} is not a checkpoint of epsanet_jax')
-    try:
+    with damage_as_input_error(place):
         model = model_config(metadata['model'])
         check_types(model)
         for dtype in (model.dtype, model.param_dtype):
@@ -93,7 +99,4 @@ def read_metadata(metadata: Any, place: str) -> tuple[ModelConfig, tuple[str, ..
             )
         if config is not None and not all(isinstance(config[k], dict) for k in ('data', 'optimizer')):
             raise InputError('the configuration has no data or optimizer section')
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
-        reason = str(e) if isinstance(e, InputError) else f'{type(e).__name__} {e}'
-        raise InputError(f'the metadata of {place} are damaged: {one_line(reason)}') from e
     return model, tuple(name_outputs(names, model.num_classes)), preprocessing

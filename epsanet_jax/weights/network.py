@@ -73,13 +73,18 @@ class Network:
         return self.source.checkpoint or Checkpoint(to_torch(self.variables, self.model))
 
 
+def without_run(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns metadata without the configuration of the run, which may contain private paths."""
+    return {**metadata, 'config': None, 'identity': None}
+
+
 def with_new_classifier(network: Network, num_classes: int, key: jax.Array) -> Network:
     """Returns the network with a new random classifier, without the old class names and optimizer state."""
     model = network.model.clone(num_classes=num_classes)
     drawn = draw_classifier(model, key)
     fc = {'kernel': to_jax_layout(drawn['fc.weight']).copy(), 'bias': drawn['fc.bias']}
     variables = {**network.variables, 'params': {**network.variables['params'], 'fc': fc}}
-    metadata = {**network.source.metadata, 'config': None, 'identity': None}
+    metadata = without_run(network.source.metadata)
     checkpoint = network.source.checkpoint
     if checkpoint is not None:
         checkpoint = Checkpoint({**checkpoint.state_dict, **drawn}, arch=checkpoint.arch)

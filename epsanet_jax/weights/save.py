@@ -16,8 +16,8 @@ from epsanet_jax.errors import InputError
 from epsanet_jax.models import ModelConfig, get_variant
 from epsanet_jax.models.epsanet import EPSANet
 from epsanet_jax.weights.files import load
-from epsanet_jax.weights.metadata import metadata_of, without_run
-from epsanet_jax.weights.network import Network, with_new_classifier
+from epsanet_jax.weights.metadata import metadata_of
+from epsanet_jax.weights.network import Network, with_new_classifier, without_run
 
 VERIFIED_TO = 1e-5  # relative to the largest logit; float32 rounding gives about 2e-6 at 224 px
 _OTHER_SUFFIXES = ('.ckpt', '.bin', '.safetensor', '.tar', '.pkl', '.h5', '.npz', '.onnx', '.tmp', '.zip')
