@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 import small
+import torch
 from command import run
 from PIL import Image
 
@@ -48,11 +49,14 @@ def test_table_csv_and_json_hold_the_same_predictions(capsys, weights, image_fol
 
 def test_classes_without_names_are_printed_as_numbers(capsys, weights, image_folder, tmp_path):
     assert run(capsys, 'convert', weights, tmp_path / 'x.pth')[0] == 0
-    content = of_json(capsys, tmp_path / 'x.pth', image_folder / 'a.png', '--top', 1)
-    assert content[0]['predictions'][0]['class'] == str(content[0]['predictions'][0]['number'])
+    named = of_json(capsys, tmp_path / 'x.pth', image_folder / 'a.png', '--top', 1)[0]['predictions'][0]
+    assert named['class'] == small.NAMES[named['number']]
+    torch.save(dict(torch.load(tmp_path / 'x.pth')), tmp_path / 'plain.pth')  # a dict has no attributes
+    plain = of_json(capsys, tmp_path / 'plain.pth', image_folder / 'a.png', '--top', 1)[0]['predictions'][0]
+    assert plain['class'] == str(plain['number'])
     assert run(capsys, 'convert', weights, tmp_path / 'x.safetensors')[0] == 0
-    same = of_json(capsys, tmp_path / 'x.safetensors', image_folder / 'a.png', '--top', 1)
-    assert same[0]['predictions'][0]['class'] in small.NAMES
+    tensors = of_json(capsys, tmp_path / 'x.safetensors', image_folder / 'a.png', '--top', 1)[0]
+    assert tensors['predictions'][0] == named
 
 
 @pytest.fixture(scope='module')
