@@ -25,6 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from epsanet_jax.data import decode, pipeline, sources, transforms
+from epsanet_jax.data.image_folder import ImageFolder
 
 SIZE, WARM_UP = 224, 2  # pixels; batches that are not timed
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -35,7 +36,7 @@ def main() -> None:
     args = _parse()
     with tempfile.TemporaryDirectory() as folder:
         root = enlarged(args.data, args.enlarge, Path(folder), args.images) if args.enlarge else args.data
-        source = sources.ImageFolder(root)
+        source = ImageFolder(root)
         sides: dict[str, Callable[[], Iterator[Any]]] = {
             'ours': lambda: ours(source, args, pipeline.Reading(workers=args.workers, threads=1)),
             'ours-threads': lambda: ours(source, args, pipeline.Reading(threads=args.workers)),
@@ -139,7 +140,7 @@ def torch_loader(source: sources.Source, args: argparse.Namespace, floats: bool)
 def enlarged(data: Path, size: str, folder: Path, count: int) -> Path:
     """Writes `count` images as JPEGs of this size into class folders; returns the folder."""
     width, height = map(int, size.split('x'))
-    source = sources.ImageFolder(data)
+    source = ImageFolder(data)
     for i in tqdm(range(0, len(source), max(1, len(source) // count)), desc=f'images of {size}'):
         image = decode.decode(source[i]['image']).resize((width, height), Image.Resampling.BICUBIC)
         place = folder / source.class_names[source[i]['label']]

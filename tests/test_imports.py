@@ -85,3 +85,40 @@ def test_tensorflow_is_not_installed():
     import importlib.util
 
     assert importlib.util.find_spec('tensorflow') is None
+
+
+GLOBAL_STATE = """
+import importlib, locale, logging, os, pkgutil, signal, sys, warnings
+import absl.logging, flax.linen, flax.nnx, jax, numpy, optax, orbax.checkpoint, torch
+import PIL.Image, PIL.ImageFile
+
+def state():
+    return {
+        'warning filters': list(warnings.filters),
+        'signal handlers': [signal.getsignal(s) for s in signal.valid_signals()],
+        'environment': dict(os.environ),
+        'limits of Pillow': (PIL.Image.MAX_IMAGE_PIXELS, PIL.ImageFile.LOAD_TRUNCATED_IMAGES),
+        'locale': locale.setlocale(locale.LC_ALL),
+        'folder': os.getcwd(),
+        'hooks': (sys.excepthook, sys.stdout, sys.stderr),
+        'log level': logging.getLogger().level,
+        'jax': dict(jax.config.values),
+    }
+
+import epsanet_jax
+before = state()
+names = [m.name for m in pkgutil.walk_packages(epsanet_jax.__path__, 'epsanet_jax.')]
+names = [name for name in names if '__main__' not in name]
+for name in names:
+    importlib.import_module(name)
+after = state()
+changed = [key for key in before if before[key] != after[key]]
+print(len(names), changed)
+"""
+
+
+def test_importing_a_module_changes_no_global_state():
+    done = subprocess.run([sys.executable, '-c', GLOBAL_STATE], capture_output=True, text=True, check=True)
+    number, changed = done.stdout.split(' ', 1)
+    assert int(number) > 80
+    assert changed.strip() == '[]'

@@ -37,10 +37,9 @@ def load(recipe):
     return config
 
 
-@pytest.mark.parametrize('shortened', [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    'recipe', [*LOWERED, *(pytest.param(name, marks=pytest.mark.slow) for name in LOWERED_SLOWLY)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('shortened', [True, False])
+@pytest.mark.parametrize('recipe', [*LOWERED, *LOWERED_SLOWLY])
 def test_the_training_step_of_a_recipe_can_be_lowered(recipe, shortened):
     config = load(recipe)
     validate(config)

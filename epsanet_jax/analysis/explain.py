@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from epsanet_jax.data.classes import composed
 from epsanet_jax.errors import InputError, suggest
 from epsanet_jax.models.dtypes import at_least_float32
 from epsanet_jax.models.epsanet import EPSANet, check_stage
@@ -210,8 +211,8 @@ def find_classes(chosen: Sequence[str], names: Sequence[str]) -> list[int]:
     Raises:
         InputError: there is no such class.
     """
-    numbers = []
-    for text in chosen:
+    numbers, names = [], list(map(composed, names))
+    for text in map(composed, chosen):
         if text in names:
             numbers.append(names.index(text))
         elif text.isascii() and text.isdecimal() and int(text) < len(names):

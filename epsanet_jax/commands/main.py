@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from epsanet_jax.commands import convert, evaluate, explain, export, plan, plot, predict, prepare, summary
+from epsanet_jax.data.decode import ignore_pillow_warnings
 from epsanet_jax.errors import INTERRUPTED, InputError, Interrupted, one_line
 
 COMMANDS = (summary, evaluate, predict, explain, convert, export, plan, prepare, plot)
@@ -29,6 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         parser.error(f'unrecognized arguments: {" ".join(rest)}')
     status = 0
+    ignore_pillow_warnings()
     try:
         status = args.run(args) or 0
         sys.stdout.flush()

@@ -15,9 +15,8 @@ try:
 except ImportError:  # optional: pip install 'epsanet_jax[fast]'
     simplejpeg = None
 
-# By default Pillow only warns about declared sizes above its limit, and decodes.
-warnings.simplefilter('error', Image.DecompressionBombWarning)
-
+# Of the formats that Pillow reads, some start other programs. JPEG includes MPO.
+_FORMATS = ('JPEG', 'PNG', 'GIF', 'BMP', 'DIB', 'PPM', 'TIFF', 'WEBP', 'AVIF', 'JPEG2000')
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -27,12 +26,16 @@ _ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_EXIF_WITHIN = 2**16  # bytes from the start; EXIF is in one of the first segments
-_EOI, _SOS = b'\xff\xd9', 0xDA  # JPEG markers: end of image, start of scan
+_EOI, _SOS, _APP1 = b'\xff\xd9', 0xDA, 0xE1  # JPEG markers: end of image, start of scan, EXIF or XMP
 
 
 class BadImageError(InputError):
     """An image cannot be decoded."""
+
+
+def ignore_pillow_warnings() -> None:
+    """Hides Pillow's warnings, which do not name the image, in this process; for commands and workers."""
+    warnings.filterwarnings('ignore', module='PIL')
 
 
 def reason_of(error: BadImageError | OSError) -> str:
@@ -121,7 +124,12 @@ def open_image(image: bytes) -> Image.Image:
     if not image:
         raise BadImageError('cannot decode the image: the file is empty')
     with _bad_image_errors():
-        opened = Image.open(io.BytesIO(image))
+        opened = Image.open(io.BytesIO(image), formats=_FORMATS)
+        limit = Image.MAX_IMAGE_PIXELS  # of which Pillow itself only warns
+        if limit and opened.width * opened.height > limit:
+            raise BadImageError(
+                f'cannot decode the image: {opened.width}x{opened.height} pixels, more than {limit:,}'
+            )
         if opened.format == 'JPEG' and not _is_complete(image):  # Pillow fills missing data with gray
             raise BadImageError('cannot decode the image: the JPEG data has no end')
         return opened
@@ -147,9 +155,11 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _plain_jpeg(image: bytes) -> Image.Image | None:
-    """Decodes a complete gray or colour JPEG without EXIF with simplejpeg; returns None for other files."""
-    complete = image.startswith(b'\xff\xd8\xff') and image.endswith(_EOI)
-    if simplejpeg is None or not complete or b'Exif\0' in image[:_EXIF_WITHIN]:
+    """Decodes a complete gray or colour JPEG without EXIF and XMP with simplejpeg; else returns None."""
+    if simplejpeg is None or not (image.startswith(b'\xff\xd8\xff') and image.endswith(_EOI)):
+        return None
+    markers = [marker for marker, _ in _segments(image)]
+    if _APP1 in markers or _SOS not in markers:
         return None
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(image)
@@ -192,9 +202,17 @@ def _is_complete(jpeg: bytes) -> bool:
     end = jpeg.rfind(_EOI)
     if end >= len(jpeg) - 64:
         return True
+    return end > next((start for marker, start in _segments(jpeg) if marker == _SOS), -1)
+
+
+def _segments(jpeg: bytes) -> Iterator[tuple[int, int]]:
+    """Yields the marker and the position of each segment of a JPEG up to the start of the scan."""
     position = 2
     while position + 4 <= len(jpeg) and jpeg[position] == 0xFF:
+        if jpeg[position + 1] == 0xFF:  # fill
+            position += 1
+            continue
+        yield jpeg[position + 1], position
         if jpeg[position + 1] == _SOS:
-            return end > position
+            return
         position += 2 + int.from_bytes(jpeg[position + 2 : position + 4])
-    return end >= 0

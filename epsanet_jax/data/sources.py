@@ -9,7 +9,6 @@ import numpy as np
 
 from epsanet_jax.data import tfrecord
 from epsanet_jax.data.decode import BadImageError
-from epsanet_jax.data.walk import is_there, no_image, read_file, walk
 from epsanet_jax.errors import InputError, one_line
 
 _INFO_FILE = 'dataset_info.json'
@@ -40,55 +39,6 @@ class Source(Protocol):
     def name_of(self, index: int) -> str:
         """Returns the name of record `index` for messages: its path if it is a file."""
         ...
-
-
-class ImageFolder:
-    """A folder with one folder of images per class, in the layout and order of torchvision.
-
-    The labels follow the sorted names of the classes. The images of a class are all image files below its
-    folder, in the order of `walk.walk`. The fingerprint depends only on the relative paths.
-
-    Attributes:
-        root: path of the folder, on a local disk.
-        files: path of each image relative to the root.
-        labels: label of each image.
-        skipped: 'PATH: reason' for each entry that is skipped, see `walk.walk`.
-
-    Raises:
-        InputError: the folder does not exist, holds no class folder or an empty one, or holds a folder that
-            cannot be read.
-    """
-
-    def __init__(self, root: str | os.PathLike[str]):
-        self.root = os.fspath(root)
-        if not is_there(self.root) or not os.path.isdir(self.root):
-            raise InputError(f'no such data directory: {self.root}')
-        skipped: list[str] = []
-        folders = walk(self.root, on_skipped=skipped.append)
-        self.class_names = next(folders).folders
-        if not self.class_names:
-            raise InputError(f'no class folders in {self.root}: expected one folder of images per class')
-        labels = {name: label for label, name in enumerate(self.class_names)}
-        self.files: list[str] = []
-        self.labels: list[int] = []
-        for folder in folders:
-            self.files += [os.path.join(folder.path, entry.name) for entry in folder.images]
-            self.labels += [labels[folder.path.split(os.sep)[0]]] * len(folder.images)
-        for label in sorted({*labels.values()} - {*self.labels}):
-            folder = os.path.join(self.root, self.class_names[label])
-            raise InputError(f'empty class folder: {no_image(folder, self.root, skipped)}')
-        self.skipped = tuple(skipped)
-        self.fingerprint = _fingerprint(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Record:
-        return {'image': read_file(self.name_of(index)), 'label': self.labels[index]}
-
-    def name_of(self, index: int) -> str:
-        """Returns the path of the image."""
-        return os.path.join(self.root, self.files[index])
 
 
 class Tfds:
@@ -131,7 +81,7 @@ class Tfds:
         if not examples:
             raise InputError(f'TFDS dataset {self._name} is empty')
         self.class_names = tuple(features[self._label].names)
-        self.fingerprint = _fingerprint([builder.info.full_name, split, str(examples)])
+        self.fingerprint = fingerprint_of([builder.info.full_name, split, str(examples)])
 
     def __len__(self) -> int:
         return len(self._records)
@@ -183,7 +133,7 @@ def is_prepared(folder: str | os.PathLike[str]) -> bool:
     return os.path.isfile(os.path.join(folder, _INFO_FILE))
 
 
-def held_out(folder: str | os.PathLike[str]) -> str:
+def evaluation_split(folder: str | os.PathLike[str]) -> str:
     """Returns the split of a dataset for evaluation: 'val', 'validation', 'test' or the last one."""
     splits = list(_builder_in(os.fspath(folder)).info.splits)
     if not splits:
@@ -231,7 +181,7 @@ class Synthetic:
 
     def __init__(self, examples: int, classes: int, size: int, seed: int = 0):
         self.class_names = tuple(f'class{i}' for i in range(classes))
-        self.fingerprint = _fingerprint(['synthetic', str(examples), str(classes), str(size), str(seed)])
+        self.fingerprint = fingerprint_of(['synthetic', str(examples), str(classes), str(size), str(seed)])
         self._examples, self._size, self._seed = examples, size, seed
         coarse = np.random.default_rng(0).integers(64, 192, (classes, 4, 4, 3))
         repeats = -(-size // 4)
@@ -256,7 +206,8 @@ def _line(error: Exception) -> str:
     return f'{type(error).__name__}: {one_line(error)}'
 
 
-def _fingerprint(parts: Iterable[str]) -> str:
+def fingerprint_of(parts: Iterable[str]) -> str:
+    """Returns a digest of texts."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode('utf-8', 'surrogateescape') + b'\0')

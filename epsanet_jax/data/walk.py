@@ -1,7 +1,9 @@
 """Finds the image files below a folder: one order and one set of guards for every command.
 
 Links are followed. The walker skips links to a folder that contains them, broken links, and everything that
-is named like an image and is not a regular file: reading a pipe or a device might never end.
+is named like an image and is not a regular file: reading a pipe or a device might never end. It also skips
+folders and images whose names begin with a dot, folders of thumbnails and the like, and image formats that
+cannot be decoded.
 """
 
 import contextlib
@@ -14,7 +16,24 @@ from typing import NamedTuple, NoReturn
 
 from epsanet_jax.errors import InputError, one_line, some
 
-IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.pgm', '.tif', '.tiff', '.webp')
+IMAGE_EXTENSIONS = (
+    '.jpg',
+    '.jpeg',
+    '.jpe',
+    '.jfif',
+    '.png',
+    '.ppm',
+    '.bmp',
+    '.pgm',
+    '.tif',
+    '.tiff',
+    '.webp',
+    '.gif',
+    '.avif',
+    '.jp2',
+)
+_UNSUPPORTED = ('.heic', '.heif', '.jxl', '.svg', '.psd', '.eps', '.dng', '.cr2', '.nef', '.arw')
+_LITTER = {'__macosx', '@eadir', '#recycle', '$recycle.bin', 'system volume information', 'lost+found'}
 _BROKEN = {errno.ENOENT, errno.ELOOP, errno.ENOTDIR}  # what following a broken link ends with
 _MOST_BYTES = 2**30  # of one file; a disk image would fill the memory
 
@@ -94,6 +113,11 @@ def walk(
 
 def _look(entry: os.DirEntry[str], above: frozenset[Identity]) -> tuple[Identity | None, str]:
     """Returns the identity of a folder, None for anything else, and the reason to skip the entry, or ''."""
+    if reason := litter(entry.name):
+        of_interest = is_image_name(entry.name) or entry.is_dir(follow_symlinks=False)
+        return None, reason if of_interest or os.path.isdir(entry.path) else ''
+    if entry.name.lower().endswith(_UNSUPPORTED):
+        return None, f'{os.path.splitext(entry.name)[1].lower()} images cannot be decoded'
     if not entry.is_symlink():
         if entry.is_dir():
             return _identity(entry.path), ''
@@ -147,6 +171,13 @@ def skipped_line(root: str, skipped: Sequence[str]) -> str:
 def is_image_name(name: str) -> bool:
     """Whether a file's name has the extension of an image."""
     return name.lower().endswith(IMAGE_EXTENSIONS)
+
+
+def litter(name: str) -> str:
+    """Returns why a file or folder of this name is skipped, or ''."""
+    if name.startswith('.'):
+        return 'hidden'
+    return 'not a folder of the dataset' if name.lower() in _LITTER else ''
 
 
 def is_there(path: str) -> bool:

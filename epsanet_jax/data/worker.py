@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from epsanet_jax.data.decode import ignore_pillow_warnings
 from epsanet_jax.errors import TrainingError, one_line
 
 
@@ -25,6 +26,7 @@ class InWorkers:
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
             end_with_parent()
+            ignore_pillow_warnings()
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from epsanet_jax.data.decode import BadImageError
 from epsanet_jax.data.sources import Source
 from epsanet_jax.errors import InputError, Interrupted
 from epsanet_jax.models.settings import check_types
-from epsanet_jax.training import inputs, metrics, sharding
+from epsanet_jax.training import datasets, inputs, metrics, sharding
 from epsanet_jax.training.config import Config, DataConfig
 from epsanet_jax.training.steps import make_eval_step
 from epsanet_jax.weights import Network
@@ -40,7 +40,7 @@ def evaluate(
         data_dir: folder of TFDS datasets; None: that of the run, or TFDS's default.
         batch_size: rounded up to a multiple of the number of devices.
         on_bad: 'stop' or 'skip' at an image that cannot be decoded.
-        report: called with a line for each skipped image or file.
+        report: called with a line for each skipped image or file, and for what had to be assumed.
 
     Returns:
         'loss', 'top1', 'top5' (fractions), 'examples', and 'skipped' if images could not be decoded.
@@ -50,11 +50,11 @@ def evaluate(
     """
     network = as_network(network)
     trained_on, smoothing = _training_of(network)
-    chosen = inputs.evaluation_data(trained_on, data, split, data_dir, on_bad)
-    source = inputs.open_source(chosen, chosen.eval_split)
-    for line in inputs.skipped_lines(source):
+    chosen = datasets.evaluation_data(trained_on, data, split, data_dir, on_bad)
+    source, lines = datasets.open_source(chosen, chosen.eval_split)
+    source, assumption = datasets.with_labels_of(source, network.class_names, network.model.num_classes)
+    for line in filter(None, (*lines, assumption)):
         report(line)
-    source = inputs.with_labels_of(source, network.class_names, network.model.num_classes)
     batch_size = sharding.round_up_to_devices(batch_size)
     mesh = sharding.make_mesh(batch_size)
     step = make_eval_step(network.model, mesh, smoothing=smoothing, mean=chosen.mean, std=chosen.std)

@@ -11,6 +11,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from epsanet_jax.data.decode import ignore_pillow_warnings
 from epsanet_jax.errors import INTERRUPTED, InputError, Interrupted, TrainingError, one_line, suggest
 from epsanet_jax.training import distributed
 from epsanet_jax.training.config import Config, flatten
@@ -35,6 +36,7 @@ def run(main: Callable[[Config, str], None]) -> None:
         del argv
         if not flags.FLAGS['verbosity'].present:
             logging.set_verbosity(logging.WARNING)  # INFO lines of libraries would hide those of the run
+        ignore_pillow_warnings()
         try:
             if not _CONFIG.present:
                 raise InputError(_NO_CONFIG)

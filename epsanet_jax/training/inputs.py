@@ -1,10 +1,5 @@
-"""Sources and batches of a data configuration."""
+"""Batches of a data configuration, on the devices."""
 
-import dataclasses
-import functools
-import os
-import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
@@ -12,62 +7,12 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from epsanet_jax.data import pipeline, sources
+from epsanet_jax.data import pipeline
 from epsanet_jax.data.randaugment import RandAugment
-from epsanet_jax.data.sources import Record, Source
+from epsanet_jax.data.sources import Source
 from epsanet_jax.data.transforms import CentreCrop, ColorJitter, RandomCrop, RandomErasing, TrainTransform
-from epsanet_jax.data.walk import skipped_line
-from epsanet_jax.errors import InputError, some
-from epsanet_jax.paths import is_remote
 from epsanet_jax.training import sharding
 from epsanet_jax.training.config import Config, DataConfig
-
-
-def open_source(data: DataConfig, split: str) -> Source:
-    """Opens a split of a dataset; the digits are prepared first if needed.
-
-    Raises:
-        InputError: the split does not exist or is not usable.
-    """
-    if data.source == 'synthetic':
-        seed = 0 if split == data.train_split else 1
-        return sources.Synthetic(data.synthetic_examples, data.synthetic_classes, data.image_size, seed)
-    if data.source == 'tfds':
-        if data.name.split(':')[0] == 'digits':
-            from epsanet_jax.data import digits
-
-            digits.prepare(data.dir or None)
-        return sources.Tfds(data.name, split, data.dir or None)
-    folder = _on_a_disk(data.dir, '--config.data.dir')
-    if data.source == 'records':
-        return sources.Records(folder, split)
-    if sources.is_prepared(folder):
-        raise InputError(f'{folder} holds prepared records: set --config.data.source=records')
-    return sources.ImageFolder(folder / split)
-
-
-def _on_a_disk(path: str, option: str) -> pathlib.Path:
-    if is_remote(path):
-        raise InputError(f'{option}={path} is not on a disk: mount the bucket and give the mounted folder')
-    return pathlib.Path(os.path.expanduser(path))
-
-
-def skipped_lines(*opened: Source) -> list[str]:
-    """Returns a line for each image folder in which something was skipped."""
-    folders = [source for source in opened if isinstance(source, sources.ImageFolder) and source.skipped]
-    return [skipped_line(folder.root, folder.skipped) for folder in folders]
-
-
-def open_splits(data: DataConfig) -> tuple[Source, Source]:
-    """Opens the training and the evaluation split, which must have the same classes."""
-    opened = open_source(data, data.train_split), open_source(data, data.eval_split)
-    train, evaluation = (source.class_names for source in opened)
-    if train != evaluation:
-        raise InputError(
-            f'{data.train_split!r} and {data.eval_split!r} have different classes ({len(train)} and '
-            f'{len(evaluation)}); only in one of them: {some(sorted(set(train) ^ set(evaluation)))}'
-        )
-    return opened
 
 
 def train_batches(config: Config, source: Source, start_step: int) -> Iterator[pipeline.Batch]:
@@ -112,42 +57,6 @@ def abstract_batch(
     if mask:
         batch['mask'] = jax.ShapeDtypeStruct(shape, np.bool_)
     return batch
-
-
-def evaluation_data(
-    trained_on: DataConfig, data: str | None, split: str | None, data_dir: str | None, on_bad: str
-) -> DataConfig:
-    """Returns the data to evaluate on: the evaluation split of the run, or another dataset.
-
-    Args:
-        trained_on: data configuration of the run, whose preprocessing is kept.
-        data: an image folder (with a subfolder `split`, 'val' or 'test', else the folder itself), a folder of
-            records, or a TFDS name; None: the dataset of the run.
-        split: None: that of the run if the dataset is the run's, else 'val' or 'test'.
-        data_dir: folder of TFDS datasets; None: that of the run, or TFDS's default.
-        on_bad: 'stop' or 'skip' at an image that cannot be decoded.
-
-    Raises:
-        InputError: the dataset does not exist, or there is none.
-    """
-    change = functools.partial(
-        dataclasses.replace, trained_on, on_bad=on_bad, max_bad_images=sys.maxsize, workers=0
-    )
-    if data is None and trained_on.source == 'folder' and not trained_on.dir:
-        raise InputError('--data is missing: the weights do not name a dataset to evaluate on')
-    if data is None or (trained_on.source == 'tfds' and data == trained_on.name):
-        return change(eval_split=split or trained_on.eval_split, dir=data_dir or trained_on.dir)
-    folder = _on_a_disk(data, '--data')
-    if folder.is_dir():
-        if data_dir:
-            raise InputError(f'--data-dir is for TFDS datasets, but {data} is a folder')
-        if sources.is_prepared(folder):
-            return change(source='records', dir=str(folder), eval_split=split or sources.held_out(folder))
-        there = [s for s in (trained_on.eval_split, 'val', 'test') if (folder / s).is_dir()]
-        return change(source='folder', dir=str(folder), eval_split=split or (there or ['.'])[0])
-    if data.startswith(('/', './', '../', '~')):
-        raise InputError(f'no such data directory: {data}')
-    return change(source='tfds', name=data, dir=data_dir or '', eval_split=split or 'test')
 
 
 def reading(data: DataConfig) -> pipeline.Reading:
@@ -210,43 +119,3 @@ class Feed:
     def close(self) -> None:
         """Ends the threads and processes that decode."""
         getattr(self._batches, 'close', lambda: None)()  # plain iterators have nothing to close
-
-
-def with_labels_of(source: Source, model_classes: Sequence[str], num_classes: int) -> Source:
-    """Returns a source with the labels of a model, matched by class name if the model has class names.
-
-    Raises:
-        InputError: the source has classes that the model does not have.
-    """
-    if model_classes:
-        return Relabelled(source, tuple(model_classes))
-    classes = len(source.class_names)
-    if classes != num_classes:
-        raise InputError(f'the data has {classes} classes, the model has {num_classes} without names')
-    return source
-
-
-class Relabelled:
-    """A source with the labels of a model, matched by class name, see `with_labels_of`."""
-
-    def __init__(self, source: Source, model_classes: tuple[str, ...]):
-        missing = [name for name in source.class_names if name not in model_classes]
-        if missing:
-            raise InputError(
-                f'the data has classes that the model does not know: {some(missing)}; the '
-                f'{len(model_classes)} classes of the model: {some(model_classes)}'
-            )
-        self._source = source
-        self._labels = [model_classes.index(name) for name in source.class_names]
-        self.class_names, self.fingerprint = model_classes, source.fingerprint
-
-    def __len__(self) -> int:
-        return len(self._source)
-
-    def __getitem__(self, index: int) -> Record:
-        record = self._source[index]
-        return {'image': record['image'], 'label': self._labels[record['label']]}
-
-    def name_of(self, index: int) -> str:
-        """Returns the name of record `index` for messages."""
-        return self._source.name_of(index)

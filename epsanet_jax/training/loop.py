@@ -78,7 +78,7 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
         checkpoints.save(state, metadata, evaluation)
         saving.done()
 
-    for line in (*inputs.skipped_lines(run.train_source, run.eval_source), _opening(run, step)):
+    for line in (*run.remarks, _opening(run, step)):
         log(line)
     for line in () if run.initial is None else run.initial.report:
         log(f'{config.init_from or "init_from"}: {line}')

@@ -19,7 +19,7 @@ from epsanet_jax.errors import InputError, one_line
 from epsanet_jax.models.epsanet import EPSANet, abstract_variables
 from epsanet_jax.models.zoo import build_model
 from epsanet_jax.paths import is_remote, replacing, resolve
-from epsanet_jax.training import distributed, inputs, sharding
+from epsanet_jax.training import datasets, distributed, sharding
 from epsanet_jax.training.checkpoint import has_checkpoint
 from epsanet_jax.training.config import Config, flatten, identity, with_frozen_bn
 from epsanet_jax.training.init_from import InitialState, Start, make_initial_state, read_start
@@ -40,6 +40,7 @@ class Run:
         workdir: folder of the run.
         train_source: training images.
         eval_source: images for evaluation.
+        remarks: what was assumed or skipped in the data, a line each.
         model: the network.
         mesh: the devices.
         schedule: maps the step to the learning rate.
@@ -57,6 +58,7 @@ class Run:
     workdir: epath.Path
     train_source: Source
     eval_source: Source
+    remarks: list[str]
     model: EPSANet
     mesh: Mesh
     schedule: optax.Schedule
@@ -108,7 +110,7 @@ def prepare(config: Config, workdir: str, init_from: Network | None = None) -> R
     """
     validate(config)
     folder = _folder(workdir)
-    train_source, eval_source = inputs.open_splits(config.data)
+    train_source, eval_source, remarks = datasets.open_splits(config.data)
     model = _model(config, len(train_source.class_names))
     mesh = run_mesh(config, model.bn_group)
     fields = identity(config, train_source.fingerprint, model.num_classes)
@@ -150,6 +152,7 @@ def prepare(config: Config, workdir: str, init_from: Network | None = None) -> R
         workdir=folder,
         train_source=train_source,
         eval_source=eval_source,
+        remarks=remarks,
         model=model,
         mesh=mesh,
         schedule=schedule,

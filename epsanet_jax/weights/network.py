@@ -8,6 +8,7 @@ import jax
 
 from epsanet_jax.convert.files import Checkpoint
 from epsanet_jax.convert.state_dict import draw_classifier, to_jax_layout, to_torch
+from epsanet_jax.data.classes import distinct
 from epsanet_jax.data.preprocessing import Preprocessing
 from epsanet_jax.models.epsanet import EPSANet
 
@@ -59,8 +60,8 @@ class Network:
 
     @property
     def labels(self) -> list[str]:
-        """A name for each output: the class names or, if they are unknown, the numbers."""
-        return list(self.class_names) or [str(i) for i in range(self.model.num_classes)]
+        """A name for each output, all different: the class names or, if they are unknown, the numbers."""
+        return distinct(self.class_names) or [str(i) for i in range(self.model.num_classes)]
 
     @property
     def state_dict(self) -> Mapping[str, Any]:

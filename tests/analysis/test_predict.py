@@ -17,7 +17,7 @@ from epsanet_jax.analysis.predict import predict
 from epsanet_jax.convert import to_torch, torch_model
 from epsanet_jax.data import image_files
 from epsanet_jax.data.decode import BadImageError
-from epsanet_jax.data.sources import ImageFolder
+from epsanet_jax.data.image_folder import ImageFolder
 from epsanet_jax.data.transforms import CentreCrop
 from epsanet_jax.training import inputs, sharding, steps
 from epsanet_jax.training.config import DataConfig

@@ -1,13 +1,19 @@
 """The command `epsanet evaluate`."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
+import small
 from command import run
 from PIL import Image
 
+from epsanet_jax import predict, save_pretrained
 from epsanet_jax.training import loop
 from epsanet_jax.training.config import CheckpointConfig, Config, DataConfig, ModelConfig
+from epsanet_jax.training.evaluation import evaluate
+from epsanet_jax.weights.network import Network
 
 
 @pytest.fixture(scope='module')
@@ -121,3 +127,50 @@ def test_unreadable_data_are_errors_of_one_line(capsys, digits_run, tmp_path, ar
     status, _, err = run(capsys, 'evaluate', digits_run[0], *filled)
     assert (status, err.count('\n')) == (2, 1)
     assert part.format(tmp=tmp_path) in err
+
+
+@pytest.fixture(scope='module')
+def one_class_each(tmp_path_factory):
+    """An image that a network without names gives the class 10 of 12, in the folder of this number."""
+    folder = tmp_path_factory.mktemp('numbers')
+    net = small.model(**{**small.ONE_BLOCK, 'num_classes': 12})
+    variables = small.random_variables(net, dtype=np.float32)
+    variables['params']['fc']['kernel'][:] = 0
+    variables['params']['fc']['bias'][:] = np.arange(12) == 10
+    network = Network(net, variables, (), small.PREPROCESSING)
+    for number in range(12):
+        (folder / f'val/{number}').mkdir(parents=True)
+        Image.new('RGB', (32, 32)).save(folder / f'val/{number}/x.png')
+    return network, folder
+
+
+def test_folders_named_by_numbers_are_these_outputs_if_the_model_has_no_names(one_class_each):
+    network, folder = one_class_each
+    (predicted,) = predict(network, [str(folder / 'val/10/x.png')], top=1)
+    assert predicted.classes.tolist() == [10]
+    lines = []
+    only_ten = folder / 'ten'
+    (only_ten / '10').mkdir(parents=True)
+    Image.new('RGB', (32, 32)).save(only_ten / '10/x.png')
+    assert evaluate(network, str(only_ten), report=lines.append)['top1'] == 1
+    assert lines == ['the model has no class names: class folder k is output k']
+    assert evaluate(network, str(folder), report=lines.append)['top1'] == pytest.approx(1 / 12)
+
+
+def test_classes_of_one_name_are_ambiguous_for_every_command(one_class_each, capsys, tmp_path):
+    network, _ = one_class_each
+    names = tuple('crane' if i in (3, 10) else f'class{i}' for i in range(12))
+    save_pretrained(tmp_path / 'hub', dataclasses.replace(network, class_names=names))
+    (tmp_path / 'data/crane').mkdir(parents=True)
+    Image.new('RGB', (32, 32)).save(tmp_path / 'data/crane/x.png')
+    status, _, err = run(capsys, 'evaluate', tmp_path / 'hub', '--data', tmp_path / 'data')
+    assert (status, err.count('\n')) == (2, 1)
+    assert "the model has 2 classes named 'crane': name the class crane (3), crane (10)" in err
+    status, out, _ = run(capsys, 'predict', tmp_path / 'hub', tmp_path / 'data', '--top', 1, '--json')
+    assert json.loads(out)[0]['predictions'][0]['class'] == 'crane (10)'
+    explain = ('explain', tmp_path / 'hub', tmp_path / 'data', '--out', tmp_path / 'out', '--classes')
+    status, _, err = run(capsys, *explain, 'crane')
+    assert (status, "no class 'crane' (did you mean 'crane (3)'?)" in err) == (2, True)
+    (tmp_path / 'data/crane').rename(tmp_path / 'data/crane (10)')
+    status, out, _ = run(capsys, 'evaluate', tmp_path / 'hub', '--data', tmp_path / 'data', '--json')
+    assert (status, json.loads(out)['top1']) == (0, 1)

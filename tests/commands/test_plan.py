@@ -51,7 +51,10 @@ def plan_of(config, place, batch):
     return plan.make_plan(lower, 'net', batch, place)
 
 
-@pytest.mark.parametrize(('devices', 'microbatches'), [(8, 1), (8, 2), (256, 1)])
+@pytest.mark.parametrize(
+    ('devices', 'microbatches'),
+    [(8, 2), *(pytest.param(*n, marks=pytest.mark.slow) for n in ((8, 1), (256, 1)))],
+)
 def test_only_gradients_statistics_and_metrics_are_communicated(recipe, devices, microbatches):
     arguments = [f'--config={recipe}', f'--topology=cpu:{devices}', f'--batch={devices * 16}', '--json']
     arguments += [f'--config.gradient_accumulation_steps={microbatches}']
@@ -93,6 +96,7 @@ def test_plan_as_text(recipe, capsys):
     assert 'compiling for cpu:8' in err
 
 
+@pytest.mark.slow
 def test_largest_batch_fits_and_a_larger_one_does_not(recipe, capsys, monkeypatch):
     config = read_config([f'--config={recipe}'])
     place = small_memory(2 * plan_of(config, small_memory(2**40), 512).bytes_per_device)

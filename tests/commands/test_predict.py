@@ -89,7 +89,7 @@ def test_files_that_cannot_be_decoded_are_reported_and_skipped(capsys, weights, 
         (
             ('broken.jpg', 'cannot decode the image: '),
             ('empty.png', 'the file is empty'),
-            ('huge.png', 'exceeds limit'),
+            ('huge.png', 'pixels, more than'),
             ('sparse.png', '1,073,741,825 bytes'),
         ),
         strict=False,
@@ -184,3 +184,16 @@ def test_ctrl_c_prints_no_traceback(capsys, monkeypatch, weights, image_folder):
 
     monkeypatch.setattr('epsanet_jax.analysis.predict.predict', interrupted)
     assert run(capsys, 'predict', weights, image_folder) == (130, '', '')
+
+
+def test_damaged_metadata_of_an_image_gives_no_warning(weights, tmp_path, image_folder):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, 'x' * 50
+    Image.open(image_folder / 'a.png').save(tmp_path / 'x.jpg', exif=exif.tobytes()[:40])
+    done = subprocess.run(
+        [sys.executable, '-m', 'epsanet_jax', 'predict', weights, tmp_path / 'x.jpg'],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stderr, done.stdout.count('\n')) == ('', 6)

@@ -199,6 +199,7 @@ def five_steps(net, variables, twin, images, labels, dtype=np.float64):
     return {k: ours[k] for k in expected}, expected, losses, expected_losses
 
 
+@pytest.mark.slow
 def test_rung_8_five_updates_on_eight_devices(rng):
     """Same weights, batches, smoothing and SGD: parameters, statistics and losses after five steps."""
     net = small.model(**F64)
@@ -235,16 +236,8 @@ def forward_float32(name, size):
     return actual, (expected, logits)
 
 
-@pytest.mark.parametrize(
-    'name',
-    [
-        'epsanet50_small',
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ('epsanet50_large', 'epsanet101_small', 'epsanet101_large')
-        ),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('name', list_models())
 def test_every_variant_in_float32_at_64_pixels(name):
     assert_close(*forward_float32(name, 64), tolerance=1e-5)
 

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -188,6 +189,66 @@ def test_images_are_rotated_by_their_exif_tag_if_requested(original, orientation
     if kind != 'TIFF':  # Pillow always rotates TIFF images
         unrotated = np.asarray(decode(data, exif_orientation=False), float)
         assert np.abs(unrotated - np.asarray(original, float)).mean() < 2
+
+
+def segment(marker, content):
+    return bytes([0xFF, marker]) + (len(content) + 2).to_bytes(2) + content
+
+
+def xmp(orientation):
+    packet = (
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" rdf:about="" '
+        f'tiff:Orientation="{orientation}"/></rdf:RDF></x:xmpmeta>'
+    )
+    return segment(0xE1, b'http://ns.adobe.com/xap/1.0/\0' + packet.encode())
+
+
+def exif(orientation):
+    tags = Image.Exif()
+    tags[ORIENTATION] = orientation
+    return segment(0xE1, tags.tobytes())
+
+
+@pytest.mark.parametrize('simplejpeg', [True, False])
+@pytest.mark.parametrize(
+    'segments',
+    [
+        xmp(6),
+        segment(0xED, b'x' * 60000) + segment(0xE2, b'x' * 60000) + exif(6),  # after 120 kB of other data
+        segment(0xED, b'x' * 65000) + b'\xff' + xmp(6),  # a fill byte
+    ],
+)
+def test_orientation_is_found_in_xmp_and_behind_long_segments(original, segments, simplejpeg, monkeypatch):
+    if not simplejpeg:
+        monkeypatch.setattr(decoding, 'simplejpeg', None)
+    file = encoded(original, 'JPEG', quality=95)
+    turned = decode(file[:2] + segments + file[2:])
+    assert turned.size == original.size[::-1]
+    np.testing.assert_array_equal(turned, decode(file).transpose(Image.Transpose.ROTATE_270))
+    assert decode(file[:2] + segments + file[2:], exif_orientation=False).size == original.size
+
+
+@pytest.mark.parametrize('kind', ['GIF', 'AVIF', 'JPEG2000', 'TIFF', 'BMP', 'PPM'])
+def test_formats_of_the_list_are_decoded(original, kind):
+    difference = np.asarray(decode(encoded(original, kind)), float) - np.asarray(original)
+    assert np.abs(difference).mean() < 6
+
+
+@pytest.mark.parametrize('kind', ['EPS', 'PDF', 'ICO', 'TGA', 'PCX'])
+def test_other_formats_are_refused_and_start_no_other_program(original, kind, monkeypatch):
+    monkeypatch.setattr('subprocess.check_call', lambda *_, **__: pytest.fail('a program is started'))
+    with pytest.raises(BadImageError, match='not a known image format'):
+        decode(encoded(original, kind))
+
+
+def test_too_many_pixels_are_refused_with_all_filters_of_warnings(monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 1000)
+    file = encoded(Image.new('RGB', (40, 30)), 'PNG')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        with pytest.raises(BadImageError, match='cannot decode the image: 40x30 pixels, more than 1,000'):
+            decode(file)
 
 
 @pytest.mark.parametrize('kind', ['PNG', 'WEBP', 'JPEG'])

@@ -6,8 +6,8 @@ import os
 import numpy as np
 from PIL import Image
 
+from epsanet_jax.data.image_folder import ImageFolder
 from epsanet_jax.data.pipeline import Rows, train_batches
-from epsanet_jax.data.sources import ImageFolder
 from epsanet_jax.data.transforms import RandomCrop, TrainTransform
 
 PAGE = os.sysconf('SC_PAGE_SIZE')

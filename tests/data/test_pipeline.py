@@ -13,8 +13,9 @@ from PIL import Image
 
 from epsanet_jax import InputError
 from epsanet_jax.data.decode import BadImageError
+from epsanet_jax.data.image_folder import ImageFolder
 from epsanet_jax.data.pipeline import Reading, Rows, bad_image_message, eval_batches, train_batches
-from epsanet_jax.data.sources import ImageFolder, Records, Synthetic, Tfds
+from epsanet_jax.data.sources import Records, Synthetic, Tfds
 from epsanet_jax.data.transforms import CentreCrop, RandomCrop, TrainTransform
 
 SOURCE = Synthetic(20, 4, 32)
@@ -204,8 +205,10 @@ def images(tmp_path, rng, capsys):
     ]
 
 
-@pytest.mark.parametrize('processes', [1, 2, 3])
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize(
+    ('workers', 'processes'),
+    [(0, 1), (0, 2), (2, 3), *(pytest.param(*n, marks=pytest.mark.slow) for n in ((0, 3), (2, 1), (2, 2)))],
+)
 def test_folder_records_and_tfds_give_the_same_batches(images, processes, workers):
     """Workers take seconds to start: with workers, each number of processes reads one of the sources."""
     expected = take(3, source=images[0])

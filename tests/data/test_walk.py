@@ -12,15 +12,15 @@ import pytest
 
 from epsanet_jax import InputError
 from epsanet_jax.data.image_files import check_paths, find_images, skipped_lines
+from epsanet_jax.data.image_folder import ImageFolder
 from epsanet_jax.data.prepare import layouts
-from epsanet_jax.data.sources import ImageFolder
 from epsanet_jax.data.walk import is_there, read_file, skipped_line, walk
 
 # In the order of torchvision's ImageFolder: folders of a class are sorted by their whole path.
 NAMES = [
     'B/nested/deeper/y.bmp',
     'a/x.jpeg',
-    'a/.hidden/h.tif',
+    'a/under/h.tif',
     'b/10.PNG',
     'b/2.png',
     'b/ü.JPG',
@@ -75,7 +75,38 @@ def test_order_and_fingerprint_of_a_nested_folder_stay_as_they_are(folder):
     assert seen(folder) == (NAMES, ())
     source = ImageFolder(folder)
     assert source.class_names == ('B', 'a', 'b', 'b-c')
-    assert source.fingerprint == 'bf8ed32698468484'  # a run continues only with the same fingerprint
+    assert source.fingerprint == 'a656b1e8a9664cfe'  # a run continues only with the same fingerprint
+
+
+LITTER, HIDDEN = 'not a folder of the dataset', 'hidden'
+
+
+@pytest.mark.parametrize(
+    ('name', 'reported', 'reason'),
+    [
+        ('b/.ipynb_checkpoints/x.jpg', 'b/.ipynb_checkpoints', HIDDEN),
+        ('.cache/x.jpg', '.cache', HIDDEN),
+        ('b/._x.jpg', 'b/._x.jpg', HIDDEN),
+        ('__MACOSX/b/x.jpg', '__MACOSX', LITTER),
+        ('b/@eaDir/x.jpg/thumb.jpg', 'b/@eaDir', LITTER),
+        ('$RECYCLE.BIN/x.jpg', '$RECYCLE.BIN', LITTER),
+        ('b/photo.HEIC', 'b/photo.HEIC', '.heic images cannot be decoded'),
+        ('b/drawing.svg', 'b/drawing.svg', '.svg images cannot be decoded'),
+        ('b/.DS_Store', None, ''),
+        ('b/Thumbs.db', None, ''),
+    ],
+)
+def test_hidden_entries_litter_and_unknown_formats_are_skipped_and_reported(folder, name, reported, reason):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(b'x')
+    assert seen(folder) == (NAMES, (f'{reported}: {reason}',) if reported else ())
+
+
+@pytest.mark.parametrize('extension', ['gif', 'jfif', 'jpe', 'avif', 'jp2', 'GIF'])
+def test_every_format_that_can_be_decoded_is_found(folder, extension):
+    (folder / f'b/0.{extension}').write_bytes(b'x')
+    images, skipped = seen(folder)
+    assert (set(images) - set(NAMES), skipped) == ({f'b/0.{extension}'}, ())
 
 
 def test_images_beside_the_class_folders_are_for_prediction_only(folder):
@@ -95,8 +126,8 @@ def test_links_to_folders_and_files_elsewhere_are_followed(folder, tmp_path):
         NAMES[0],
         'a/same.jpg',
         'a/x.jpeg',
-        'a/.hidden/h.tif',
         'a/link/sub/1.jpg',
+        'a/under/h.tif',
         *NAMES[3:],
         'zoo/nested/deeper/y.bmp',
     ]
@@ -174,7 +205,7 @@ def test_skipped_entries_are_reported_in_one_line():
 
 def test_class_of_broken_links_is_an_error_that_names_them(folder):
     (folder / 'a/x.jpeg').unlink()
-    (folder / 'a/.hidden/h.tif').unlink()
+    (folder / 'a/under/h.tif').unlink()
     (folder / 'a/1.jpg').symlink_to('objects/1.jpg')
     message = rf'/a holds no image \(.*\); skipped 1 entry in .*: a/1.jpg: {GONE}'
     for read in (ImageFolder, layouts.list_source):
@@ -198,7 +229,7 @@ import os, sys
 from epsanet_jax import InputError
 from epsanet_jax.data.image_files import find_images
 from epsanet_jax.data.prepare import layouts
-from epsanet_jax.data.sources import ImageFolder
+from epsanet_jax.data.image_folder import ImageFolder
 root, bad = [], []
 for read in (ImageFolder, layouts.list_source):
     try:

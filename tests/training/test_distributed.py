@@ -133,7 +133,10 @@ def test_processes_with_different_recipes_are_refused(float64_recipe, tmp_path):
         assert 'processes 0 and 1 differ in configuration or data' in err
 
 
-@pytest.mark.parametrize('option', ['--config.steps=30', '--config.data.synthetic_examples=76'])
+@pytest.mark.parametrize(
+    'option',
+    ['--config.steps=30', pytest.param('--config.data.synthetic_examples=76', marks=pytest.mark.slow)],
+)
 def test_fields_that_decide_the_number_of_steps_must_agree(float64_recipe, tmp_path, option):
     two = start_all(float64_recipe, tmp_path, 2, 1, only=[0])
     port = next(a for a in two[0].args if a.startswith('--coordinator'))

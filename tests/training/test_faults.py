@@ -21,6 +21,7 @@ from runs import (
 from epsanet_jax.errors import INTERRUPTED
 
 
+@pytest.mark.slow
 def test_a_full_disk_for_checkpoints_ends_the_run_with_one_line_and_loses_nothing(tiny, tmp_path):
     arguments = ('--config.steps=7', '--config.eval_every_epochs=0')
     finish(start(tiny, tmp_path, *arguments))

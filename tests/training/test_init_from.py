@@ -18,7 +18,7 @@ from epsanet_jax.commands.main import main
 from epsanet_jax.convert import read_checkpoint, to_torch, torch_model
 from epsanet_jax.convert.momentum import momentum_from_torch, momentum_to_torch
 from epsanet_jax.models.zoo import build_model
-from epsanet_jax.training import init_from, inputs, loop
+from epsanet_jax.training import datasets, init_from, inputs, loop
 from epsanet_jax.training.config import (
     CheckpointConfig,
     Config,
@@ -63,7 +63,7 @@ def recipe(**changes):
 
 def batches(config, first, last):
     """Yields the same batches as the trainer, for PyTorch."""
-    source = inputs.open_source(config.data, 'train')
+    source, _ = datasets.open_source(config.data, 'train')
     for _, batch in zip(range(first, last), inputs.train_batches(config, source, first), strict=False):
         images = (batch['image'] / 255.0 - np.array(config.data.mean)) / np.array(config.data.std)
         labels = torch.from_numpy(batch['label']).long()
@@ -140,6 +140,7 @@ def test_the_learning_rate_continues_from_the_file(half_trained, tmp_path):
     assert rates == pytest.approx([0.01] * 4 + [0.001])
 
 
+@pytest.mark.slow
 def test_a_training_from_jax_continues_in_pytorch_with_the_same_updates(tmp_path):
     """Four steps in JAX, converted, then two in PyTorch: the same as six in JAX."""
     config = recipe(steps=8)
@@ -242,6 +243,7 @@ def test_an_epoch_may_be_a_fractional_number_of_steps(tmp_path, capsys):
     assert 'continues at step 12 with its momentum' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_weights_survive_a_chain_of_conversions(tmp_path):
     loop.train(recipe(steps=1), str(tmp_path / 'run'))
     for src, dst in (('run', 'x.safetensors'), ('x.safetensors', 'orbax'), ('orbax', 'y.pth')):

@@ -53,7 +53,7 @@ def test_a_workdir_holds_configuration_metrics_and_checkpoints(uninterrupted):
     assert json.loads((workdir / 'config.json').read_text())['config']['optimizer']['lr'] == 0.05
 
 
-@pytest.mark.parametrize('kills', [[3], [1, 1, 2]])
+@pytest.mark.parametrize('kills', [[3], pytest.param([1, 1, 2], marks=pytest.mark.slow)])
 def test_an_interrupted_run_equals_an_uninterrupted_one_bit_for_bit(
     uninterrupted, tmp_path, monkeypatch, kills
 ):
@@ -113,6 +113,7 @@ def test_an_interrupted_run_with_all_options_equals_an_uninterrupted_one(tmp_pat
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_with_frozen_parameters_equals_an_uninterrupted_one(tmp_path):
     config = recipe(
         steps=4,

@@ -33,7 +33,8 @@ def test_lines_after_the_last_checkpoint_are_replaced(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize('tensorboard', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('tensorboard', [False, True])
 def test_a_full_disk_for_metrics_ends_the_run_with_one_line_and_it_can_continue(tiny, tmp_path, tensorboard):
     more = (
         '--config.steps=60',

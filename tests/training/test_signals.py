@@ -17,7 +17,7 @@ from epsanet_jax.errors import Interrupted
 from epsanet_jax.training import loop
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_makes_the_run_save_and_it_continues_bit_for_bit(
     uninterrupted_8, tmp_path, monkeypatch, capsys, number
 ):

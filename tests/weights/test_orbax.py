@@ -16,7 +16,14 @@ def saved(tmp_path):
     return path
 
 
-@pytest.mark.parametrize('damage', ['metadata', 'model/_METADATA', 'model/manifest.ocdbt', 'model/d'])
+@pytest.mark.parametrize(
+    'damage',
+    [
+        'metadata',
+        'model/d',
+        *(pytest.param(f'model/{name}', marks=pytest.mark.slow) for name in ('_METADATA', 'manifest.ocdbt')),
+    ],
+)
 def test_damaged_checkpoint_is_refused_in_one_line(capsys, saved, tmp_path, damage):
     run(capsys, 'convert', saved, tmp_path / 'orbax')
     path = tmp_path / 'orbax' / '0' / damage

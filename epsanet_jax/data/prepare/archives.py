@@ -1,14 +1,15 @@
-"""Lists the images of folders and uncompressed tars, in the order of `sources.ImageFolder`."""
+"""Lists the images of folders and uncompressed tars, in the order of `image_folder.ImageFolder`."""
 
 import contextlib
 import os
 import posixpath
 import tarfile
-from collections.abc import Callable
 from typing import BinaryIO, NamedTuple
 
-from epsanet_jax.data.sources import ImageFolder
-from epsanet_jax.data.walk import is_image_name, no_image
+from epsanet_jax.data.classes import composed
+from epsanet_jax.data.image_folder import ImageFolder
+from epsanet_jax.data.splits import split_of
+from epsanet_jax.data.walk import is_image_name, litter, no_image
 from epsanet_jax.errors import InputError, one_line
 
 _BLOCK = 512
@@ -27,15 +28,31 @@ class Item(NamedTuple):
 
 
 def order(item: Item) -> tuple[str, str, str]:
-    """Returns the key that sorts items in the order of `sources.ImageFolder`: class, folder, file name."""
+    """Returns the key that sorts items in the order of `ImageFolder`: class, folder, file name."""
     return item.class_name, *os.path.split(item.name)
 
 
-def list_folder(root: str, on_skipped: Callable[[str], object]) -> list[Item]:
-    """Lists the images of a folder of class folders, see `sources.ImageFolder` and `walk.walk`."""
-    folder, items = ImageFolder(root), []
-    for message in folder.skipped:
-        on_skipped(message)
+class Notes:
+    """What was skipped or assumed while a source was listed.
+
+    Attributes:
+        skipped: 'PATH: reason' for each entry that is skipped; PATH is relative to the root.
+        remarks: lines for the user.
+    """
+
+    def __init__(self):
+        self.skipped: list[str] = []
+        self.remarks: list[str] = []
+
+
+def list_folder(root: str, below: str, notes: Notes, allow_empty: bool = False) -> list[Item]:
+    """Lists the images of a folder of class folders, see `image_folder.ImageFolder`.
+
+    `below` is the path of the folder relative to the source, for messages.
+    """
+    folder, items = ImageFolder(root, allow_empty), []
+    notes.skipped += [os.path.join(below, message) for message in folder.skipped]
+    notes.skipped += [f'{os.path.join(below, name)}: no image' for name in folder.empty]
     for name, label in zip(folder.files, folder.labels, strict=True):
         size, mtime = 0, 0
         with contextlib.suppress(OSError):  # reading the file names the reason
@@ -45,51 +62,122 @@ def list_folder(root: str, on_skipped: Callable[[str], object]) -> list[Item]:
     return items
 
 
-def list_tar_of_classes(path: str, split: str) -> list[Item]:
-    """Lists the images of a tar of class folders, which may be inside one folder with the name of the split.
+def list_tar_of_classes(path: str, split: str, notes: Notes, allow_empty: bool = False) -> list[Item]:
+    """Lists the images of a tar of class folders, which may be inside one folder.
 
     Raises:
-        InputError: the tar cannot be used, holds no class folder, or one without images.
+        InputError: the tar cannot be used, or holds no class folder, or, unless allowed, one without images.
     """
-    members, folders = index_tar(path)
-    prefix = f'{split}/'
-    if all(f'{name}/'.startswith(prefix) for name in (*folders, *(m.name for m in members))):
-        members = [m._replace(name=m.name.removeprefix(prefix)) for m in members]
-        folders = [name.removeprefix(prefix) for name in folders if name != split]
-    inside = [m._replace(class_name=m.name.split('/')[0]) for m in members if '/' in m.name]
-    classes = {name.split('/')[0] for name in folders} | {m.class_name for m in inside}
+    return classes_in(path, *read_tree(path, split, notes), notes, allow_empty)
+
+
+def classes_in(
+    path: str, members: list[Item], folders: list[str], notes: Notes, allow_empty: bool = False
+) -> list[Item]:
+    """Returns the images among the members of a tar that holds class folders, with their classes."""
+    inside = [m._replace(class_name=composed(m.name.split('/')[0])) for m in members if '/' in m.name]
+    classes = {composed(name.split('/')[0]) for name in folders} | {m.class_name for m in inside}
     if not classes:
         inner = '; unpack the tars in it' if any(m.name.endswith('.tar') for m in members) else ''
         raise InputError(f'no class folders in {path}: expected one folder of images per class{inner}')
     items = [m for m in inside if is_image_name(m.name)]
-    for empty in sorted(classes - {item.class_name for item in items}):
-        raise InputError(f'empty class: {no_image(f"{path}: {empty}")}')
+    empty = sorted(classes - {item.class_name for item in items})
+    if empty and not (allow_empty and items):
+        raise InputError(f'empty class: {no_image(f"{path}: {empty[0]}")}')
+    notes.skipped += [f'{os.path.basename(path)}: {name}: no image' for name in empty]
     return sorted(items, key=order)
 
 
-def list_tar_of_class(path: str) -> list[Item]:
+def read_tree(path: str, split: str, notes: Notes) -> tuple[list[Item], list[str]]:
+    """Reads the index of a tar, see `index_tar`, without the folders around the classes.
+
+    Such a folder has the name of the split, or holds all images, in folders of their own.
+    """
+    members, folders = _without_litter(path, *index_tar(path), notes)
+    refuse_shard(path, members)
+    names = [*folders, *(m.name for m in members)]
+    top = names[0].split('/')[0] if names else ''
+    if split_of(top) != split or any(name.split('/')[0] != top for name in names):
+        where = {posixpath.dirname(m.name) for m in members if is_image_name(m.name)}
+        where |= {name for name in folders if not any(other.startswith(f'{name}/') for other in names)}
+        top = posixpath.commonpath(where) if where else ''
+        top = posixpath.dirname(top) if top in where else top  # the last folder is a class
+        if top:
+            notes.remarks.append(f'{path}: the classes are the folders in {top!r}')
+    return _below(top, members, folders)
+
+
+def _below(top: str, members: list[Item], folders: list[str]) -> tuple[list[Item], list[str]]:
+    """Returns what is below a folder of a tar, with names relative to it."""
+    start = f'{top}/' if top else ''
+    inside = [m._replace(name=m.name[len(start) :]) for m in members if m.name.startswith(start)]
+    return inside, [name[len(start) :] for name in folders if name.startswith(start)]
+
+
+def list_splits(
+    path: str, splits: dict[str, str], members: list[Item], folders: list[str], notes: Notes
+) -> dict[str, list[Item]]:
+    """Lists the images of a tar that holds a folder of class folders for each split."""
+    return {
+        split: classes_in(path, *_below(top, members, folders), notes, split != 'train')
+        for split, top in splits.items()
+    }
+
+
+def _without_litter(
+    path: str, members: list[Item], folders: list[str], notes: Notes
+) -> tuple[list[Item], list[str]]:
+    def reason(name: str) -> str:
+        return next(filter(None, map(litter, name.split('/'))), '')
+
+    where = os.path.basename(path)
+    skipped = [m.name for m in members if is_image_name(m.name) and reason(m.name)]
+    notes.skipped += [f'{where}: {name}: {reason(name)}' for name in skipped]
+    kept = [m for m in members if not reason(m.name)]
+    return kept, [name for name in folders if not reason(name)]
+
+
+def refuse_shard(path: str, members: list[Item]) -> None:
+    """Raises InputError if the members are those of a WebDataset shard: KEY.jpg beside KEY.cls."""
+    names = {m.name for m in members}
+    for name in sorted(names):
+        key = posixpath.splitext(name)[0]
+        if is_image_name(name) and (label := {f'{key}.cls', f'{key}.json', f'{key}.txt'} & names):
+            raise InputError(
+                f'{path} is a WebDataset shard: its classes are in files such as {min(label)}, which this '
+                'command does not read; unpack the images into one folder per class'
+            )
+
+
+def list_tar_of_class(path: str, notes: Notes) -> list[Item]:
     """Lists the images of a tar that holds one class and has its name.
 
     Raises:
         InputError: the tar cannot be used, or holds no image.
     """
     class_name = os.path.basename(path).removesuffix('.tar')
-    items = images_of_class(class_name, path)
+    members, _ = _without_litter(path, *index_tar(path), notes)
+    refuse_shard(path, members)
+    items = _of_class(class_name, members, path)
     prefix = f'{class_name}/'
     if not all(item.name.startswith(prefix) for item in items):
         items = [item._replace(name=prefix + item.name) for item in items]
     return sorted(items, key=order)
 
 
-def images_of_class(class_name: str, path: str, within: Item | None = None) -> list[Item]:
-    """Lists the images of a tar, in its order, see `index_tar`.
+def images_of_class(class_name: str, path: str, within: Item) -> list[Item]:
+    """Lists the images of a tar within a tar, in its order, see `index_tar`.
 
     Raises:
         InputError: the tar cannot be used, or holds no image.
     """
-    items = [m._replace(class_name=class_name) for m in index_tar(path, within)[0] if is_image_name(m.name)]
+    return _of_class(class_name, index_tar(path, within)[0], f'{path}: {within.name}')
+
+
+def _of_class(class_name: str, members: list[Item], called: str) -> list[Item]:
+    items = [m._replace(class_name=composed(class_name)) for m in members if is_image_name(m.name)]
     if not items:
-        raise InputError(f'empty class: {no_image(f"{path}: {within.name}" if within else path)}')
+        raise InputError(f'empty class: {no_image(called)}')
     return items
 
 

@@ -20,7 +20,7 @@ from epsanet_jax.data.prepare.layouts import Listing
 from epsanet_jax.data.prepare.shards import Shard, Written
 from epsanet_jax.data.walk import skipped_line
 from epsanet_jax.data.worker import handling
-from epsanet_jax.errors import InputError, Interrupted, one_line, some
+from epsanet_jax.errors import InputError, Interrupted, one_line
 
 _DESCRIPTION = ('dataset_info.json', 'features.json', 'label.labels.txt')
 _SKIPPED, _CHECKSUMS = 'skipped.txt', 'checksums.sha256'
@@ -80,8 +80,8 @@ def prepare(
             _report(f'listing {source} ...')
             listing = layouts.list_source(source, labels)
             listing = dataclasses.replace(listing, name=name or listing.name)
-            if listing.left_alone:
-                _report(f'not used: {some(listing.left_alone)}')
+            for line in listing.remarks:
+                _report(line)
             if listing.skipped:
                 _report(skipped_line(source, listing.skipped))
             if (report := plan.read_report(folder, listing)) is not None:

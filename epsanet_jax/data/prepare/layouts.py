@@ -3,12 +3,13 @@
 import dataclasses
 import os
 import re
-from collections.abc import Callable
 
+from epsanet_jax.data import classes
 from epsanet_jax.data.prepare import archives, imagenet
-from epsanet_jax.data.prepare.archives import Item
+from epsanet_jax.data.prepare.archives import Item, Notes
 from epsanet_jax.data.prepare.imagenet import TRAIN_TAR, VALIDATION_TAR
-from epsanet_jax.data.walk import is_there, walk
+from epsanet_jax.data.splits import split_of
+from epsanet_jax.data.walk import is_image_name, is_there, litter, walk
 from epsanet_jax.errors import InputError, some
 
 SPLITS = ('train', 'val', 'validation', 'test')
@@ -22,9 +23,9 @@ class Listing:
 
     root: str  # path of the source
     name: str  # name of the dataset
-    class_names: tuple[str, ...]  # sorted; the label of a class is its index
+    class_names: tuple[str, ...]  # in the order of the labels, see `classes.in_order`
     splits: dict[str, list[Item]]  # images of each split, in order
-    left_alone: tuple[str, ...] = ()  # names of the entries of the root that are not used
+    remarks: tuple[str, ...] = ()  # lines that say what was assumed
     skipped: tuple[str, ...] = ()  # 'PATH: reason' of `walk.walk`; PATH is relative to the root
 
     def name_of(self, item: Item) -> str:
@@ -38,9 +39,10 @@ class Listing:
 def list_source(root: str, labels: str | None = None) -> Listing:
     """Lists the images of a folder in one of these layouts.
 
-    - split folders (train, val, validation, test) that hold class folders or one tar per class;
+    - split folders (train, val, test, in any case and spelling) that hold class folders or one tar per class;
     - one tar per split (train.tar and so on) that holds class folders;
     - class folders, or one tar per class, without a split: the split is 'train';
+    - one tar that holds class folders or split folders;
     - ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as ImageNet is distributed.
 
     Args:
@@ -59,55 +61,107 @@ def list_source(root: str, labels: str | None = None) -> Listing:
         raise InputError(f'{root}: cannot read the folder: {e.strerror}') from e
     if not names:
         raise InputError(f'{root} is empty: expected class folders, train/ and val/, or tars')
-    splits = [split for split in SPLITS if {split, f'{split}.tar'} & set(names)]
+    splits = _find_splits(root, names)
     tars = {TRAIN_TAR, VALIDATION_TAR} & set(names)
     if tars and splits:
-        raise InputError(f'{root} holds {" and ".join([*sorted(tars), *splits])}: move one kind elsewhere')
+        raise InputError(
+            f'{root} holds {" and ".join([*sorted(tars), *splits.values()])}: move one kind elsewhere'
+        )
     if tars:
         listed = imagenet.list_tars(root, labels)
-        return Listing(root, 'imagenet2012', _class_names(listed), listed)
+        return Listing(root, 'imagenet2012', _class_names(listed, Notes()), listed)
     if labels is not None:
         raise InputError(f'--labels is for {VALIDATION_TAR}, which is not in {root}')
-    _refuse_compressed(root, [n for n in names if n.split('.')[0] in (*SPLITS, *_IMAGENET)])
-    skipped: list[str] = []
+    _refuse_compressed(root, [n for n in names if split_of(n.split('.')[0]) or n.split('.')[0] in _IMAGENET])
+    notes = Notes()
     if splits:
-        listed = {split: _list_split(root, split, skipped) for split in splits}
-        used = {name for split in splits for name in (split, f'{split}.tar')}
+        found = {split: _list_split(root, split, name, notes) for split, name in splits.items()}
+        listed = {split: items for split, items in found.items() if items is not None}
+        unused = [name for name in names if name not in splits.values()]
     else:
-        listed = {'train': _list_classes(root, skipped.append)}
-        used = {name for name in names if os.path.isdir(os.path.join(root, name)) or name.endswith('.tar')}
-    left_alone = tuple(name for name in names if name not in used)
-    return Listing(root, 'image_folder', _class_names(listed), listed, left_alone, tuple(skipped))
+        listed = _list_whole(root, notes)
+        unused = [n for n in names if not (os.path.isdir(os.path.join(root, n)) or n.endswith('.tar'))]
+    if unused:
+        notes.remarks.append(f'not used: {some(unused)}')
+    class_names = _class_names(listed, notes)
+    return Listing(root, 'image_folder', class_names, listed, tuple(notes.remarks), tuple(notes.skipped))
 
 
-def _list_split(root: str, split: str, skipped: list[str]) -> list[Item]:
-    folder, tar = os.path.join(root, split), os.path.join(root, f'{split}.tar')
-    if os.path.exists(tar):
-        if os.path.exists(folder):
-            raise InputError(f'{root} holds both {split} and {split}.tar: move one of them elsewhere')
-        return archives.list_tar_of_classes(tar, split)
-    if not os.path.isdir(folder):
+def _find_splits(root: str, names: list[str]) -> dict[str, str]:
+    """Returns the splits of a source and the folder or tar of each."""
+    found: dict[str, str] = {}
+    for name in names:
+        stem = name.removesuffix('.tar')
+        if (meaning := split_of(stem)) is None:
+            continue
+        split = stem if stem in SPLITS else meaning
+        if split in found:
+            raise InputError(
+                f'{root} holds both {found[split]} and {name}, which mean one split: move one elsewhere'
+            )
+        found[split] = name
+    return {split: found[split] for split in SPLITS if split in found}
+
+
+def _list_split(root: str, split: str, name: str, notes: Notes) -> list[Item] | None:
+    """Returns the images of a split, or None if it has images without classes, which are left out."""
+    path, training = os.path.join(root, name), split == 'train'
+    if split != name.removesuffix('.tar'):
+        notes.remarks.append(f'{name} is used as {split!r}')
+    if name.endswith('.tar') and not os.path.isdir(path):
+        return archives.list_tar_of_classes(path, split, notes, not training)
+    if not os.path.isdir(path):
         raise InputError(
-            f'{folder} is not a folder: expected a folder that holds one folder of images per class'
+            f'{path} is not a folder: expected a folder that holds one folder of images per class'
         )
-    return _list_classes(folder, lambda message: skipped.append(os.path.join(split, message)))
+    top = next(walk(path))
+    if not training and top.images and not top.folders:
+        notes.remarks.append(f'not used: {len(top.images):,} images in {name} without a class folder')
+        return None
+    return _list_classes(path, name, notes, not training)
 
 
-def _list_classes(folder: str, on_skipped: Callable[[str], object]) -> list[Item]:
-    class_names, names = next(walk(folder)).folders, sorted(os.listdir(folder))
-    tars = [n for n in names if n.endswith('.tar') and not os.path.isdir(os.path.join(folder, n))]
+def _list_whole(root: str, notes: Notes) -> dict[str, list[Item]]:
+    """Lists a source without splits at its top: classes, or one tar or folder that holds everything."""
+    folders = next(walk(root)).folders
+    inner = list(next(walk(os.path.join(root, folders[0]))).folders) if len(folders) == 1 else []
+    if any(map(split_of, inner)):
+        path = os.path.join(root, folders[0])
+        raise InputError(f'{root} holds only the folder {folders[0]}, which holds {some(inner)}: give {path}')
+    tars = [name for name in _tars(root) if not litter(name)]
+    if folders or len(tars) != 1:
+        return {'train': _list_classes(root, '', notes)}
+    path = os.path.join(root, tars[0])
+    members, names = archives.read_tree(path, 'train', notes)
+    if all('/' not in m.name for m in members if is_image_name(m.name)):
+        return {'train': _list_classes(root, '', notes)}  # a single class
+    splits = _find_splits(path, sorted({n.split('/')[0] for n in (*names, *(m.name for m in members))}))
+    if not splits:
+        return {'train': archives.classes_in(path, members, names, notes)}
+    return archives.list_splits(path, splits, members, names, notes)
+
+
+def _tars(folder: str) -> list[str]:
+    names = sorted(os.listdir(folder))
+    return [n for n in names if n.endswith('.tar') and not os.path.isdir(os.path.join(folder, n))]
+
+
+def _list_classes(folder: str, below: str, notes: Notes, allow_empty: bool = False) -> list[Item]:
+    class_names, tars = next(walk(folder)).folders, _tars(folder)
+    notes.skipped += [f'{os.path.join(below, name)}: {litter(name)}' for name in tars if litter(name)]
+    tars = [name for name in tars if not litter(name)]
     if class_names and tars:
         raise InputError(
             f'{folder} holds folders ({class_names[0]} ...) and tars ({tars[0]} ...): move one kind elsewhere'
         )
     if class_names:
-        return archives.list_folder(folder, on_skipped)
+        return archives.list_folder(folder, below, notes, allow_empty)
     if not tars:
-        _refuse_compressed(folder, names)
+        _refuse_compressed(folder, sorted(os.listdir(folder)))
         raise InputError(
             f'no class folders in {folder}: expected one folder of images per class, or one tar per class'
         )
-    items = [item for tar in tars for item in archives.list_tar_of_class(os.path.join(folder, tar))]
+    items = [item for tar in tars for item in archives.list_tar_of_class(os.path.join(folder, tar), notes)]
     return sorted(items, key=archives.order)
 
 
@@ -118,16 +172,20 @@ def _refuse_compressed(folder: str, names: list[str]) -> None:
             raise InputError(f'{path} is compressed, which prevents random access: decompress it first')
 
 
-def _class_names(splits: dict[str, list[Item]]) -> tuple[str, ...]:
+def _class_names(splits: dict[str, list[Item]], notes: Notes) -> tuple[str, ...]:
     """Returns the classes of the training split, or of all splits if there is no training split."""
     of = {split: {item.class_name for item in items} for split, items in splits.items()}
-    names = sorted(of.get('train') or set().union(*of.values()))
+    names = classes.in_order([*(of.get('train') or set().union(*of.values()))])
     for split, own in of.items():
         if unknown := sorted(own - set(names)):
             raise InputError(f'{split!r} has classes that train lacks: {some(unknown)}')
+        if missing := sorted(set(names) - own):
+            notes.remarks.append(f'{split!r} has no image of {len(missing)} classes: {some(missing)}')
     for name in names:
         # A line of label.labels.txt holds the name; a name that is not UTF-8 has surrogates.
         is_utf8 = name.encode(errors='ignore') == os.fsencode(name)
         if name != name.strip() or {'\n', '\r'} & set(name) or not is_utf8:
             raise InputError(f'the class name {name!r} cannot be stored as a line of text: rename the class')
-    return tuple(names)
+    if warning := classes.single(names, 'the source'):
+        notes.remarks.append(warning)
+    return names

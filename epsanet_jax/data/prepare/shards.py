@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import os
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -149,27 +148,24 @@ def _write_records(shard: Shard, path: str, on_bad: str, num_classes: int, tick:
     encoder = features(num_classes)
     serializer = ExampleSerializer(encoder.get_serialized_info())
     kept, converted, bad = 0, 0, []
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # about invalid metadata
-        warnings.simplefilter('error', Image.DecompressionBombWarning)
-        writer = ArrayRecordWriter(path, 'group_size:1')
-        try:
-            for item, label, name in zip(shard.items, shard.labels, shard.names, strict=True):
-                tick()
-                try:
-                    jpeg, unchanged = as_jpeg(_read(item))
-                except BadImageError as e:
-                    bad.append((name, str(e)))
-                    continue
-                if bad and on_bad == 'stop':
-                    continue  # only looks for more bad images
-                example = {'image': io.BytesIO(jpeg), 'label': label, 'file_name': os.fsencode(item.name)}
-                proto = serializer.get_tf_example(encoder.encode_example(example))
-                writer.write(proto.SerializeToString(deterministic=True))  # for reproducible checksums
-                kept, converted = kept + unchanged, converted + (not unchanged)
-        finally:
-            if writer.is_open():
-                writer.close()
+    writer = ArrayRecordWriter(path, 'group_size:1')
+    try:
+        for item, label, name in zip(shard.items, shard.labels, shard.names, strict=True):
+            tick()
+            try:
+                jpeg, unchanged = as_jpeg(_read(item))
+            except BadImageError as e:
+                bad.append((name, str(e)))
+                continue
+            if bad and on_bad == 'stop':
+                continue  # only looks for more bad images
+            example = {'image': io.BytesIO(jpeg), 'label': label, 'file_name': os.fsencode(item.name)}
+            proto = serializer.get_tf_example(encoder.encode_example(example))
+            writer.write(proto.SerializeToString(deterministic=True))  # for reproducible checksums
+            kept, converted = kept + unchanged, converted + (not unchanged)
+    finally:
+        if writer.is_open():
+            writer.close()
     return kept, converted, bad
 
 

@@ -15,6 +15,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
+from epsanet_jax.data.decode import ignore_pillow_warnings
 from epsanet_jax.data.prepare.shards import Shard, Written, write_shard
 from epsanet_jax.data.worker import end_with_parent, handling
 from epsanet_jax.errors import InputError
@@ -105,6 +106,7 @@ def _write_in_processes(
 def _work(connection: Connection, shared: Any, write: Callable[..., Written]) -> None:
     """Writes the shards received through the pipe until it is closed, and sends each result back."""
     end_with_parent()
+    ignore_pillow_warnings()
     with suppress(EOFError, ConnectionError):  # the main process is ending
         while True:
             slot, shard = connection.recv()

@@ -7,8 +7,8 @@ import tarfile
 
 import pytest
 
-from epsanet_jax.data.prepare.archives import list_folder
-from epsanet_jax.data.sources import ImageFolder
+from epsanet_jax.data.image_folder import ImageFolder
+from epsanet_jax.data.prepare.archives import Notes, list_folder
 
 from .helpers import TRAIN, jpeg, packed, prepared, records, refusal, write
 
@@ -22,7 +22,7 @@ def member(name, kind=tarfile.REGTYPE, **attributes):
 
 
 def test_items_of_a_folder_have_its_files_sizes_and_times(folder):
-    items = list_folder(str(folder / 'train'), lambda message: None)
+    items = list_folder(str(folder / 'train'), '', Notes())
     source = ImageFolder(folder / 'train')
     assert [f'{folder}/train/{item.name}' for item in items] == [
         source.name_of(i) for i in range(len(source))

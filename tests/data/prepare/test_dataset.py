@@ -6,8 +6,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 from command import run
 
+from epsanet_jax.data.image_folder import ImageFolder
 from epsanet_jax.data.prepare.dataset import Counts, Prepared, describe
-from epsanet_jax.data.sources import ImageFolder
 
 from .helpers import records
 

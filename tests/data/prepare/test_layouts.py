@@ -5,7 +5,9 @@ import re
 import pytest
 from command import run
 
-from epsanet_jax.data.sources import ImageFolder
+from epsanet_jax import InputError
+from epsanet_jax.data.image_folder import ImageFolder
+from epsanet_jax.data.sources import Records
 
 from .helpers import TRAIN, VAL, jpeg, packed, prepared, records, refusal, write
 
@@ -75,6 +77,94 @@ def test_linked_folders_are_followed_and_cycles_skipped(folder, tmp_path, capsys
     assert 'exists already; nothing was done' in out
     line = f'skipped 1 entry in {folder}: train/cat/loop: link to a folder that contains it'
     assert line in err.splitlines()
+
+
+def in_records(folder, split):
+    """The classes and the labels of the classes of a split."""
+    source = Records(folder, split)
+    return source.class_names, {source[i]['label'] for i in range(len(source))}
+
+
+def test_split_names_in_other_spellings_are_used_and_reported(folder, tmp_path, capsys):
+    (folder / 'train').rename(folder / 'Training')
+    (folder / 'val').rename(folder / 'VALID')
+    _, err = prepared(capsys, folder, tmp_path / 'out')
+    assert {"Training is used as 'train'", "VALID is used as 'val'"} < set(err.splitlines())
+    assert in_records(tmp_path / 'out', 'train') == (('Ox', 'cat', 'dog'), {0, 1, 2})
+    assert in_records(tmp_path / 'out', 'val')[1] == {1, 2}
+    assert "'val' has no image of 1 classes: Ox" in err
+    (folder / 'val').mkdir()
+    line = refusal(capsys, folder, tmp_path / 'other')
+    assert 'holds both VALID and val, which mean one split' in line
+
+
+def test_images_without_classes_and_empty_classes_of_a_test_split_are_reported(folder, tmp_path, capsys):
+    write(folder / 'test/1.jpg', jpeg(1))
+    (folder / 'val/Ox').mkdir()
+    _, err = prepared(capsys, folder, tmp_path / 'out')
+    assert 'not used: 1 images in test without a class folder' in err.splitlines()
+    assert f'skipped 1 entry in {folder}: val/Ox: no image' in err.splitlines()
+    with pytest.raises(InputError):
+        Records(tmp_path / 'out', 'test')
+
+
+def test_hidden_folders_and_litter_are_no_classes(folder, tmp_path, capsys):
+    for name in ('.ipynb_checkpoints/x.jpg', '__MACOSX/._x.jpg', '@eaDir/x.jpg', 'cat/._z.jpg'):
+        write(folder / 'train' / name, jpeg(1))
+    _, err = prepared(capsys, folder, tmp_path / 'out')
+    (line,) = [line for line in err.splitlines() if line.startswith('skipped')]
+    assert line.startswith(f'skipped 4 entries in {folder}: train/.ipynb_checkpoints: hidden, train/@eaDir')
+    in_tar = {f'train/{name}': jpeg(1) for name in ('__MACOSX/cat/x.jpg', 'cat/._z.jpg')}
+    write(tmp_path / 'tars/train.tar', packed({**{f'train/{n}': c for n, c in TRAIN.items()}, **in_tar}))
+    write(tmp_path / 'tars/._val.tar', b'')
+    _, err = prepared(capsys, tmp_path / 'tars', tmp_path / 'from_tar')
+    assert 'skipped 2 entries' in err
+    assert 'not used: ._val.tar' in err
+    assert records(tmp_path / 'from_tar', 'train') == records(tmp_path / 'out', 'train')
+
+
+@pytest.mark.parametrize('top', ['', 'pets/', 'pets/v2/'])
+def test_one_tar_may_hold_all_classes_or_splits_in_folders(tmp_path, capsys, top):
+    write(tmp_path / 'classes/pets.tar', packed({f'{top}{n}': c for n, c in TRAIN.items()}))
+    _, err = prepared(capsys, tmp_path / 'classes', tmp_path / 'out')
+    assert records(tmp_path / 'out', 'train')[0][:2] == ('Ox/ü.jpg', 'Ox')
+    assert in_records(tmp_path / 'out', 'train') == (('Ox', 'cat', 'dog'), {0, 1, 2})
+    assert (f"pets.tar: the classes are the folders in '{top[:-1]}'" in err) == bool(top)
+    both = {f'{top}Train/{n}': c for n, c in TRAIN.items()} | {f'{top}val/{n}': c for n, c in VAL.items()}
+    write(tmp_path / 'splits/pets.tar', packed(both))
+    prepared(capsys, tmp_path / 'splits', tmp_path / 'out_splits')
+    assert records(tmp_path / 'out_splits', 'train') == records(tmp_path / 'out', 'train')
+    assert [name for name, *_ in records(tmp_path / 'out_splits', 'val')] == ['cat/1.jpg', 'dog/1.jpg']
+
+
+def test_split_folders_one_level_below_are_refused_with_the_path(folder, tmp_path, capsys):
+    folder.rename(tmp_path / 'pets')
+    write(tmp_path / 'in/README', b'')
+    (tmp_path / 'pets').rename(tmp_path / 'in/pets')
+    line = refusal(capsys, tmp_path / 'in', tmp_path / 'out')
+    assert line.endswith(f'holds only the folder pets, which holds train, val: give {tmp_path}/in/pets')
+
+
+@pytest.mark.parametrize('extension', ['cls', 'json', 'txt'])
+@pytest.mark.parametrize('place', ['shard-000000.tar', 'train/shard-000000.tar', 'train.tar'])
+def test_webdataset_shards_are_refused(tmp_path, capsys, place, extension):
+    write(tmp_path / 'in' / place, packed({'0001.jpg': jpeg(0), f'0001.{extension}': b'0'}))
+    assert f'a WebDataset shard: its classes are in files such as 0001.{extension}' in refusal(
+        capsys, tmp_path / 'in', tmp_path / 'out'
+    )
+
+
+def test_class_names_are_numbers_or_composed_and_one_class_is_a_warning(tmp_path, capsys):
+    for i in range(11):
+        write(tmp_path / f'numbers/{i}/x.jpg', jpeg(i))
+    prepared(capsys, tmp_path / 'numbers', tmp_path / 'out')
+    by_number = {image: int(name) for _, name, image in records(tmp_path / 'out', 'train')}
+    source = Records(tmp_path / 'out', 'train')
+    assert all(source[i]['label'] == by_number[source[i]['image']] for i in range(11))
+    write(tmp_path / 'in/train.tar', packed({'cafe\u0301/x.jpg': jpeg(1)}))
+    _, err = prepared(capsys, tmp_path / 'in', tmp_path / 'one')
+    assert "warning: the source has one class only, 'caf\u00e9': nothing can be learned" in err
+    assert Records(tmp_path / 'one', 'train').class_names == ('caf\u00e9',)
 
 
 @pytest.mark.parametrize('name', ['train.tar.gz', 'train/cat.tgz', 'ILSVRC2012_img_val.tar.xz'])

@@ -7,8 +7,8 @@ import pytest
 from command import run
 
 from epsanet_jax import InputError
+from epsanet_jax.data.image_folder import ImageFolder
 from epsanet_jax.data.prepare import dataset, plan, workers
-from epsanet_jax.data.sources import ImageFolder
 
 from .helpers import SHARD, encoded, records, shard_files, smooth, write
 

@@ -7,8 +7,8 @@ import time
 import pytest
 
 from epsanet_jax import InputError
+from epsanet_jax.data.image_folder import ImageFolder
 from epsanet_jax.data.prepare import dataset
-from epsanet_jax.data.sources import ImageFolder
 
 from .helpers import SHARD, records
 

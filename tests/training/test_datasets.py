@@ -1,0 +1,87 @@
+"""Datasets of a configuration: splits, classes, and labels of the model."""
+
+import pytest
+from PIL import Image
+
+from epsanet_jax import InputError
+from epsanet_jax.data import sources
+from epsanet_jax.training import datasets, loop
+from epsanet_jax.training.config import DataConfig
+
+
+def images(root, *names):
+    for name in names:
+        (root / name).mkdir(parents=True)
+        Image.new('RGB', (4, 3)).save(root / name / 'x.png')
+    return root
+
+
+def test_evaluation_split_with_a_class_that_training_lacks_is_refused(bad_folder):
+    config, path = bad_folder
+    (path / 'data/val/b').rename(path / 'data/val/c')
+    with pytest.raises(InputError, match="'val' has 1 classes that 'train' lacks: c"):
+        loop.train(config, str(path / 'run'))
+
+
+def test_evaluation_split_keeps_the_labels_if_classes_are_missing(tmp_path):
+    images(tmp_path, 'train/a', 'train/b', 'train/c', 'train/d', 'val/b', 'val/d')
+    (tmp_path / 'val/a').mkdir()
+    train, evaluation, lines = datasets.open_splits(DataConfig(source='folder', dir=str(tmp_path)))
+    assert train.class_names == evaluation.class_names == ('a', 'b', 'c', 'd')
+    assert [evaluation[i]['label'] for i in range(2)] == [1, 3]
+    assert lines == [f'{tmp_path}/val has no image of 1 classes: a', "'val' has no image of 1 classes: c"]
+    images(tmp_path, 'train/e')
+    (tmp_path / 'train/e/x.png').unlink()
+    with pytest.raises(InputError, match=r'empty class folder: .*train/e'):
+        datasets.open_splits(DataConfig(source='folder', dir=str(tmp_path)))
+
+
+def test_splits_are_found_in_other_spellings_which_is_reported(tmp_path):
+    images(tmp_path, 'Training/a', 'Training/b', 'Valid/a', 'Valid/b')
+    train, evaluation, lines = datasets.open_splits(DataConfig(source='folder', dir=str(tmp_path)))
+    assert (len(train), len(evaluation)) == (2, 2)
+    assert lines == [f"{tmp_path}/Training is used as 'train'", f"{tmp_path}/Valid is used as 'val'"]
+    images(tmp_path, 'validation/a')
+    with pytest.raises(InputError, match='holds Valid and validation, which mean the same split'):
+        datasets.open_splits(DataConfig(source='folder', dir=str(tmp_path)))
+    with pytest.raises(InputError, match=r'no such data directory: .*/fold1; .* holds Training, Valid'):
+        datasets.open_source(DataConfig(source='folder', dir=str(tmp_path)), 'fold1')
+
+
+def test_one_class_only_is_reported(tmp_path):
+    images(tmp_path, 'train/a', 'val/a')
+    *_, lines = datasets.open_splits(DataConfig(source='folder', dir=str(tmp_path)))
+    assert lines == ["warning: 'train' has one class only, 'a': nothing can be learned"]
+
+
+def test_labels_are_those_of_the_model():
+    source = sources.Synthetic(6, 2, 32, 0)
+    matched, assumption = datasets.with_labels_of(source, ('class1', 'x', 'class0'), 3)
+    assert (len(matched), matched.class_names, assumption) == (6, ('class1', 'x', 'class0'), '')
+    assert {(source[i]['label'], matched[i]['label']) for i in range(6)} == {(0, 2), (1, 0)}
+    assert datasets.with_labels_of(source, (), 2)[0] is source
+
+
+def test_the_data_of_an_evaluation_are_those_of_the_run_or_of_the_option(tmp_path):
+    run = DataConfig(source='tfds', name='digits', dir='datasets', eval_split='test', image_size=48)
+
+    def chosen(data=None, split=None, data_dir=None, trained_on=run):
+        found = datasets.evaluation_data(trained_on, data, split, data_dir, 'skip')
+        assert (found.image_size, found.on_bad) == (trained_on.image_size, 'skip')
+        return found.source, found.name or found.dir, found.eval_split
+
+    assert chosen() == chosen('digits') == ('tfds', 'digits', 'test')
+    assert chosen(split='train') == ('tfds', 'digits', 'train')
+    assert chosen('flowers') == ('tfds', 'flowers', 'test')
+    folder = DataConfig(dir='somewhere')
+    assert chosen(str(tmp_path), trained_on=folder) == ('folder', str(tmp_path), '.')
+    (tmp_path / 'val').mkdir()
+    assert chosen(str(tmp_path), trained_on=folder) == ('folder', str(tmp_path), 'val')
+    for arguments, message in (
+        ((str(tmp_path), None, 'datasets'), '--data-dir is for TFDS datasets, but .* is a folder'),
+        (('/no/such/folder',), 'no such data directory: /no/such/folder'),
+        (('gs://bucket/data',), '--data=gs://bucket/data is not on a disk'),
+        ((None, None, None, DataConfig()), '--data is missing'),
+    ):
+        with pytest.raises(InputError, match=message):
+            chosen(*arguments)
