@@ -56,11 +56,11 @@ def _draw_maps(figure: SubFigure, e: Explanation) -> None:
     grid: Any = figure.subplots(rows, columns + 2, squeeze=False, width_ratios=ratios)
     for axes in grid.flat:
         axes.set_axis_off()
-    grid[0, 0].imshow(e.image)
+    grid[0, 0].imshow(_displayed(e.image))
     style = {'fontsize': 9, 'parse_math': False}
     grid[0, 0].set_title(shorten(e.name, middle=True), **style)
     _draw_top_classes(grid[0, -1], e)
-    gray = e.image.mean(axis=-1)
+    gray = _displayed(e.image).mean(axis=-1)
     for row, number in enumerate(e.classes):
         for column, (stage, cams) in enumerate(e.cams.items(), start=1):
             axes, cam = grid[row, column], cams[row]
@@ -74,6 +74,15 @@ def _draw_maps(figure: SubFigure, e: Explanation) -> None:
     bar = figure.colorbar(mapping, ax=list(grid[0, 1:-1]), shrink=0.8, aspect=25, pad=0.02)
     bar.set_label('relative to the maximum of the map', fontsize=8)
     bar.ax.tick_params(labelsize=8)
+
+
+def _displayed(image: np.ndarray) -> np.ndarray:
+    """Returns uint8 [H, W, 3]; other than three channels as their mean, from black to white."""
+    if image.shape[-1] == 3:
+        return image
+    gray = image.mean(axis=-1, keepdims=True)
+    low, high = gray.min(), gray.max()
+    return np.uint8(255 * (gray - low) / (high - low or 1)).repeat(3, axis=-1)
 
 
 def _draw_top_classes(axes: Any, e: Explanation) -> None:

@@ -30,7 +30,7 @@ class Explanation:
 
     Attributes:
         name: name of the image.
-        image: preprocessed image, uint8 [H, W, 3].
+        image: preprocessed image [H, W, C], with values from 0 to 255 for images of 8 bits.
         names: names of all classes.
         probabilities: probabilities of all classes, [num_classes].
         classes: numbers of the explained classes, int [K].

@@ -93,12 +93,12 @@ def run(
 ) -> Generator[tuple[ImageFile, np.ndarray, np.ndarray, Any], None, None]:
     """Yields each image with the results of a function of batches.
 
-    `step` is `(variables, normalised images [N, H, W, 3]) -> (logits [N, num_classes], tree of arrays
+    `step` is `(variables, normalised images [N, H, W, C]) -> (logits [N, num_classes], tree of arrays
     [N, ...])`; it is compiled here. `without` is a folder to leave out. For other arguments and errors see
     `predict`.
 
     Yields:
-        The file, the preprocessed image, uint8 [H, W, 3], its logits and its rows of the tree.
+        The file, the preprocessed image [H, W, C] of the batch, its logits and its rows of the tree.
     """
     if isinstance(paths, str):
         raise InputError(f'paths must be a list of paths, got {paths!r}')
@@ -115,7 +115,9 @@ def run(
     variables = jax.device_put(network.variables)
     found = image_files.find_images(paths, on_bad, without)
     threads, exif_orientation = Reading().threads_each(), preprocessing.exif_orientation
-    batches = image_files.read_batches(found, crop, rows, threads, exif_orientation, on_bad)
+    batches = image_files.read_batches(
+        found, crop, rows, threads, exif_orientation, preprocessing.channels, on_bad
+    )
     waiting = None  # the previous batch, which the device computes while the next one is read
     with contextlib.closing(batches):
         for batch, images in batches:

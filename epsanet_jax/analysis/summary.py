@@ -68,7 +68,7 @@ def summarize(model: EPSANet, image_size: int = 224) -> list[Row]:
 
     def forward(key):
         with nn.intercept_methods(count):
-            return model.init(key, jnp.zeros((1, image_size, image_size, 3), model.dtype))
+            return model.init(key, jnp.zeros((1, image_size, image_size, model.in_channels), model.dtype))
 
     jax.eval_shape(forward, jax.random.key(0))
     return list(rows.values())

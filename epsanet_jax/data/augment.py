@@ -19,10 +19,10 @@ class Mixing(NamedTuple):
 def normalize(
     images: jax.Array, mean: Sequence[float], std: Sequence[float], dtype: Dtype = jnp.float32
 ) -> jax.Array:
-    """Converts uint8 images [N, H, W, 3] to (x / 255 - mean) / std.
+    """Converts images [N, H, W, C] to (x / 255 - mean) / std.
 
     Args:
-        images: values 0..255.
+        images: uint8, or float32 in the same units.
         mean: mean of each channel, for values in 0..1.
         std: standard deviation of each channel, for values in 0..1.
         dtype: type of the result; the computation is in at least float32.
@@ -55,7 +55,7 @@ def mix(
     the whole batch and mixes it with itself rolled by one row.
 
     Args:
-        images: floating-point [N, H, W, 3].
+        images: floating-point [N, H, W, C].
         targets: floating-point [N, K], probability of each class.
         keys: keys [N] from `row_keys`.
         mixup_alpha: alpha of mixup; 0: no mixup.

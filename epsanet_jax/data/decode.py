@@ -1,4 +1,4 @@
-"""Decodes image files of any format to RGB, and refuses damaged ones with a reason."""
+"""Decodes image files of any format, and refuses damaged ones with a reason."""
 
 import contextlib
 import io
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from epsanet_jax.data import planes
+from epsanet_jax.data.planes import Planes
 from epsanet_jax.errors import InputError, one_line
 
 try:
@@ -92,27 +94,38 @@ class Reduced:
         return rgb.crop((left, top, max(left + 1, round(box[2] * x)), max(top + 1, round(box[3] * y))))
 
 
-def decode(image: bytes | np.ndarray, exif_orientation: bool = True) -> Image.Image:
-    """Decodes an image of any format that Pillow reads to RGB.
+def decode(
+    image: bytes | np.ndarray, exif_orientation: bool = True, channels: int = 3
+) -> Image.Image | Planes:
+    """Decodes an image, or an array in a .npy file, to RGB or to planes of another number of channels.
 
-    The first of several frames is used. Alpha is dropped, gray is repeated, the upper 8 of 16 bits are kept.
+    The first of several frames is used. For three channels, alpha is dropped, gray is repeated, and the upper
+    8 of 16 bits are kept; for others see `planes.from_image` and `planes.from_array`.
 
     Args:
-        image: the bytes of a file, or a uint8 array [H, W, 3].
+        image: the bytes of a file, or an array [H, W, channels].
         exif_orientation: whether to rotate the image by its EXIF tag; torchvision's ImageFolder does not.
+        channels: number of channels of the network.
 
     Raises:
         BadImageError: the file is empty, truncated, damaged or not an image, declares more pixels than
-            Pillow's limit (89 million), or its values have no known range.
+            Pillow's limit (89 million), its values have no known range, or its channels do not fit.
     """
-    if isinstance(image, np.ndarray):
-        return Image.fromarray(image)
-    if (rgb := _plain_jpeg(image)) is not None:
-        return rgb
     with _bad_image_errors():
+        if isinstance(image, np.ndarray):
+            return planes.from_array(image, channels)
+        if image.startswith(planes.NPY):
+            return planes.from_npy(image, channels)
+        if channels == 3 and (rgb := _plain_jpeg(image)) is not None:
+            return rgb
         opened = open_image(image)
         opened.load()
-        return _upright_rgb(opened, orientation_of(opened) if exif_orientation else 1)
+        orientation = orientation_of(opened) if exif_orientation else 1
+        if channels == 3:
+            return _upright_rgb(opened, orientation)
+        _check_range(opened)
+        found = planes.from_image(opened, channels)
+        return found if orientation == 1 else found.transpose(_ORIENTATIONS[orientation])
 
 
 def open_image(image: bytes) -> Image.Image:
@@ -142,16 +155,22 @@ def _upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    _check_range(image)
     if image.mode.startswith('I'):  # Pillow's conversion of 16 bits saturates to white
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() >= 2**16:
-            raise BadImageError(f'cannot decode the image: values of {values.min()} to {values.max()}')
-        return Image.fromarray((values >> 8).astype(np.uint8)).convert('RGB')
-    if image.mode == 'F':
-        raise BadImageError('cannot decode the image: floating-point values have no known range')
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert('RGB')
     if 'transparency' in image.info and image.mode == 'P':
         image = image.convert('RGBA')
     return image.convert('RGB')
+
+
+def _check_range(image: Image.Image) -> None:
+    """Raises BadImageError if values are not those of 8 or 16 bits."""
+    if image.mode == 'F':
+        raise BadImageError('cannot decode the image: floating-point values have no known range')
+    if image.mode.startswith('I'):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() >= 2**16:
+            raise BadImageError(f'cannot decode the image: values of {values.min()} to {values.max()}')
 
 
 def _plain_jpeg(image: bytes) -> Image.Image | None:

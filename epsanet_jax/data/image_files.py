@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from epsanet_jax.data.decode import BadImageError, decode, reason_of
+from epsanet_jax.data.planes import pixel_dtype
 from epsanet_jax.data.transforms import CentreCrop
 from epsanet_jax.data.walk import is_there, no_image, read_file, skipped_line, walk
 from epsanet_jax.errors import InputError
@@ -86,6 +87,7 @@ def read_batches(
     batch_size: int,
     threads: int,
     exif_orientation: bool = True,
+    channels: int = 3,
     on_bad: OnBad = stop_at_bad,
 ) -> Generator[tuple[list[ImageFile], np.ndarray], None, None]:
     """Reads, decodes and crops images in threads and keeps their order; reads about two batches ahead.
@@ -96,20 +98,22 @@ def read_batches(
         batch_size: number of rows of every batch.
         threads: number of threads that decode.
         exif_orientation: see `decode`.
+        channels: number of channels of the images.
         on_bad: called with 'PATH: reason' for each image that cannot be decoded; the image is left out.
 
     Yields:
-        The files of a batch, at most `batch_size`, and their images, uint8 [batch_size, size, size, 3]. Zeros
-        fill the unused rows of the last batch.
+        The files of a batch, at most `batch_size`, and their images [batch_size, size, size, C], uint8 for
+        three channels, else float32 in the same units. Zeros fill the unused rows of the last batch.
     """
 
     def read(file: ImageFile) -> np.ndarray | str:
         try:
-            return crop(decode(read_file(file.path), exif_orientation))
+            return crop(decode(read_file(file.path), exif_orientation, channels))
         except (BadImageError, OSError) as e:
             return reason_of(e)
 
-    batch, images = [], np.zeros((batch_size, crop.size, crop.size, 3), np.uint8)
+    shape = (batch_size, crop.size, crop.size, channels)
+    batch, images = [], np.zeros(shape, pixel_dtype(channels))
     for file, image in _in_threads(read, files, threads, batch_size + threads):
         if isinstance(image, str):
             on_bad(f'{file.path}: {image}')

@@ -17,6 +17,7 @@ import numpy as np
 from absl import flags
 
 from epsanet_jax.data.decode import BadImageError, Reduced, decode, reason_of
+from epsanet_jax.data.planes import pixel_dtype
 from epsanet_jax.data.sources import Record, Source
 from epsanet_jax.data.stack import Stack
 from epsanet_jax.data.transforms import CentreCrop, TrainTransform
@@ -70,6 +71,7 @@ class Reading:
             'skip': in training the next good image replaces it; evaluation does not count it.
         exif_orientation: whether to rotate images by their EXIF tag.
         reduced: whether to decode large JPEGs for training at the lowest resolution that their crops need.
+        channels: number of channels of the images.
     """
 
     workers: int = 0
@@ -77,6 +79,7 @@ class Reading:
     on_bad: str = 'stop'
     exif_orientation: bool = True
     reduced: bool = False
+    channels: int = 3
 
     def processes(self) -> int:
         """Returns the number of worker processes; Python's lock limits one process to about 8 processors."""
@@ -105,9 +108,9 @@ def train_batches(
     The rows of the first microbatch come first. Every epoch is shuffled again, and may end within a batch.
 
     Yields:
-        'image' uint8 [rows, size, size, 3]; 'label' int32 [rows]; 'bad_index' int64 [rows], the index of the
-        image that could not be decoded and was replaced, or -1; 'seconds' float32 [rows], the time that
-        reading took.
+        'image' [rows, size, size, C], uint8 for three channels, else float32 in the same units; 'label' int32
+        [rows]; 'bad_index' int64 [rows], the index of the image that could not be decoded and was replaced,
+        or -1; 'seconds' float32 [rows], the time that reading took.
     """
     data = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
     data = data.random_map(_LoadForTraining(source, transform, reading))
@@ -133,10 +136,10 @@ def num_eval_batches(examples: int, batch_size: int) -> int:
     return -(-examples // batch_size)
 
 
-def bad_image_message(source: Source, index: int) -> str:
+def bad_image_message(source: Source, index: int, channels: int = 3) -> str:
     """Returns the name of an image that cannot be decoded, and the reason."""
     try:
-        _load(source, index, decode)
+        _load(source, index, functools.partial(decode, channels=channels))
     except BadImageError as e:
         return str(e)
     return f'{source.name_of(index)}: could not be decoded'
@@ -186,7 +189,7 @@ class _LoadForTraining(InWorkers, grain.transforms.RandomMap):
         size, exif_orientation = self._transform.crop.size, self._reading.exif_orientation
         if self._reading.reduced and isinstance(image, bytes):
             return self._transform(Reduced(image, size, exif_orientation), rng)
-        return self._transform(decode(image, exif_orientation), rng)
+        return self._transform(decode(image, exif_orientation, self._reading.channels), rng)
 
     def random_map(self, element, rng: np.random.Generator):
         began = time.perf_counter()
@@ -208,10 +211,11 @@ class _LoadForEvaluation(InWorkers, grain.transforms.Map):
         self._source, self._crop, self._reading = source, crop, reading
 
     def _read(self, image: bytes | np.ndarray) -> np.ndarray:
-        return self._crop(decode(image, self._reading.exif_orientation))
+        return self._crop(decode(image, self._reading.exif_orientation, self._reading.channels))
 
     def map(self, element):
-        began, image = time.perf_counter(), np.zeros((self._crop.size, self._crop.size, 3), np.uint8)
+        began, channels = time.perf_counter(), self._reading.channels
+        image = np.zeros((self._crop.size, self._crop.size, channels), pixel_dtype(channels))
         label, mask, bad = 0, False, NOT_BAD
         if element < len(self._source):
             try:

@@ -1,6 +1,7 @@
 """The preprocessing of images in evaluation and use."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,8 @@ class Preprocessing:
     Attributes:
         image_size: height and width of the network's input in pixels.
         resize_size: length of the shorter side before the centre crop in pixels.
-        mean: mean of each channel, for values in 0..1.
-        std: standard deviation of each channel, for values in 0..1.
+        mean: mean of each channel, for values of 8 or 16 bits in 0..1, and other values as they are.
+        std: standard deviation of each channel, in the same units.
         exif_orientation: whether to rotate images by their EXIF tag.
     """
 
@@ -35,13 +36,18 @@ class Preprocessing:
             InputError: a value has the wrong type or is out of range.
         """
         check_types(self, 'preprocessing')
-        check_pixels(self.mean, self.std, 'preprocessing')
+        check_pixels(self.mean, self.std, 'preprocessing', len(self.mean))
         if not MIN_SIZE <= self.image_size <= self.resize_size <= MAX_SIZE:
             raise InputError(
                 f'preprocessing.image_size must be from {MIN_SIZE} to resize_size (at most {MAX_SIZE}), got '
                 f'{self.image_size} and {self.resize_size}'
             )
         return self
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the images."""
+        return len(self.mean)
 
     def scaled_to(self, image_size: int) -> 'Preprocessing':
         """Returns the preprocessing for another image size; the crop keeps the same share of the image."""
@@ -64,9 +70,24 @@ def preprocessing_from_json(values: Mapping[str, Any]) -> Preprocessing:
     return Preprocessing(**fields).check()
 
 
-def check_pixels(mean: Sequence[float], std: Sequence[float], prefix: str) -> None:
-    """Raises InputError if mean or std are invalid for pixels from 0 to 1; messages start with `prefix`."""
-    if len(mean) != 3 or min(mean) < 0 or max(mean) > 1:
-        raise InputError(f'{prefix}.mean must be three numbers from 0 to 1, of pixels / 255, got {mean}')
-    if len(std) != 3 or min(std) <= 0 or max(std) > 1:
-        raise InputError(f'{prefix}.std must be three numbers above 0, at most 1, of pixels / 255, got {std}')
+def check_pixels(mean: Sequence[float], std: Sequence[float], prefix: str, channels: int) -> None:
+    """Raises InputError if mean or std are invalid; messages start with `prefix`.
+
+    The pixels of images of three channels are from 0 to 1; arrays of other numbers may have any range.
+    """
+    each = {1: 'one number', 3: 'three numbers'}.get(channels, f'{channels} numbers, one per channel')
+    unit, (least, most) = ('', (-math.inf, math.inf)) if channels != 3 else (', of pixels / 255', (0.0, 1.0))
+    if len(mean) != channels or not all(least <= m <= most for m in mean):
+        raise InputError(f'{prefix}.mean must be {each}{" from 0 to 1" if unit else ""}{unit}, got {mean}')
+    if len(std) != channels or not all(0 < s <= most for s in std):
+        limit = ' above 0, at most 1' if unit else ' above 0'
+        raise InputError(f'{prefix}.std must be {each}{limit}{unit}, got {std}')
+
+
+def default_preprocessing(channels: int) -> Preprocessing:
+    """Returns the reference's preprocessing; for other than three channels with the mean over colours."""
+    default = Preprocessing()
+    if channels == 3:
+        return default
+    mean, std = (round(sum(values) / 3, 3) for values in (default.mean, default.std))
+    return dataclasses.replace(default, mean=(mean,) * channels, std=(std,) * channels)

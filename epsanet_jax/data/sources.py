@@ -15,7 +15,7 @@ _INFO_FILE = 'dataset_info.json'
 
 
 class Record(TypedDict):
-    """An image, as an encoded file or a uint8 array [H, W, 3], and its class."""
+    """An image, as an encoded file or a uint8 array [H, W, C], and its class."""
 
     image: bytes | np.ndarray
     label: int
@@ -177,13 +177,15 @@ class Synthetic:
         classes: number of classes.
         size: height and width in pixels.
         seed: another seed gives other images of the same classes.
+        channels: number of channels.
     """
 
-    def __init__(self, examples: int, classes: int, size: int, seed: int = 0):
+    def __init__(self, examples: int, classes: int, size: int, seed: int = 0, channels: int = 3):
         self.class_names = tuple(f'class{i}' for i in range(classes))
-        self.fingerprint = fingerprint_of(['synthetic', str(examples), str(classes), str(size), str(seed)])
+        parts = [examples, classes, size, seed, *([] if channels == 3 else [channels])]
+        self.fingerprint = fingerprint_of(['synthetic', *map(str, parts)])
         self._examples, self._size, self._seed = examples, size, seed
-        coarse = np.random.default_rng(0).integers(64, 192, (classes, 4, 4, 3))
+        coarse = np.random.default_rng(0).integers(64, 192, (classes, 4, 4, channels))
         repeats = -(-size // 4)
         self._patterns = coarse.repeat(repeats, axis=1).repeat(repeats, axis=2)[:, :size, :size]
 
@@ -194,7 +196,7 @@ class Synthetic:
         if not 0 <= index < self._examples:
             raise IndexError(index)
         label = index % len(self.class_names)
-        noise = np.random.default_rng((self._seed, index)).integers(-64, 64, (self._size, self._size, 3))
+        noise = np.random.default_rng((self._seed, index)).integers(-64, 64, self._patterns.shape[1:])
         return {'image': (self._patterns[label] + noise).astype(np.uint8), 'label': label}
 
     def name_of(self, index: int) -> str:

@@ -5,11 +5,13 @@ Names and definitions are those of torchvision for PIL images. A generator provi
 
 import dataclasses
 import math
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance
 
 from epsanet_jax.data.decode import Reduced
+from epsanet_jax.data.planes import Planes
 from epsanet_jax.data.randaugment import RandAugment
 
 _THIN = 16  # longer side / shorter side above which an image is not resized as a whole
@@ -31,12 +33,12 @@ class RandomCrop:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: bool = True
 
-    def __call__(self, image: Image.Image | Reduced, rng: np.random.Generator) -> np.ndarray:
-        """Returns uint8 [size, size, 3]."""
+    def __call__(self, image: Image.Image | Planes | Reduced, rng: np.random.Generator) -> np.ndarray:
+        """Returns [size, size, C], uint8 for three channels, else float32."""
         return np.asarray(self.cut(image, rng))
 
-    def cut(self, image: Image.Image | Reduced, rng: np.random.Generator) -> Image.Image:
-        """Returns the result as a PIL image."""
+    def cut(self, image: Image.Image | Planes | Reduced, rng: np.random.Generator) -> Any:
+        """Returns the result as a PIL image or as planes."""
         left, top, width, height = self.box(image.width, image.height, rng)
         # resize(box=...) would be faster, but would mix in pixels from outside the box at its border.
         part = image.crop((left, top, left + width, top + height))
@@ -72,8 +74,8 @@ class CentreCrop:
     size: int
     resize: int
 
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """Returns uint8 [size, size, 3]."""
+    def __call__(self, image: Image.Image | Planes) -> np.ndarray:
+        """Returns [size, size, C], uint8 for three channels, else float32."""
         shorter, longer = sorted(image.size)
         width = int(self.resize * image.width / shorter)
         height = int(self.resize * image.height / shorter)
@@ -141,10 +143,10 @@ class RandomErasing:
     probability: float = 0.25
     scale: tuple[float, float] = (0.02, 0.33)
     ratio: tuple[float, float] = (0.3, 3.3)
-    fill: tuple[int, int, int] = (0, 0, 0)
+    fill: tuple[float, ...] = (0, 0, 0)
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """Returns uint8 [H, W, 3]: a copy, or the same array if nothing is erased or ten draws do not fit."""
+        """Returns an image [H, W, C]: a copy, or the array itself if nothing is erased or no draw fits."""
         if rng.random() >= self.probability:
             return image
         height, width = image.shape[:2]
@@ -178,8 +180,8 @@ class TrainTransform:
     randaugment: RandAugment | None = None
     erasing: RandomErasing | None = None
 
-    def __call__(self, image: Image.Image | Reduced, rng: np.random.Generator) -> np.ndarray:
-        """Returns uint8 [size, size, 3]."""
+    def __call__(self, image: Image.Image | Planes | Reduced, rng: np.random.Generator) -> np.ndarray:
+        """Returns [size, size, C], uint8 for three channels, else float32."""
         part = self.crop.cut(image, rng)
         for change in (self.jitter, self.randaugment):
             part = part if change is None else change(part, rng)

@@ -31,6 +31,7 @@ IMAGE_EXTENSIONS = (
     '.gif',
     '.avif',
     '.jp2',
+    '.npy',
 )
 _UNSUPPORTED = ('.heic', '.heif', '.jxl', '.svg', '.psd', '.eps', '.dng', '.cr2', '.nef', '.arw')
 _LITTER = {'__macosx', '@eadir', '#recycle', '$recycle.bin', 'system volume information', 'lost+found'}

@@ -35,8 +35,9 @@ class DataConfig:
         random_erasing: probability that a rectangle of an image is filled with the mean colour.
         reduced_decoding: decode large JPEGs for training only at the resolution that the crop needs: much
             faster, with slightly different pixels.
-        mean: mean per channel of pixel values in 0..1.
-        std: standard deviation per channel of pixel values in 0..1.
+        mean: mean of each channel, for values of 8 or 16 bits in 0..1, and other values as they are; as many
+            numbers as `model.in_channels`.
+        std: standard deviation of each channel, in the same units.
         exif_orientation: whether to rotate images by their EXIF tag; torchvision's ImageFolder does not.
         workers: decoding processes; 0: threads of this process; -1: one per 8 processors, if more than 8.
         threads: decoding threads in this process or in each worker; 0: by the number of processors.
@@ -62,8 +63,8 @@ class DataConfig:
     randaugment_magnitude: int = 9
     random_erasing: float = 0.0
     reduced_decoding: bool = False
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
     exif_orientation: bool = True
     workers: int = -1
     threads: int = 0

@@ -28,7 +28,8 @@ def open_source(data: DataConfig, split: str, training: bool = False) -> tuple[S
     """
     if data.source == 'synthetic':
         seed = 0 if split == data.train_split else 1
-        return sources.Synthetic(data.synthetic_examples, data.synthetic_classes, data.image_size, seed), []
+        size, channels = data.image_size, data.preprocessing.channels
+        return sources.Synthetic(data.synthetic_examples, data.synthetic_classes, size, seed, channels), []
     if data.source == 'tfds':
         if data.name.split(':')[0] == 'digits':
             from epsanet_jax.data import digits

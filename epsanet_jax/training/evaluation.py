@@ -108,7 +108,7 @@ def run_evaluation(
     finally:
         feed.close()
     for index in feed.bad:
-        report(f'skipped: {pipeline.bad_image_message(source, index)}')
+        report(f'skipped: {pipeline.bad_image_message(source, index, data.preprocessing.channels)}')
     counted = jax.device_get(sums)
     added = {k: sum(float(s[k]) for s in counted) for k in counted[0] if k != 'requests'}
     if not added['count']:

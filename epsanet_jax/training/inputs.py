@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from epsanet_jax.data import pipeline
+from epsanet_jax.data.planes import pixel_dtype
 from epsanet_jax.data.randaugment import RandAugment
 from epsanet_jax.data.sources import Source
 from epsanet_jax.data.transforms import CentreCrop, ColorJitter, RandomCrop, RandomErasing, TrainTransform
@@ -25,12 +26,12 @@ def train_batches(config: Config, source: Source, start_step: int) -> Iterator[p
 
 
 def _train_transform(data: DataConfig) -> TrainTransform:
-    red, green, blue = (round(255 * m) for m in data.mean)
+    mean = tuple(255 * m if data.preprocessing.channels != 3 else round(255 * m) for m in data.mean)
     return TrainTransform(
         RandomCrop(data.image_size, data.crop_scale, data.crop_ratio, data.flip),
         ColorJitter(*data.color_jitter) if any(data.color_jitter) else None,
         RandAugment(data.randaugment_ops, data.randaugment_magnitude) if data.randaugment_ops else None,
-        RandomErasing(data.random_erasing, fill=(red, green, blue)) if data.random_erasing else None,
+        RandomErasing(data.random_erasing, fill=mean) if data.random_erasing else None,
     )
 
 
@@ -41,7 +42,12 @@ def eval_batches(data: DataConfig, source: Source, batch_size: int) -> Iterator[
 
 
 def abstract_batch(
-    rows: int, image_size: int, microbatches: int = 1, requests: int = 0, mask: bool = False
+    rows: int,
+    image_size: int,
+    microbatches: int = 1,
+    requests: int = 0,
+    mask: bool = False,
+    channels: int = 3,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of the global batch that a step is compiled for.
 
@@ -49,7 +55,7 @@ def abstract_batch(
     """
     shape = (rows,) if microbatches == 1 else (microbatches, rows // microbatches)
     batch = {
-        'image': jax.ShapeDtypeStruct((*shape, image_size, image_size, 3), np.uint8),
+        'image': jax.ShapeDtypeStruct((*shape, image_size, image_size, channels), pixel_dtype(channels)),
         'label': jax.ShapeDtypeStruct(shape, np.int32),
     }
     if requests:
@@ -62,7 +68,12 @@ def abstract_batch(
 def reading(data: DataConfig) -> pipeline.Reading:
     """Returns how to read images."""
     return pipeline.Reading(
-        data.workers, data.threads, data.on_bad, data.exif_orientation, data.reduced_decoding
+        data.workers,
+        data.threads,
+        data.on_bad,
+        data.exif_orientation,
+        data.reduced_decoding,
+        data.preprocessing.channels,
     )
 
 

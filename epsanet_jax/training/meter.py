@@ -128,7 +128,8 @@ class Meter:
         self._bad.update(new)
         self._feed.bad.clear()
         for index in new:
-            message = pipeline.bad_image_message(self._run.train_source, index)
+            channels = self._run.model.in_channels
+            message = pipeline.bad_image_message(self._run.train_source, index, channels)
             self._report.warn(f'replaced by the next image: {message} ({len(self._bad)} so far)')
         limit = self._run.config.data.max_bad_images
         if len(self._bad) > limit:

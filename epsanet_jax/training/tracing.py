@@ -57,7 +57,9 @@ def trace_train_step(
         ema_decay=config.ema_decay,
         seed=config.seed,
     )
-    rows = inputs.abstract_batch(config.batch_size, data.image_size, microbatches, _TRAIN_REQUESTS)
+    rows = inputs.abstract_batch(
+        config.batch_size, data.image_size, microbatches, _TRAIN_REQUESTS, channels=model.in_channels
+    )
     return step.trace(state, rows)
 
 
@@ -65,7 +67,9 @@ def trace_eval_step(config: Config, model: EPSANet, mesh: Mesh, variables: Any, 
     """Returns the evaluation step of a run, traced for variables (arrays or shapes) and a batch size."""
     data, smoothing = config.data, config.label_smoothing
     step: Any = steps.make_eval_step(model, mesh, smoothing=smoothing, mean=data.mean, std=data.std)
-    rows = inputs.abstract_batch(batch_size, data.size_in_use, requests=_EVAL_REQUESTS, mask=True)
+    rows = inputs.abstract_batch(
+        batch_size, data.size_in_use, requests=_EVAL_REQUESTS, mask=True, channels=model.in_channels
+    )
     return step.trace(variables, rows)
 
 

@@ -2,6 +2,8 @@
 
 import re
 
+import numpy as np
+
 from epsanet_jax.data.preprocessing import check_pixels
 from epsanet_jax.errors import InputError
 from epsanet_jax.models import get_variant
@@ -70,9 +72,7 @@ def validate(config: Config, with_data: bool = True) -> None:
         raise InputError('config.data.dir is missing: set --config.data.dir=DIR, the folder with the splits')
     if with_data and config.data.source == 'tfds' and not config.data.name:
         raise InputError("config.data.name is missing: set it to the name of a TFDS dataset or to 'digits'")
-    _validate_data(config.data)
-    if config.model.in_channels != 3:
-        raise InputError(f'config.model.in_channels must be 3, got {config.model.in_channels}')
+    _validate_data(config.data, config.model.in_channels)
     build_model(config.model, 1)
 
 
@@ -112,7 +112,7 @@ def _validate_numbers(config: Config) -> None:
         )
 
 
-def _validate_data(data: DataConfig) -> None:
+def _validate_data(data: DataConfig, channels: int) -> None:
     for field in ('crop_scale', 'crop_ratio'):
         value = getattr(data, field)
         if len(value) != 2 or not 0 < value[0] <= value[1] or (field == 'crop_scale' and value[1] > 1):
@@ -120,7 +120,13 @@ def _validate_data(data: DataConfig) -> None:
             raise InputError(
                 f'config.data.{field} must be a smallest and a largest number above 0{limit}, got {value}'
             )
-    check_pixels(data.mean, data.std, 'config.data')
+    check_pixels(data.mean, data.std, 'config.data', channels)
+    for field in ('color_jitter', 'randaugment_ops', 'reduced_decoding') if channels != 3 else ():
+        if np.any(value := getattr(data, field)):
+            raise InputError(
+                f'config.data.{field} needs images of three channels, but config.model.in_channels is '
+                f'{channels}: set it to {getattr(DataConfig(), field)}, got {value}'
+            )
     if len(data.color_jitter) != 4 or min(data.color_jitter) < 0 or data.color_jitter[3] > 0.5:
         raise InputError(
             'config.data.color_jitter must be brightness, contrast, saturation and hue, at least 0, hue at '

@@ -36,8 +36,8 @@ _SUFFIXES = {
     **dict.fromkeys(files.TORCH_SUFFIXES, 'torch'),
 }
 _INPUTS = {
-    'float': 'RGB images, resized and cropped, (x / 255 - mean) / std',
-    'uint8': 'RGB images, 0 to 255, resized and cropped',
+    'float': 'images, resized and cropped, (x / 255 - mean) / std',
+    'uint8': 'images, 0 to 255, resized and cropped',
 }
 
 
@@ -146,12 +146,12 @@ def _write_stablehlo(network: Network, dst: str, options: Options) -> Iterator[s
     content = bytes(exported.serialize())
     images, logits = exported.in_avals[0], exported.out_avals[0]
     signature = {
-        'input': _describe(images, _INPUTS[options.input]),
+        'input': _describe(images, _input(network, options)),
         'output': _describe(logits, 'logits'),
         'platforms': list(exported.platforms),
         'jax_version': jax.__version__,
     }
-    yield f'input: {images.dtype.name} {list(images.shape)}, {_INPUTS[options.input]}'.replace("'", '')
+    yield f'input: {images.dtype.name} {list(images.shape)}, {_input(network, options)}'.replace("'", '')
     if options.verify:
         yield _verify(network, options, jax.jit(jax_export.deserialize(bytearray(content)).call))
     _write(dst, content)
@@ -162,6 +162,11 @@ def _write_stablehlo(network: Network, dst: str, options: Options) -> Iterator[s
         raise
 
 
+def _input(network: Network, options: Options) -> str:
+    channels = network.model.in_channels
+    return f'{"RGB " if channels == 3 else f"{channels}-channel "}{_INPUTS[options.input]}'
+
+
 def _describe(array: Any, meaning: str) -> dict[str, Any]:
     return {'shape': [str(d) for d in array.shape], 'dtype': array.dtype.name, 'is': meaning}
 
@@ -169,14 +174,14 @@ def _describe(array: Any, meaning: str) -> dict[str, Any]:
 def _write_onnx(network: Network, dst: str, options: Options) -> Iterator[str]:
     settings = network.preprocessing
     pixels = settings if options.input == 'uint8' else None
-    shown = {'input': _INPUTS[options.input], **files.weights_metadata(without_run(_public(network)))}
+    shown = {'input': _input(network, options), **files.weights_metadata(without_run(_public(network)))}
     props = {k: v if isinstance(v, str) else json.dumps(v) for k, v in shown.items()}
     if options.verify:
         onnx_model.require('onnxruntime')  # fails early
     content = onnx_model.to_onnx(network.model, network.variables, settings.image_size, pixels, props)
     kind = 'float32' if pixels is None else 'uint8'
     channels, size = network.model.in_channels, settings.image_size
-    yield f'input: {kind} [batch, {channels}, {size}, {size}], {_INPUTS[options.input]}'
+    yield f'input: {kind} [batch, {channels}, {size}, {size}], {_input(network, options)}'
     if options.verify:
         wide = dataclasses.replace(network, model=network.model.clone(dtype='float32'))
 

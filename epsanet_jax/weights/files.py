@@ -9,7 +9,7 @@ from epsanet_jax.convert import hub_folder
 from epsanet_jax.convert.files import PACKAGE, Checkpoint, is_weights_file, read_checkpoint
 from epsanet_jax.convert.infer import infer_settings
 from epsanet_jax.convert.state_dict import from_torch, strip_prefix
-from epsanet_jax.data.preprocessing import Preprocessing
+from epsanet_jax.data.preprocessing import default_preprocessing
 from epsanet_jax.errors import InputError
 from epsanet_jax.models.settings import PYRAMID, STRUCTURE, ModelConfig, model_config
 from epsanet_jax.models.zoo import build_model, get_variant
@@ -110,7 +110,7 @@ def _metadata(content: Checkpoint, path: str, model: ModelConfig | None) -> dict
         if model is None:
             raise InputError(f'{path}: {e}') from e
         config = model  # `from_torch` will list every name that does not fit
-    return make_metadata(config, (), Preprocessing())
+    return make_metadata(config, (), default_preprocessing(config.in_channels))
 
 
 def renamed(config: ModelConfig, name: str) -> ModelConfig:

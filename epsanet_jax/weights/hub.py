@@ -11,7 +11,7 @@ from typing import Any
 
 from epsanet_jax.convert import files, hub_folder
 from epsanet_jax.convert.state_dict import to_torch
-from epsanet_jax.data.preprocessing import Preprocessing
+from epsanet_jax.data.preprocessing import Preprocessing, default_preprocessing
 from epsanet_jax.errors import InputError, one_line
 from epsanet_jax.models.epsanet import EPSANet
 from epsanet_jax.weights.metadata import metadata_of, read_metadata
@@ -50,7 +50,12 @@ def save_pretrained(
     if not isinstance(network, Network):
         if variables is None:
             raise InputError('save_pretrained needs a Network, or a model and its variables')
-        network = Network(network, dict(variables), tuple(class_names), preprocessing or Preprocessing())
+        network = Network(
+            network,
+            dict(variables),
+            tuple(class_names),
+            preprocessing or default_preprocessing(network.in_channels),
+        )
     classes = network.model.num_classes
     if network.class_names and len(network.class_names) != classes:
         raise InputError(f'the model has {classes} classes, but {len(network.class_names)} names were given')

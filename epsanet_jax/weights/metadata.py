@@ -91,6 +91,10 @@ def read_metadata(metadata: Any, place: str) -> tuple[ModelConfig, tuple[str, ..
                 raise InputError(f'unknown dtype {dtype!r}')
         names, config = metadata['class_names'], metadata['config']
         preprocessing = preprocessing_from_json(metadata['preprocessing'])
+        if preprocessing.channels != model.in_channels:
+            raise InputError(
+                f'preprocessing is for {preprocessing.channels} channels, the model takes {model.in_channels}'
+            )
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise InputError('class_names must be a list of names')
         if len(names) > model.num_classes:

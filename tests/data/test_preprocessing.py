@@ -24,7 +24,8 @@ def test_valid_preprocessing_passes_the_check(values):
         ({'resize_size': 8193}, 'got 224 and 8193'),
         ({'image_size': '224'}, "preprocessing.image_size must be .*got '224'"),
         ({'exif_orientation': 1}, 'preprocessing.exif_orientation must be .*got 1'),
-        ({'mean': (0.5, 0.5)}, r'preprocessing.mean must be three numbers from 0 to 1.*got \(0.5, 0.5\)'),
+        ({'mean': (0.5, 0.5)}, r'preprocessing.std must be 2 numbers, one per channel above 0, got \(0.229'),
+        ({'mean': (5.0,)}, 'preprocessing.std must be one number above 0'),
         ({'mean': (0.5, 0.5, 124.0)}, 'preprocessing.mean must be three numbers from 0 to 1'),
         ({'std': (0.2, 0.2, 0.0)}, 'preprocessing.std must be three numbers above 0, at most 1'),
         ({'std': (float('nan'), 0.2, 0.2)}, 'preprocessing.std must hold numbers'),
@@ -37,7 +38,7 @@ def test_invalid_value_is_named(change, message):
 
 def test_message_about_pixels_starts_with_the_prefix():
     with pytest.raises(InputError, match=r'^config\.data\.std must be'):
-        check_pixels((0.5, 0.5, 0.5), (0.2, 0.2, 2.0), 'config.data')
+        check_pixels((0.5, 0.5, 0.5), (0.2, 0.2, 2.0), 'config.data', 3)
 
 
 def test_other_image_size_keeps_the_share_of_the_crop():

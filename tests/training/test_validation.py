@@ -39,6 +39,7 @@ from epsanet_jax.training.validation import validate
         ('data__crop_scale', (0.5, 0.1), 'config.data.crop_scale'),
         ('data__crop_ratio', (1.0,), 'config.data.crop_ratio'),
         ('data__mean', (0.5,), 'config.data.mean must be three numbers from 0 to 1'),
+        ('model__in_channels', 13, 'config.data.mean must be 13 numbers, one per channel, got'),
         ('data__std', (0.0, 1.0, 1.0), 'config.data.std must be three numbers above 0'),
         ('data__on_bad', 'ignore', 'config.data.on_bad'),
         ('optimizer__lr', float('nan'), 'config.optimizer.lr must be finite, got nan'),

@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 
 from epsanet_jax.data import decode
 from epsanet_jax.data.decode import BadImageError
+from epsanet_jax.data.planes import NPY
 from epsanet_jax.data.prepare.archives import Item
 from epsanet_jax.data.walk import read_file
 from epsanet_jax.errors import InputError, one_line
@@ -68,6 +69,8 @@ def as_jpeg(image: bytes) -> tuple[bytes, bool]:
     Raises:
         BadImageError: the image cannot be decoded, or is too large for JPEG.
     """
+    if image.startswith(NPY):
+        raise BadImageError('an array cannot be stored as JPEG: train on the folder itself')
     opened = decode.open_image(image)
     if opened.format in ('JPEG', 'MPO') and opened.mode in ('L', 'RGB'):  # MPO: several JPEGs in one file
         # Decoding at an eighth of the size still reads all entropy-coded data, and is faster.

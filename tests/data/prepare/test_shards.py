@@ -116,6 +116,7 @@ BAD = {
     'pointer.png': (b'version https://git-lfs.github.com/spec/v1\n', 'not a known image format'),
     'bomb.png': (png_of(100_000, 100_000), 'decompression bomb'),
     'large.png': (png_of(10_000, 10_000), 'pixels, more than'),
+    'array.npy': (b'\x93NUMPY', 'an array cannot be stored as JPEG: train on the folder itself'),
     'cut.jpg': (encoded(smooth(size=(300, 300)))[:-700], 'no end'),
     'cut_and_ended.jpg': (encoded(smooth(size=(300, 300)))[:600] + b'\xff\xd9', 'Truncated'),
     'float.tif': (encoded(smooth().convert('F'), 'TIFF'), 'floating-point'),
@@ -134,7 +135,7 @@ def test_bad_images_stop_preparation_and_are_all_named(images, tmp_path, capsys)
     assert f'skipped 1 entry in {images}: train/b/nowhere.jpg: broken link: No such file or directory' in err
     last = err.splitlines()[-1]
     assert last.startswith(
-        f'error: {len(BAD)} of the images read cannot be decoded, the first is train/b/bomb'
+        f'error: {len(BAD)} of the images read cannot be decoded, the first is train/b/array'
     )
     assert not shard_files(tmp_path / 'out')
 
