@@ -40,7 +40,7 @@ def main() -> None:
             continue
         convolutions = [
             choice.Problem(k, block.stride, g, block.planes, block.planes // 4, shape[1], BATCH, 'bfloat16')
-            for k, g in zip(block.kernels, block.groups, strict=True)
+            for k, g in zip(block.settings.kernels, block.settings.groups, strict=True)
         ]
 
         def cost(block=block, shape=shape) -> int:

@@ -26,9 +26,9 @@ import jax
 import jax.numpy as jnp
 
 from epsanet_jax.analysis import hlo
-from epsanet_jax.models import create_model
-from epsanet_jax.models.epsanet import STEM_WIDTH, EPSABlock, EPSANet
-from epsanet_jax.models.settings import settings_of
+from epsanet_jax.models import EPSABlock, create_model
+from epsanet_jax.models.epsanet import STEM_WIDTH, EPSANet
+from epsanet_jax.models.settings import of_stage, settings_of
 from epsanet_jax.training import sharding, steps
 from epsanet_jax.training.config import DataConfig, OptimizerConfig
 from epsanet_jax.training.optimizer import make_optimizer
@@ -97,10 +97,11 @@ def step_cost(model: EPSANet, devices: list[Any], args: argparse.Namespace) -> d
 def blocks(model: EPSANet, batch: int, image_size: int) -> dict[str, tuple[EPSABlock, tuple[int, ...]]]:
     """Returns the distinct blocks of a network: module and input shape by the name of the layer."""
     found = {}
-    make = functools.partial(EPSABlock, settings=settings_of(model), middle=model.middle)
-    channels, size = STEM_WIDTH, image_size // 4
+    channels, size = STEM_WIDTH, image_size // (4 if model.pools_stem else 2)
     for stage, planes in enumerate(model.planes):
-        stride = 2 if stage else 1
+        settings = of_stage(settings_of(model), stage)
+        make = functools.partial(model.block_type, settings=settings, middle=model.middle)
+        stride = 2 if stage or not model.pools_stem else 1
         first = make(planes, stride=stride, downsample=True)
         found[f'layer{stage + 1}_0'] = first, (batch, size, size, channels)
         channels, size = planes * model.expansion, size // stride

@@ -17,8 +17,9 @@ for each stage.
 
 All figures are for 1000 classes and one image of 224x224 px. Multiply-adds are those of convolutions and
 linear layers; the paper's count adds 2 for each output value of BatchNorm. Activations are the float32
-outputs of convolutions, BatchNorms and the classifier. Published figures come from the paper (arXiv
-2105.14447), with top-1 on ImageNet in percent; the accuracies have not been reproduced here.
+outputs of convolutions, BatchNorms and the classifier. Published figures come from the papers (arXiv
+2105.14447; 2006.11538 for PyConv), with top-1 on ImageNet in percent; the accuracies have not been reproduced
+here.
 
 Written by `python benchmarks/variants.py docs/variants.md`.
 """

@@ -34,6 +34,19 @@ def model(**changes):
     return epsanet_jax.create_model('epsanet50_small', **{**SETTINGS, **changes})
 
 
+# Another pyramid in each stage, of four branches to one.
+PER_STAGE = {
+    'kernels': ((3, 5, 7, 9), (3, 5, 7), (3, 5), (3,)),
+    'groups': ((1, 2, 2, 2), (1, 2, 2), (1, 2), (1,)),
+}
+
+
+def pyconv(**changes):
+    settings = {k: v for k, v in SETTINGS.items() if k not in ('groups', 'reduction')}
+    settings |= {'groups': PER_STAGE['groups']}
+    return epsanet_jax.create_model('pyconvresnet50', **{**settings, **changes})
+
+
 def images(rng, n=2, size=32, dtype=np.float64):
     return rng.standard_normal((n, size, size, 3)).astype(dtype)
 

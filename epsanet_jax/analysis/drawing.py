@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -103,34 +102,40 @@ def _draw_top_classes(axes: Any, e: Explanation) -> None:
     axes.spines[['top', 'right', 'left']].set_visible(False)
 
 
-def _draw_attention(figure: SubFigure, attention: dict[str, np.ndarray], kernels: Sequence[str]) -> None:
+def _draw_attention(
+    figure: SubFigure, attention: dict[str, np.ndarray], kernels: dict[str, list[str]]
+) -> None:
     """Draws bars that start at the equal share, because all values are close to it."""
-    branches, equal = len(kernels), 1 / len(kernels)
+    known = dict.fromkeys(label for labels in kernels.values() for label in labels)
+    colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(known)}
+    shares = {stage: 1 / len(labels) for stage, labels in kernels.items()}
     widths = [max(2, len(rows)) for rows in attention.values()]
     grid: Any = figure.subplots(1, len(widths), squeeze=False, sharey=True, width_ratios=widths)
     for axes, (stage, rows) in zip(grid[0], attention.items(), strict=True):
-        for branch in range(branches):
+        equal, branches = shares[stage], len(kernels[stage])
+        for branch, label in enumerate(kernels[stage]):
             places = np.arange(len(rows)) + (branch - (branches - 1) / 2) * 0.8 / branches
             heights = rows[:, branch] - equal
-            axes.bar(places, heights, 0.8 / branches, bottom=equal, color=_COLOURS[branch % len(_COLOURS)])
+            axes.bar(places, heights, 0.8 / branches, bottom=equal, color=colours[label])
         axes.axhline(equal, color='black', linewidth=0.8)
         axes.set_xlim(-0.6, len(rows) - 0.4)
         axes.set_xlabel(f'{stage}, block', fontsize=9)
         axes.set_xticks(range(0, len(rows), 1 if len(rows) < 8 else 2))
         axes.tick_params(labelsize=8)
         axes.spines[['top', 'right']].set_visible(False)
-    reach = max(0.02, 1.1 * max(float(np.abs(rows - equal).max()) for rows in attention.values()))
-    grid[0, 0].set_ylim(max(0.0, equal - reach), equal + reach)
+    largest = max(float(np.abs(rows - shares[stage]).max()) for stage, rows in attention.items())
+    reach = max(0.02, 1.1 * largest)
+    grid[0, 0].set_ylim(max(0.0, min(shares.values()) - reach), max(shares.values()) + reach)
     grid[0, 0].set_ylabel('mean attention', fontsize=9)
-    handles = [Patch(color=_COLOURS[i % len(_COLOURS)]) for i in range(branches)]
+    line = ', '.join(dict.fromkeys(f'{share:.3g}' for share in shares.values()))
     figure.legend(
-        handles,
-        [f'kernel {kernel}' for kernel in kernels],
+        [Patch(color=colour) for colour in colours.values()],
+        [f'kernel {label}' for label in colours],
         loc='outside upper center',
-        ncols=branches,
+        ncols=len(colours),
         fontsize=8,
         frameon=False,
-        title=f'attention of the pyramids, mean over channels; line: equal share, {equal:.3g}',
+        title=f'attention of the pyramids, mean over channels; line: equal share, {line}',
         title_fontsize=9,
     )
 

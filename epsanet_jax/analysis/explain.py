@@ -17,6 +17,7 @@ from epsanet_jax.errors import InputError, suggest
 from epsanet_jax.models.dtypes import at_least_float32
 from epsanet_jax.models.epsanet import EPSANet, check_stage
 from epsanet_jax.models.epsanet import stages as all_stages
+from epsanet_jax.models.settings import pyramid_of
 from epsanet_jax.weights.files import as_network
 from epsanet_jax.weights.network import Network
 
@@ -35,8 +36,8 @@ class Explanation:
         probabilities: probabilities of all classes, [num_classes].
         classes: numbers of the explained classes, int [K].
         cams: Grad-CAM of each stage, [K, H, W].
-        attention: attention of each stage, [blocks, S], means over channels; empty for a ResNet.
-        kernels: labels of the S branches.
+        attention: attention of each stage, [blocks, S], means over channels; empty without attention.
+        kernels: labels of the S branches of each stage.
     """
 
     name: str
@@ -46,7 +47,7 @@ class Explanation:
     classes: np.ndarray
     cams: dict[str, np.ndarray]
     attention: dict[str, np.ndarray]
-    kernels: Sequence[str]
+    kernels: dict[str, list[str]]
 
 
 def grad_cam(
@@ -108,13 +109,13 @@ def attention(model: EPSANet, variables: Any, images: jax.Array) -> dict[str, ja
 
     Returns:
         For each stage, 'layer1' .. 'layer4', [N, blocks, S, planes / S]: the branches in the order of
-        `model.kernels`, each with its channels. Sums over the branches are 1.
+        `model.kernels`, each with its channels. Sums over the branches are 1; a single branch has 1.
 
     Raises:
-        InputError: the network has no pyramids.
+        InputError: the network has no attention.
     """
     if model.middle != 'psa':
-        raise InputError(f'a network with middle={model.middle!r} has no attention')
+        raise InputError(f'a network with middle={model.middle!r} has no attention: use an EPSANet')
     _, state = model.apply(variables, images, method='features', mutable=['intermediates'])
     sown: Any = state['intermediates']
     return {
@@ -125,13 +126,15 @@ def attention(model: EPSANet, variables: Any, images: jax.Array) -> dict[str, ja
     }
 
 
-def kernel_labels(model: EPSANet) -> list[str]:
-    """Returns labels of the branches: '3x3', '5x5', '5x5 (2nd)', '7x7'; none for a ResNet."""
-    labels = []
-    for i, kernel in enumerate(model.kernels if model.middle == 'psa' else ()):
-        nth = model.kernels[:i].count(kernel) + 1
-        ending = {2: 'nd', 3: 'rd'}.get(nth, 'th')
-        labels.append(f'{kernel}x{kernel}' + (f' ({nth}{ending})' if nth > 1 else ''))
+def kernel_labels(model: EPSANet) -> dict[str, list[str]]:
+    """Returns labels of each stage's branches: '3x3', '5x5', '5x5 (2nd)', '7x7'; empty without attention."""
+    labels: dict[str, list[str]] = {}
+    for stage in range(len(model.layers) if model.middle == 'psa' else 0):
+        kernels, own = pyramid_of(model, stage)[0], labels.setdefault(f'layer{stage + 1}', [])
+        for i, kernel in enumerate(kernels):
+            nth = kernels[:i].count(kernel) + 1
+            ending = {2: 'nd', 3: 'rd'}.get(nth, 'th')
+            own.append(f'{kernel}x{kernel}' + (f' ({nth}{ending})' if nth > 1 else ''))
     return labels
 
 

@@ -62,7 +62,7 @@ def summarize(model: EPSANet, image_size: int = 224) -> list[Row]:
         if len(module.path) == 1:
             row.params += sum(p.size for p in jax.tree.leaves(module.variables['params']))
             row.output = out.shape[1:]
-            if stage == 'stem':  # the max-pooling is not a module
+            if stage == 'stem' and model.pools_stem:  # the max-pooling is not a module
                 row.output = (*(-(-s // 2) for s in out.shape[1:3]), out.shape[3])
         return out
 

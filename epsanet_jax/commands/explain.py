@@ -77,7 +77,7 @@ def _lines(args: argparse.Namespace) -> Iterator[str]:
         for name, (count, stages) in means.items():
             yield from ('', *table(name, count, stages, kernels))
         path = os.path.join(out, TABLE)
-        write_tables(path, means, network.model.kernels)
+        write_tables(path, means, kernels)
         yield from ('', f'written: {shown(path)}')
 
 
@@ -151,18 +151,22 @@ class Tables:
         }
 
 
-def table(name: str, count: int, means: dict[str, np.ndarray], kernels: Sequence[str]) -> Iterator[str]:
+def table(
+    name: str, count: int, means: dict[str, np.ndarray], kernels: dict[str, list[str]]
+) -> Iterator[str]:
     """Yields the lines of the table of a class: one row per block, one column per branch."""
     yield f'{shown(name)}, {count} image{"" if count == 1 else "s"}: mean attention of each kernel'
-    width = max(8, *map(len, kernels)) + 2
-    yield f'  {"block":<10}' + ''.join(f'{kernel:>{width}}' for kernel in kernels) + '  largest'
+    columns = list(dict.fromkeys(label for labels in kernels.values() for label in labels))
+    width = max(8, *map(len, columns)) + 2
+    yield f'  {"block":<10}' + ''.join(f'{label:>{width}}' for label in columns) + '  largest'
     for stage, rows in means.items():
         for block, row in enumerate(rows):
-            values = ''.join(f'{value:>{width}.4f}' for value in row)
-            yield f'  {f"{stage}.{block}":<10}{values}  {kernels[int(row.argmax())]}'
+            shares = {label: f'{value:.4f}' for label, value in zip(kernels[stage], row, strict=True)}
+            values = ''.join(f'{shares.get(label, ""):>{width}}' for label in columns)
+            yield f'  {f"{stage}.{block}":<10}{values}  {kernels[stage][int(row.argmax())]}'
 
 
-def write_tables(path: str, means: ClassMeans, sizes: Sequence[int]) -> None:
+def write_tables(path: str, means: ClassMeans, kernels: dict[str, list[str]]) -> None:
     """Writes all tables as one CSV: class, images, stage, block, branch (from 1), kernel, attention."""
 
     def write(temporary: str) -> None:
@@ -172,7 +176,8 @@ def write_tables(path: str, means: ClassMeans, sizes: Sequence[int]) -> None:
             for name, (count, blocks) in means.items():
                 for stage, rows in blocks.items():
                     for (block, branch), value in np.ndenumerate(rows):
-                        place = (name, count, stage, block, branch + 1, sizes[branch])
+                        size = kernels[stage][branch].partition('x')[0]
+                        place = (name, count, stage, block, branch + 1, size)
                         writer.writerow((*place, f'{value:.6g}'))
 
     write_atomically(path, write)

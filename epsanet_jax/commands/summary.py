@@ -56,3 +56,5 @@ def run(args: argparse.Namespace) -> None:
             f'{variant.published_flops:.2f} G, top-1 {variant.published_top1} %, '
             f'top-5 {variant.published_top5} % (no weights were published)'
         )
+    elif variant.published_top1:
+        print(f'published for 1000 classes at 224 px: top-1 {variant.published_top1} % (not reproduced here)')

@@ -62,21 +62,37 @@ def _read_shapes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         'layers': tuple(counts[s] for s in stages),
         'planes': planes,
         'expansion': shapes['layer1.0.conv3.weight'][0] // planes[0],
-        'middle': 'conv3x3' if 'layer1.0.conv2.weight' in shapes else 'psa',
+        'middle': _middle(shapes),
         'use_se': 'layer1.0.se.fc1.weight' in shapes,
     }
     if settings['middle'] == 'conv3x3':
         if settings['use_se']:
             settings['reduction'] = _reduction(shapes, 'se.fc1.weight', stages)
         return settings
-    psa = 'layer1.0.conv2.'
-    branches = sum(bool(re.fullmatch(psa + r'conv_\d+\.weight', name)) for name in shapes)
-    weights = [shapes[f'{psa}conv_{i + 1}.weight'] for i in range(branches)]
-    settings['kernels'] = tuple(w[2] for w in weights)
-    settings['groups'] = tuple(planes[0] // w[1] for w in weights)
-    settings['psa_bias'] = f'{psa}conv_1.bias' in shapes
-    settings['reduction'] = _reduction(shapes, 'conv2.se.fc1.weight', stages)
+    pyramids = [_pyramid(shapes, f'layer{s}.0.conv2', planes[s - 1]) for s in stages]
+    for field, per_stage in zip(('kernels', 'groups'), zip(*pyramids, strict=True), strict=True):
+        settings[field] = per_stage[0] if len(set(per_stage)) == 1 else per_stage
+    if settings['middle'] == 'psa':
+        settings['psa_bias'] = 'layer1.0.conv2.conv_1.bias' in shapes
+        settings['reduction'] = _reduction(shapes, 'conv2.se.fc1.weight', stages)
     return settings
+
+
+def _middle(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if 'layer1.0.downsample.2.weight' in shapes:  # a shortcut that begins with pooling
+        return 'pyconv'
+    return 'conv3x3' if 'layer1.0.conv2.weight' in shapes else 'psa'
+
+
+def _pyramid(shapes: Mapping[str, tuple[int, ...]], conv2: str, planes: int) -> tuple[Any, Any]:
+    """Returns kernels and groups of the pyramid at `conv2`, in which a PyConv of one branch has no number."""
+    pattern = re.compile(rf'{re.escape(conv2)}(?:\.conv2?_(\d+))?\.weight')
+    found = sorted(
+        (int(m[1] or 1), shape) for name, shape in shapes.items() if (m := pattern.fullmatch(name))
+    )
+    if not found:
+        raise KeyError(f'{conv2}.conv_1.weight')
+    return tuple(shape[2] for _, shape in found), tuple(planes // shape[1] for _, shape in found)
 
 
 def _reduction(shapes: Mapping[str, tuple[int, ...]], name: str, stages: range) -> int:

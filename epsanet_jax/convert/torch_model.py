@@ -11,6 +11,7 @@ from torch import nn
 
 from epsanet_jax.models.epsanet import STEM_WIDTH
 from epsanet_jax.models.epsanet import EPSANet as JaxEPSANet
+from epsanet_jax.models.settings import pyconv_widths, pyramid_of
 
 Ints = tuple[int, ...]
 
@@ -53,11 +54,33 @@ class PSAModule(nn.Module):
         return torch.cat([b * a for b, a in zip(branches, attention, strict=True)][::-1], dim=1)
 
 
+class PyConv(nn.Module):
+    """A pyramid without attention: [N, planes, H, W] to [N, planes, H/stride, W/stride]."""
+
+    def __init__(self, planes: int, stride: int, kernels: Ints, groups: Ints, dilation=1):
+        super().__init__()
+        widths = pyconv_widths(planes, len(kernels))
+        for i, (width, kernel, group) in enumerate(zip(widths, kernels, groups, strict=True)):
+            self.add_module(f'conv2_{i + 1}', _conv(planes, width, kernel, stride, group, dilation=dilation))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Concatenates the branches, the first branch first."""
+        return torch.cat([branch(x) for branch in self.children()], dim=1)
+
+
 class EPSABlock(nn.Module):
-    """A bottleneck block with a PSA module (or, in a ResNet, a 3x3 convolution) in the middle."""
+    """A bottleneck block with a pyramid (or, in a ResNet, a 3x3 convolution) in the middle."""
 
     def __init__(
-        self, inputs: int, planes: int, outputs: int, stride: int, downsample: bool, middle, se=None
+        self,
+        inputs: int,
+        planes: int,
+        outputs: int,
+        stride: int,
+        downsample: bool,
+        middle: nn.Module,
+        se: nn.Module | None = None,
+        pooled: bool = False,
     ):
         super().__init__()
         self.conv1, self.bn1 = _conv(inputs, planes, 1), nn.BatchNorm2d(planes)
@@ -66,7 +89,9 @@ class EPSABlock(nn.Module):
         self.se = se
         self.downsample = None
         if downsample:
-            self.downsample = nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+            first = [nn.MaxPool2d(3, stride, padding=1) if stride == 2 else nn.Identity()] if pooled else []
+            conv = _conv(inputs, outputs, 1, 1 if pooled else stride)
+            self.downsample = nn.Sequential(*first, conv, nn.BatchNorm2d(outputs))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Maps [N, C, H, W] to [N, outputs, H/stride, W/stride]."""
@@ -76,6 +101,17 @@ class EPSABlock(nn.Module):
         if self.se is not None:
             y = y * self.se(y)
         return torch.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+def _middle(s: JaxEPSANet, stage: int, stride: int, dilation: int) -> nn.Module:
+    planes, (kernels, groups) = s.planes[stage], pyramid_of(s, stage)
+    if s.middle == 'psa':
+        return PSAModule(planes, stride, kernels, groups, s.reduction, s.psa_bias, dilation)
+    if s.middle == 'conv3x3':
+        return _conv(planes, planes, 3, stride, dilation=dilation)
+    if len(kernels) == 1:
+        return _conv(planes, planes, kernels[0], stride, groups[0], dilation=dilation)
+    return PyConv(planes, stride, kernels, groups, dilation)
 
 
 class EPSANet(nn.Module):
@@ -89,23 +125,20 @@ class EPSANet(nn.Module):
         super().__init__()
         s = settings
         self.conv1, self.bn1 = _conv(s.in_channels, STEM_WIDTH, 7, 2), nn.BatchNorm2d(STEM_WIDTH)
-        self.stages = len(s.layers)
-        inputs, reached, dilation = STEM_WIDTH, 4, 1
+        self.stages, self.pools_stem = len(s.layers), s.pools_stem
+        inputs, reached, dilation = STEM_WIDTH, 4 if s.pools_stem else 2, 1
         for stage, (count, planes) in enumerate(zip(s.layers, s.planes, strict=True)):
             blocks = []
             for i in range(count):
-                halves = stage > 0 and i == 0
+                halves = i == 0 and (stage > 0 or not s.pools_stem)
                 kept = halves and s.output_stride < 32 and reached == s.output_stride
                 outputs = planes * s.expansion
                 stride = 2 if halves and not kept else 1
                 reached *= stride
-                if s.middle == 'psa':
-                    middle = PSAModule(planes, stride, s.kernels, s.groups, s.reduction, s.psa_bias, dilation)
-                else:
-                    middle = _conv(planes, planes, 3, stride, dilation=dilation)
+                middle = _middle(s, stage, stride, dilation)
                 se = SEWeightModule(outputs, s.reduction) if s.use_se else None
-                downsample = halves or inputs != outputs
-                blocks.append(EPSABlock(inputs, planes, outputs, stride, downsample, middle, se))
+                downsample, pooled = halves or inputs != outputs, s.middle == 'pyconv'
+                blocks.append(EPSABlock(inputs, planes, outputs, stride, downsample, middle, se, pooled))
                 inputs, dilation = outputs, dilation * (2 if kept else 1)
             self.add_module(f'layer{stage + 1}', nn.Sequential(*blocks))
         self.fc = nn.Linear(inputs, s.num_classes) if s.num_classes else nn.Identity()
@@ -117,7 +150,8 @@ class EPSANet(nn.Module):
     def features(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Returns the activations after the stem and each stage, [N, C, H, W] each."""
         x = torch.relu(self.bn1(self.conv1(images)))
-        x = nn.functional.max_pool2d(x, 3, 2, padding=1)
+        if self.pools_stem:
+            x = nn.functional.max_pool2d(x, 3, 2, padding=1)
         outputs = {'stem': x}
         for stage in range(1, self.stages + 1):
             x = self.get_submodule(f'layer{stage}')(x)

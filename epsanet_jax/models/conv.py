@@ -1,13 +1,14 @@
 """Convolution and linear layers with the reference's initialisation."""
 
 import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from epsanet_jax.models.dtypes import Dtype
-from epsanet_jax.ops import grouped_conv
+from epsanet_jax.ops import grouped_conv, pyramid_conv
 
 
 def conv_kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32) -> jax.Array:
@@ -86,6 +87,29 @@ class Conv(nn.Module):
                 algorithm=self.conv,
             )
         return convolved if bias is None else convolved + bias
+
+
+def branches(convs: Sequence[Conv], x: jax.Array) -> list[jax.Array]:
+    """Applies convolutions that differ only in kernel size, groups and features to the same images.
+
+    Args:
+        convs: the convolutions.
+        x: images, [N, H, W, C_in].
+
+    Returns:
+        [N, ceil(H / stride), ceil(W / stride), features] of each convolution.
+    """
+    first = convs[0]
+    outputs = pyramid_conv(
+        x.astype(first.dtype),
+        [conv.parameters(x.shape[-1])[0] for conv in convs],
+        groups=[conv.groups for conv in convs],
+        stride=first.stride,
+        dilation=first.dilation,
+        algorithm=first.conv,
+    )
+    # Call each module too, so that code that intercepts or captures module calls sees every branch.
+    return [conv(x, convolved=y) for conv, y in zip(convs, outputs, strict=True)]
 
 
 class Linear(nn.Module):

@@ -1,88 +1,21 @@
 """EPSANet, and ResNet as a variant of it."""
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from epsanet_jax.errors import InputError, suggest
-from epsanet_jax.models.conv import Conv, Linear
+from epsanet_jax.models.block import EPSABlock, dtypes_of, parts
+from epsanet_jax.models.conv import Linear
 from epsanet_jax.models.dtypes import at_least_float32
-from epsanet_jax.models.norm import Affine, BatchNorm
 from epsanet_jax.models.pool import max_pool
-from epsanet_jax.models.psa import PSAModule, SEWeightModule
-from epsanet_jax.models.settings import Settings, settings_of
-from epsanet_jax.ops.materialize import materialize
+from epsanet_jax.models.settings import Settings, of_stage, settings_of
 
 STEM_WIDTH = 64
-Norm = Callable[[Any, bool], jax.Array]  # an activation, or a `Weighted`; training mode
 MIN_SIZE = 32  # the network's total stride: the last stage cannot halve a smaller image
-
-
-class EPSABlock(nn.Module):
-    """A bottleneck block: 1x1 conv, PSA module, 1x1 conv, each with BatchNorm, and a shortcut.
-
-    Attributes:
-        planes: width of the bottleneck; the output has planes * settings.expansion channels.
-        stride: stride of the PSA module and of the shortcut.
-        downsample: whether the shortcut is a 1x1 conv with BatchNorm instead of the identity.
-        dilation: dilation of the PSA module.
-        settings: options of the network, see `models.settings.Settings`.
-        middle: 'psa', or 'conv3x3' for the bottleneck of ResNet.
-        use_se: whether a squeeze-and-excitation module weights the output of the last convolution.
-        bn_axis: mesh axis over which one BatchNorm group is spread, see `EPSANet`.
-        folded: whether the block has no BatchNorm, see `EPSANet`.
-    """
-
-    planes: int
-    stride: int = 1
-    downsample: bool = False
-    dilation: int = 1
-    settings: Settings = Settings()
-    middle: str = 'psa'
-    use_se: bool = False
-    bn_axis: str | None = None
-    folded: bool = False
-
-    def setup(self):
-        s = self.settings
-        conv, norm = _parts(s, self.bn_axis, self.folded)
-        dtypes = _dtypes(s)
-        width = self.planes * s.expansion
-        self.conv1, self.bn1 = conv(self.planes, 1), norm()
-        if self.middle == 'psa':
-            options = {'use_bias': s.psa_bias, 'dilation': self.dilation, 'conv': s.conv, **dtypes}
-            self.conv2 = PSAModule(self.planes, self.stride, s.kernels, s.groups, s.reduction, **options)
-        else:
-            self.conv2 = conv(self.planes, 3, stride=self.stride, dilation=self.dilation)
-        self.bn2: Norm = Affine(**dtypes) if self.folded and self.middle == 'psa' else norm()
-        self.conv3, self.bn3 = conv(width, 1), norm()
-        if self.use_se:
-            self.se = SEWeightModule(width, s.reduction, **dtypes)
-        if self.downsample:
-            self.downsample_0, self.downsample_1 = conv(width, 1, stride=self.stride), norm()
-
-    def __call__(self, x: jax.Array, train: bool = False, keep: jax.Array | None = None) -> jax.Array:
-        """Maps [N, H, W, C] to [N, ceil(H / stride), ceil(W / stride), planes * expansion].
-
-        Args:
-            x: activations.
-            train: whether BatchNorm normalises by the batch.
-            keep: factor of the residual branch of each row, [N], for stochastic depth.
-        """
-        y = nn.relu(self.bn1(self.conv1(x), train))  # [N, H, W, P]
-        y = self.conv2.weighted(y) if self.middle == 'psa' else self.conv2(y)
-        y = nn.relu(self.bn2(y, train))  # [N, H/s, W/s, P]
-        y = self.bn3(self.conv3(y), train)  # [N, H/s, W/s, P*e]
-        if self.use_se:
-            y = y * self.se(y).astype(y.dtype)
-        if keep is not None:
-            y = y * keep.astype(y.dtype)[:, None, None, None]
-        shortcut = self.downsample_1(self.downsample_0(x), train) if self.downsample else x
-        return materialize(nn.relu(y + shortcut))
 
 
 class EPSANet(nn.Module, Settings):
@@ -91,7 +24,7 @@ class EPSANet(nn.Module, Settings):
     The options are the fields of `models.settings.Settings`.
 
     Attributes:
-        middle: 'psa', or 'conv3x3' for ResNet.
+        middle: 'psa', or 'conv3x3' for ResNet; `models.pyconv` has the network with 'pyconv'.
         use_se: whether each block ends in a squeeze-and-excitation module, as in SE-ResNet.
         bn_axis: mesh axis over which one BatchNorm group is spread; `training.sharding` sets it.
         folded: whether the convolutions have biases instead of a BatchNorm after them; for inference, with
@@ -103,33 +36,35 @@ class EPSANet(nn.Module, Settings):
     bn_axis: str | None = None
     folded: bool = False
 
+    block_type: ClassVar[type[EPSABlock]] = EPSABlock
+    pools_stem: ClassVar[bool] = True  # otherwise the first block of stage 1 has stride 2
+
     def setup(self):
         settings = settings_of(self)
-        conv, norm = _parts(settings, self.bn_axis, self.folded)
+        conv, norm = parts(settings, self.bn_axis, self.folded)
         self.conv1, self.bn1 = conv(STEM_WIDTH, 7, stride=2), norm()
         block = functools.partial(
-            nn.remat(EPSABlock, static_argnums=(2,)) if self.remat else EPSABlock,
-            settings=settings,
+            nn.remat(self.block_type, static_argnums=(2,)) if self.remat else self.block_type,
             middle=self.middle,
             use_se=self.use_se,
             bn_axis=self.bn_axis,
             folded=self.folded,
         )
-        width, reached, dilation = STEM_WIDTH, 4, 1
+        width, reached, dilation = STEM_WIDTH, 4 if self.pools_stem else 2, 1
         for stage, (count, planes) in enumerate(zip(self.layers, self.planes, strict=True)):
             blocks = []
             for i in range(count):
-                halves = stage > 0 and i == 0
+                halves = i == 0 and (stage > 0 or not self.pools_stem)
                 # At the output stride a stage keeps its size, and the following blocks are dilated instead.
                 kept = halves and self.output_stride < 32 and reached >= self.output_stride
                 stride = 2 if halves and not kept else 1
                 downsample = halves or width != planes * self.expansion
-                blocks.append(block(planes, stride, downsample, dilation))
+                blocks.append(block(planes, stride, downsample, dilation, of_stage(settings, stage)))
                 width = planes * self.expansion
                 dilation, reached = dilation * (2 if kept else 1), reached * stride
             setattr(self, f'layer{stage + 1}', blocks)
         if self.num_classes:
-            self.fc = Linear(self.num_classes, **_dtypes(settings))
+            self.fc = Linear(self.num_classes, **dtypes_of(settings))
 
     def features(
         self, images: jax.Array, train: bool = False, keep: jax.Array | None = None
@@ -143,8 +78,9 @@ class EPSANet(nn.Module, Settings):
                 `training.steps.draw_keep`; None: all are 1.
 
         Returns:
-            'stem' [N, H/4, W/4, 64], and 'layer1' .. 'layer4' [N, H/s, W/s, planes * expansion] with
-            s = 4, 8, 16, 32, but at most `output_stride` (sizes rounded up).
+            'stem' [N, H/4, W/4, 64] (in a PyConvResNet [N, H/2, W/2, 64]), and 'layer1' .. 'layer4'
+            [N, H/s, W/s, planes * expansion] with s = 4, 8, 16, 32, but at most `output_stride` (sizes
+            rounded up).
 
         Raises:
             InputError: the images have a wrong rank, type or number of channels, or are too small.
@@ -152,7 +88,7 @@ class EPSANet(nn.Module, Settings):
         check_images(images, self.in_channels)
         x = images.astype(self.dtype)  # [N, H, W, in_channels]
         x = nn.relu(self.bn1(self.conv1(x), train))  # [N, H/2, W/2, 64]
-        x = max_pool(x)  # [N, H/4, W/4, 64]
+        x = max_pool(x) if self.pools_stem else x  # [N, H/4, W/4, 64]
         outputs = {'stem': x}
         number = 0
         for stage in range(1, len(self.layers) + 1):
@@ -189,22 +125,6 @@ class EPSANet(nn.Module, Settings):
         wide = at_least_float32(self.dtype)  # x: [N, H/32, W/32, C]
         x = x.mean(axis=(1, 2), dtype=wide)  # [N, C]
         return self.fc(x).astype(wide) if self.num_classes else x
-
-
-def _dtypes(settings: Settings) -> dict[str, Any]:
-    return {'dtype': jnp.dtype(settings.dtype), 'param_dtype': jnp.dtype(settings.param_dtype)}
-
-
-def _parts(
-    settings: Settings, bn_axis: str | None, folded: bool
-) -> tuple[Callable[..., Any], Callable[[], Norm]]:
-    """Returns the constructors of a network's convolutions and BatchNorms."""
-    dtypes = _dtypes(settings)
-    conv = functools.partial(Conv, conv=settings.conv, use_bias=folded, **dtypes)
-    if folded:
-        return conv, lambda: lambda x, train: x  # the convolution includes it
-    options = {'group': settings.bn_group or None, 'frozen': settings.frozen_bn, **dtypes}
-    return conv, functools.partial(BatchNorm, axis_name=bn_axis, **options)
 
 
 def abstract_images(model: EPSANet, size: int = MIN_SIZE) -> jax.ShapeDtypeStruct:

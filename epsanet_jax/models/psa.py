@@ -6,10 +6,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from epsanet_jax.errors import InputError
-from epsanet_jax.models.conv import Conv
+from epsanet_jax.models.conv import Conv, branches
 from epsanet_jax.models.dtypes import Dtype, at_least_float32
 from epsanet_jax.models.norm import Weighted
-from epsanet_jax.ops import pyramid_conv
 
 
 class SEWeightModule(nn.Module):
@@ -111,21 +110,11 @@ class PSAModule(nn.Module):
 
     def weighted(self, x: jax.Array) -> Weighted:
         """Returns the branches and their attention, for a BatchNorm that does not need their product."""
-        convs = [getattr(self, f'conv_{i + 1}') for i in range(len(self.kernels))]
-        outputs = pyramid_conv(
-            x.astype(self.dtype),
-            [conv.parameters(x.shape[-1])[0] for conv in convs],
-            groups=self.groups,
-            stride=self.stride,
-            dilation=self.dilation,
-            algorithm=self.conv,
-        )
-        # Call each module too, so that code that intercepts or captures module calls sees every branch.
-        branches = [conv(x, convolved=y) for conv, y in zip(convs, outputs, strict=True)]
+        outputs = branches([getattr(self, f'conv_{i + 1}') for i in range(len(self.kernels))], x)
         wide = at_least_float32(self.dtype)
-        means = jnp.stack([b.mean(axis=(1, 2), dtype=wide) for b in branches], axis=1)  # [N, S, C]
+        means = jnp.stack([y.mean(axis=(1, 2), dtype=wide) for y in outputs], axis=1)  # [N, S, C]
         weights = self.se.excite(means[:, :, None, :])[:, :, 0, :]  # [N, S, C]
         attention = nn.softmax(weights, axis=1)  # [N, S, C]
         self.sow('intermediates', 'attention', attention)
         means, attention = (lax.collapse(a[:, ::-1], 1) for a in (means, attention))
-        return Weighted(tuple(branches[::-1]), means, attention)
+        return Weighted(tuple(outputs[::-1]), means, attention)

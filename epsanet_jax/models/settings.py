@@ -9,7 +9,7 @@ import dataclasses
 import math
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ import jax.numpy as jnp
 from epsanet_jax.errors import InputError, suggest
 from epsanet_jax.ops.algorithms import check_name
 
+# A number for each branch of a pyramid, in all stages; or such a tuple for each stage.
+Pyramid = tuple[int | tuple[int, ...], ...]
 DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16, 'float64': jnp.float64}
 
 
@@ -30,8 +32,9 @@ class Settings:
         layers: blocks in each stage.
         planes: bottleneck width of each stage.
         expansion: a stage has planes * expansion output channels.
-        kernels: kernel size of each branch of the pyramid.
-        groups: number of groups of each branch.
+        kernels: kernel size of each branch of the pyramid, the same in all stages, or one tuple per stage:
+            ((3, 5, 7, 9), (3, 5, 7), (3, 5), (3,)).
+        groups: number of groups of each branch, likewise for all stages or per stage.
         reduction: channels per hidden unit in the squeeze-and-excitation modules.
         psa_bias: whether the pyramid's convolutions have biases (the paper's listing has them, the reference
             repository has none).
@@ -51,8 +54,8 @@ class Settings:
     layers: tuple[int, ...] = (3, 4, 6, 3)
     planes: tuple[int, ...] = (64, 128, 256, 512)
     expansion: int = 4
-    kernels: tuple[int, ...] = (3, 5, 7, 9)
-    groups: tuple[int, ...] = (1, 4, 8, 16)
+    kernels: Pyramid = (3, 5, 7, 9)
+    groups: Pyramid = (1, 4, 8, 16)
     reduction: int = 16
     psa_bias: bool = False
     output_stride: int = 32
@@ -79,8 +82,8 @@ class ModelConfig(Settings):
     layers: tuple[int, ...] = ()
     planes: tuple[int, ...] = ()
     expansion: int = 0
-    kernels: tuple[int, ...] = ()
-    groups: tuple[int, ...] = ()
+    kernels: Pyramid = ()
+    groups: Pyramid = ()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self.__dataclass_fields__:
@@ -91,7 +94,9 @@ class ModelConfig(Settings):
 NAMES = tuple(field.name for field in dataclasses.fields(Settings))
 # The settings that define a variant.
 STRUCTURE = ('layers', 'planes', 'expansion', 'kernels', 'groups')
+# The settings of a pyramid, and those that a network with this `middle` does not have.
 PYRAMID = ('kernels', 'groups', 'psa_bias')
+WITHOUT: dict[str, tuple[str, ...]] = {'psa': (), 'pyconv': ('psa_bias',), 'conv3x3': PYRAMID}
 
 
 def settings_of(model: Settings) -> Settings:
@@ -118,8 +123,13 @@ def plain(values: Mapping[str, Any]) -> dict[str, Any]:
                 value = jnp.dtype(value).name
             except TypeError as e:
                 raise InputError(f'{name} must be one of {", ".join(DTYPES)}, got {value!r}') from e
-        result[name] = tuple(value) if isinstance(value, list | tuple) else value
+        result[name] = as_tuples(value)
     return result
+
+
+def as_tuples(value: Any) -> Any:
+    """Returns a value with tuples for lists, which JSON has instead."""
+    return tuple(as_tuples(v) for v in value) if isinstance(value, list | tuple) else value
 
 
 def model_config(values: Mapping[str, Any]) -> ModelConfig:
@@ -131,8 +141,29 @@ def model_config(values: Mapping[str, Any]) -> ModelConfig:
     unknown = sorted(set(values) - {'name', *NAMES})
     if unknown:
         raise InputError(f'the model has unknown settings: {", ".join(unknown)}')
-    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    fields: dict[str, Any] = {name: as_tuples(value) for name, value in values.items()}
     return ModelConfig(**fields)
+
+
+def pyramid_of(settings: Settings, stage: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns the kernels and the groups of one stage, from 0."""
+    both = [v[stage] if isinstance(v[0], tuple) else v for v in (settings.kernels, settings.groups)]
+    return typing.cast(Any, both)
+
+
+def of_stage(settings: Settings, stage: int) -> Settings:
+    """Returns settings whose kernels and groups are those of one stage, from 0."""
+    kernels, groups = pyramid_of(settings, stage)
+    return dataclasses.replace(settings, kernels=kernels, groups=groups)
+
+
+def pyconv_widths(planes: int, count: int) -> list[int]:
+    """Returns the output channels of the branches of a `PyConv`: equal ones, but the last takes the rest.
+
+    Their number is rounded up to a power of two: three branches have 1/4, 1/4 and 1/2 of the planes.
+    """
+    width = planes // 2 ** (count - 1).bit_length()
+    return [width] * (count - 1) + [planes - width * (count - 1)]
 
 
 def check_settings(model: Settings) -> None:
@@ -147,7 +178,7 @@ def check_settings(model: Settings) -> None:
             raise InputError(f'{field} must be at least {least}, got {getattr(model, field)}')
     for field in ('layers', 'planes', 'kernels', 'groups'):
         value = getattr(model, field)
-        if not value or min(value) < 1:
+        if not value or not all(value) or min(_numbers(value)) < 1:
             raise InputError(f'{field} must hold numbers of at least 1, got {value}')
     try:
         re.compile(model.frozen_bn)
@@ -161,28 +192,31 @@ def check_settings(model: Settings) -> None:
         raise InputError(f'output_stride must be 8, 16 or 32, got {model.output_stride}')
 
 
-def check_pyramid(model: Settings) -> None:
-    """Raises InputError if pyramids cannot be built with these settings."""
-    kernels, groups = model.kernels, model.groups
-    if len(kernels) != len(groups):
-        raise InputError(
-            f'kernels and groups must have one number per branch each, got {kernels} and {groups}'
-        )
-    if any(k % 2 == 0 for k in kernels):
-        raise InputError(f'kernels must be odd, got {kernels}')
-    for planes in model.planes:
-        width, rest = divmod(planes, len(kernels))
-        if rest:
+def check_pyramid(model: Settings, attention: bool) -> None:
+    """Raises InputError if pyramids, with or without attention, cannot be built with these settings."""
+    for field, value in (('kernels', model.kernels), ('groups', model.groups)):
+        nested = [isinstance(v, tuple) for v in value]
+        if any(nested) and not (all(nested) and len(value) == len(model.layers)):
+            stages = f'one tuple for each of {len(model.layers)} stages'
+            raise InputError(f'{field} must be numbers, or {stages}, got {value}')
+    for stage, planes in enumerate(model.planes):
+        kernels, groups = pyramid_of(model, stage)
+        count = len(kernels)
+        if count != len(groups):
             raise InputError(
-                f'planes must be multiples of {len(kernels)}, the number of branches, got {planes}'
+                f'kernels and groups must have one number per branch each, got {kernels} and {groups}'
             )
-        for g in groups:
-            if width % g:
-                raise InputError(f'{g} groups do not divide planes / {len(kernels)} = {width}')
-        if width < model.reduction:
-            raise InputError(
-                f'reduction must be at most planes / {len(kernels)} = {width}, got {model.reduction}'
-            )
+        if not all(k % 2 for k in kernels):
+            raise InputError(f'kernels must be odd, got {kernels}')
+        if attention and planes % count:
+            raise InputError(f'planes must be multiples of {count}, the number of branches, got {planes}')
+        widths = [planes // count] * count if attention else pyconv_widths(planes, count)
+        for width, g in zip(widths, groups, strict=True):
+            if not width or width % g or planes % g:
+                raise InputError(f'{g} groups do not divide {planes} planes and their branch of {width}')
+        if attention and widths[0] < model.reduction:
+            most = f'planes / {count} = {widths[0]}'
+            raise InputError(f'reduction must be at most {most}, got {model.reduction}')
 
 
 def check_types(section: Any, prefix: str = 'model') -> None:
@@ -199,14 +233,19 @@ def check_types(section: Any, prefix: str = 'model') -> None:
                 raise InputError(f'{field} must be a section of settings, got {value!r}')
             check_types(value, field)
         elif typing.get_origin(hint) is tuple:
-            element = typing.get_args(hint)[0]
+            kind = int if hint == Pyramid else typing.get_args(hint)[0]
             listed = isinstance(value, tuple | list)
-            if not listed or not all(_is(v, element) and math.isfinite(v) for v in value):
-                raise InputError(f'{field} must hold numbers of type {element.__name__}, got {value!r}')
+            numbers = _numbers(value) if listed and hint == Pyramid else value
+            if not listed or not all(_is(v, kind) and math.isfinite(v) for v in numbers):
+                raise InputError(f'{field} must hold numbers of type {kind.__name__}, got {value!r}')
         elif isinstance(value, float) and not math.isfinite(value):
             raise InputError(f'{field} must be finite, got {value}')
         elif not _is(value, hint):
             raise InputError(f'{field} must be of type {hint.__name__}, got {value!r}')
+
+
+def _numbers(values: Sequence[Any]) -> list[Any]:
+    return [v for item in values for v in (item if isinstance(item, tuple | list) else (item,))]
 
 
 def _is(value: Any, kind: type) -> bool:

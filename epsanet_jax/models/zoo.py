@@ -9,11 +9,14 @@ import jax.numpy as jnp
 from epsanet_jax.errors import InputError, suggest
 from epsanet_jax.models.dtypes import Dtype
 from epsanet_jax.models.epsanet import EPSANet
+from epsanet_jax.models.pyconv import PyConvResNet
 from epsanet_jax.models.settings import (
     NAMES,
-    PYRAMID,
     STRUCTURE,
+    WITHOUT,
     ModelConfig,
+    Pyramid,
+    as_tuples,
     check_pyramid,
     check_settings,
     plain,
@@ -29,21 +32,21 @@ class Variant:
         layers: blocks in each stage.
         planes: bottleneck width of each stage.
         expansion: a stage has planes * expansion output channels.
-        kernels: kernel size of each branch of the pyramid.
-        groups: number of groups of each branch.
-        middle: 'psa', or 'conv3x3' for a ResNet.
+        kernels: kernel size of each branch of the pyramid, or a tuple of them per stage.
+        groups: number of groups of each branch, or a tuple of them per stage.
+        middle: 'psa', 'pyconv' for a PyConvResNet or 'conv3x3' for a ResNet.
         use_se: whether each block ends in a squeeze-and-excitation module.
         published_params: published number of parameters with 1000 classes, in millions.
         published_flops: published number of multiply-adds at 224 px, in billions.
-        published_top1: published top-1 accuracy on ImageNet, in percent; not reproduced, no weights exist.
+        published_top1: published top-1 accuracy on ImageNet, in percent; not reproduced here.
         published_top5: published top-5 accuracy, in percent.
     """
 
     layers: tuple[int, ...]
     planes: tuple[int, ...] = (64, 128, 256, 512)
     expansion: int = 4
-    kernels: tuple[int, ...] = (3, 5, 7, 9)
-    groups: tuple[int, ...] = (1, 4, 8, 16)
+    kernels: Pyramid = (3, 5, 7, 9)
+    groups: Pyramid = (1, 4, 8, 16)
     middle: str = 'psa'
     use_se: bool = False
     published_params: float | None = None
@@ -62,6 +65,19 @@ _LARGE: dict[str, Any] = {
 }
 
 
+_PYCONV: dict[str, Any] = {
+    'middle': 'pyconv',
+    'kernels': ((3, 5, 7, 9), (3, 5, 7), (3, 5), (3,)),
+    'groups': ((1, 4, 8, 16), (1, 4, 8), (1, 4), (1,)),
+}
+_PYCONV_HG: dict[str, Any] = {
+    **_PYCONV,
+    'planes': (128, 256, 512, 1024),
+    'expansion': 2,
+    'groups': ((32, 32, 32, 32), (32, 64, 64), (32, 64), (32,)),
+}
+
+
 def _published(params: float, flops: float, top1: float, top5: float) -> dict[str, Any]:
     names = ('published_params', 'published_flops', 'published_top1', 'published_top5')
     return dict(zip(names, (params, flops, top1, top5), strict=True))
@@ -76,6 +92,12 @@ VARIANTS: dict[str, Variant] = {
     'resnet101': Variant((3, 4, 23, 3), middle='conv3x3'),
     'seresnet50': Variant((3, 4, 6, 3), middle='conv3x3', use_se=True),
     'seresnet101': Variant((3, 4, 23, 3), middle='conv3x3', use_se=True),
+    'pyconvresnet50': Variant((3, 4, 6, 3), **_PYCONV, published_top1=77.88),
+    'pyconvresnet101': Variant((3, 4, 23, 3), **_PYCONV, published_top1=79.01),
+    'pyconvresnet152': Variant((3, 8, 36, 3), **_PYCONV, published_top1=79.52),
+    'pyconvhgresnet50': Variant((3, 4, 6, 3), **_PYCONV_HG, published_top1=78.48),
+    'pyconvhgresnet101': Variant((3, 4, 23, 3), **_PYCONV_HG, published_top1=79.22),
+    'pyconvhgresnet152': Variant((3, 8, 36, 3), **_PYCONV_HG, published_top1=79.36),
 }
 
 
@@ -140,15 +162,17 @@ def build_model(config: ModelConfig, num_classes: int = 0) -> EPSANet:
 
 def _make(config: ModelConfig, num_classes: int) -> EPSANet:
     variant = get_variant(config.name)
-    given = [field for field in PYRAMID if getattr(config, field)]
-    if variant.middle != 'psa' and given:
-        raise InputError(f'{config.name} has no pyramid: {", ".join(given)} cannot be set')
-    values = {field: getattr(config, field) for field in NAMES}
+    given = [field for field in WITHOUT[variant.middle] if getattr(config, field)]
+    if given:
+        lacks = 'pyramid' if variant.middle == 'conv3x3' else 'attention'
+        raise InputError(f'{config.name} has no {lacks}: {", ".join(given)} cannot be set')
+    values = {field: as_tuples(getattr(config, field)) for field in NAMES}
     values |= {field: values[field] or getattr(variant, field) for field in STRUCTURE}
-    model = EPSANet(**{**values, 'num_classes': num_classes}, middle=variant.middle, use_se=variant.use_se)
+    kind = PyConvResNet if variant.middle == 'pyconv' else EPSANet
+    model = kind(**{**values, 'num_classes': num_classes}, middle=variant.middle, use_se=variant.use_se)
     check_settings(model)
-    if model.middle == 'psa':
-        check_pyramid(model)
+    if model.middle != 'conv3x3':
+        check_pyramid(model, attention=model.middle == 'psa')
     width = min(model.planes) * model.expansion
     if model.use_se and width < model.reduction:
         raise InputError(f'reduction must be at most planes * expansion = {width}, got {model.reduction}')
@@ -168,7 +192,7 @@ def nearest_variant(middle: str, use_se: bool, settings: dict[str, Any]) -> Mode
     """Returns settings as the name of the nearest variant and the settings that differ from it.
 
     Args:
-        middle: 'psa' or 'conv3x3', see `EPSANet`.
+        middle: 'psa', 'pyconv' or 'conv3x3', see `EPSANet`.
         use_se: whether blocks have squeeze-and-excitation modules.
         settings: values of `Settings`; missing ones have their default.
 
@@ -183,7 +207,5 @@ def nearest_variant(middle: str, use_se: bool, settings: dict[str, Any]) -> Mode
         return field not in settings or getattr(candidates[name], field) == settings[field]
 
     name = max(candidates, key=lambda name: sum(equals(name, field) for field in STRUCTURE))
-    unset = {field for field in STRUCTURE if equals(name, field)}
-    if middle != 'psa':
-        unset |= set(PYRAMID)
+    unset = {field for field in STRUCTURE if equals(name, field)} | set(WITHOUT[middle])
     return ModelConfig(name=name, **{k: v for k, v in settings.items() if k not in unset})

@@ -17,6 +17,7 @@ from epsanet_jax.ops.algorithms import Algorithm, divisors
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 DIRECTIONS = ('forward', 'input_gradient', 'weight_gradient')
 TABLE = 'choices.json'
+MOST_SPLIT = 32  # separate convolutions for one; more take long to compile, and none were measured
 
 
 class Problem(NamedTuple):
@@ -81,6 +82,8 @@ def _fit(algorithm: Algorithm, known: Problem, problem: Problem) -> Algorithm:
     if algorithm.name == 'matmul' and (problem.kernel, problem.groups) != (1, 1):
         return Algorithm('stock')
     merge = max(d for d in divisors(problem.groups) if d <= algorithm.merge)
+    if algorithm.split:
+        merge = next(d for d in divisors(problem.groups) if d >= max(merge, problem.groups / MOST_SPLIT))
     similar = known[:3] == problem[:3]  # kernel, stride, groups
     same = known[:5] == problem[:5]  # and channels, features
     # 'joint' was measured together with other kernels, which may be absent; 'banded' merges all groups.

@@ -240,8 +240,12 @@ def flatten(tree: Any, prefix: str = '') -> dict[str, Any]:
         if isinstance(value, dict):
             flat.update(flatten(value, f'{prefix}{key}.'))
         else:
-            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+            flat[prefix + key] = _as_lists(value)
     return flat
+
+
+def _as_lists(value: Any) -> Any:
+    return [_as_lists(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def identity(config: Config, fingerprint: str, num_classes: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ def explanation(rng, **changes):
         'classes': np.array([3, 2]),
         'cams': {'stem': np.zeros((2, 32, 32)), 'layer1': rng.random((2, 32, 32))},
         'attention': {'layer1': np.full((3, 4), 0.25)},
-        'kernels': ['3x3', '5x5', '7x7', '9x9'],
+        'kernels': {'layer1': ['3x3', '5x5', '7x7', '9x9']},
     }
     return Explanation(**{**values, **changes})
 
@@ -43,9 +43,17 @@ def test_drawing_names_classes_stages_and_kernels(rng, tmp_path):
 
 
 def test_drawing_without_attention_has_no_bars(rng):
-    found = texts(drawing.draw(explanation(rng, attention={}, kernels=[])))
+    found = texts(drawing.draw(explanation(rng, attention={}, kernels={})))
     assert 'top classes' in found
     assert 'mean attention' not in found
+
+
+def test_stages_may_have_different_branches(rng):
+    attention = {'layer1': np.full((3, 4), 0.25), 'layer2': np.full((2, 2), 0.5), 'layer3': np.ones((1, 1))}
+    kernels = {'layer1': ['3x3', '5x5', '7x7', '9x9'], 'layer2': ['5x5', '11x11'], 'layer3': ['3x3']}
+    found = texts(drawing.draw(explanation(rng, attention=attention, kernels=kernels)))
+    assert [t for t in found if t.startswith('kernel ')] == [f'kernel {k}x{k}' for k in (3, 5, 7, 9, 11)]
+    assert any(text.endswith('line: equal share, 0.25, 0.5, 1') for text in found)
 
 
 def test_long_names_lose_their_end_or_their_middle():

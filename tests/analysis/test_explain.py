@@ -135,7 +135,32 @@ def test_missing_stages_and_attention_are_errors(images):
     resnet = create_model('resnet50')
     with pytest.raises(InputError, match='no attention'):
         attention(resnet, {}, images)
-    assert kernel_labels(create_model('epsanet50_large')) == ['3x3', '5x5', '5x5 (2nd)', '7x7']
+    large = ['3x3', '5x5', '5x5 (2nd)', '7x7']
+    assert kernel_labels(create_model('epsanet50_large')) == {f'layer{i}': large for i in (1, 2, 3, 4)}
+    assert kernel_labels(resnet) == kernel_labels(create_model('pyconvresnet50')) == {}
+
+
+def test_attention_over_any_number_of_branches_and_grad_cam_without_attention(images):
+    net = small.model(**small.PER_STAGE, planes=(8, 12, 16, 32))
+    found = jax.jit(lambda v, x: attention(net, v, x))(small.random_variables(net, dtype=np.float32), images)
+    assert [found[f'layer{i}'].shape[1:] for i in (1, 2, 3, 4)] == [
+        (2, 4, 2),
+        (1, 3, 4),
+        (1, 2, 8),
+        (1, 1, 32),
+    ]
+    np.testing.assert_allclose(found['layer2'].sum(axis=2), 1, rtol=1e-5)
+    np.testing.assert_array_equal(found['layer4'], 1)
+    labels = {'layer1': ['3x3', '5x5', '7x7', '9x9'], 'layer2': ['3x3', '5x5', '7x7']}
+    assert kernel_labels(net) == {**labels, 'layer3': ['3x3', '5x5'], 'layer4': ['3x3']}
+
+    net = small.pyconv()
+    variables = small.random_variables(net, dtype=np.float32)
+    with pytest.raises(InputError, match="middle='pyconv' has no attention: use an EPSANet"):
+        attention(net, variables, images)
+    cam = jax.jit(lambda v, x: grad_cam(net, v, x, 0, 'layer2'))(variables, images)
+    assert cam.shape == images.shape[:3]
+    assert cam.max() > 0
 
 
 def test_classes_are_found_by_name_and_then_by_number():
@@ -156,7 +181,7 @@ def test_explain_yields_grad_cam_and_attention_of_the_top_class(image_folder):
     expected = jax.jit(lambda v, x: grad_cam(net, v, x, found.classes, 'layer1'))(network.variables, pixels)
     np.testing.assert_allclose(found.cams['layer1'], expected, rtol=1e-3, atol=1e-6)
     np.testing.assert_allclose(found.attention['layer1'].sum(axis=1), 1, rtol=1e-5)
-    assert found.kernels == ['3x3', '5x5', '7x7', '9x9']
+    assert found.kernels == {'layer1': ['3x3', '5x5', '7x7', '9x9']}
 
 
 def test_network_without_a_classifier_cannot_be_explained():

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import pytest
 import small
 
 from epsanet_jax.analysis.summary import summarize
@@ -9,8 +10,12 @@ from epsanet_jax.analysis.summary import summarize
 SETTINGS = {'layers': (1, 1), 'planes': (8, 16)}
 
 
-def test_rows_hold_the_parameters_and_the_output_shapes_of_the_stages():
-    net = small.model(**SETTINGS)
+@pytest.mark.parametrize(
+    'net',
+    [small.model(**SETTINGS), small.pyconv(**SETTINGS, kernels=((3, 5), (3,)), groups=((1, 2), (1,)))],
+    ids=['epsanet', 'pyconvresnet'],
+)
+def test_rows_hold_the_parameters_and_the_output_shapes_of_the_stages(net):
     rows = {row.stage: row for row in summarize(net, 70)}
     assert list(rows) == ['stem', 'layer1', 'layer2', 'fc']
     images = jax.ShapeDtypeStruct((1, 70, 70, 3), jnp.float32)

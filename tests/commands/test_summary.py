@@ -19,6 +19,12 @@ def test_table_and_json_hold_the_same_counts(capsys, name):
     assert ('published for 1000 classes at 224 px: 22.56 M, 3.62 G' in out) == (name == 'epsanet50_small')
 
 
+def test_a_pyconvresnet_has_a_published_accuracy_alone(capsys):
+    status, out, err = run(capsys, 'summary', 'pyconvresnet50')
+    assert (status, err) == (0, '')
+    assert out.endswith('published for 1000 classes at 224 px: top-1 77.88 % (not reproduced here)\n')
+
+
 def test_counts_follow_image_size_and_number_of_classes(capsys):
     _, out, _ = run(capsys, 'summary', 'resnet50', '--num-classes', 10, '--image-size', 64, '--json')
     content = json.loads(out)

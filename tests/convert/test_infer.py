@@ -11,6 +11,8 @@ from epsanet_jax.convert.infer import infer_settings
 from epsanet_jax.models.settings import settings_of
 from epsanet_jax.models.zoo import build_model
 
+TWO = {'planes': (48, 96), 'expansion': 2}
+
 
 @pytest.mark.parametrize(
     ('name', 'changes'),
@@ -24,6 +26,16 @@ from epsanet_jax.models.zoo import build_model
         ),
         ('resnet50', {'layers': (1, 1), 'planes': (8, 16), 'expansion': 2}),
         ('seresnet50', {'layers': (1, 1), 'planes': (8, 16), 'reduction': 4}),
+        ('pyconvresnet50', {'layers': (1, 1), 'kernels': ((3,), (3, 5)), 'groups': ((2,), (1, 4)), **TWO}),
+        ('pyconvresnet50', {'layers': (1, 1), 'kernels': (3,), 'groups': (1,), **TWO}),
+        (
+            'epsanet50_small',
+            {'layers': (1, 1), 'kernels': ((3, 5, 7), (3, 5)), 'groups': ((1, 2, 2), (1, 2)), **TWO},
+        ),
+        (
+            'epsanet50_small',
+            {'layers': (1, 1), 'groups': ((1, 2, 2, 2), (1, 4, 2, 4)), 'reduction': 4, **TWO},
+        ),
     ],
 )
 def test_settings_are_inferred_from_shapes(name, changes):
@@ -51,6 +63,7 @@ def test_other_state_dicts_are_refused(other):
         (('epsanet50_small', {'num_classes': 10}), 'epsanet50_small', 'num_classes=10'),
         (('resnet50', {}), 'epsanet50_small', "create_model('resnet50'"),
         (('seresnet50', {}), 'resnet50', "create_model('seresnet50'"),
+        (('pyconvhgresnet50', {}), 'pyconvresnet50', "create_model('pyconvhgresnet50'"),
     ],
 )
 def test_error_names_the_variant_that_fits(given, asked, hint):

@@ -136,7 +136,23 @@ def test_rung_3_block(rng, inputs, stride, train):
     ],
 )
 def test_rungs_4_and_5_every_stage_and_the_logits(rng, changes):
-    net = small.model(**F64).clone(**changes)
+    assert_features_and_logits_agree(rng, small.model(**F64).clone(**changes))
+
+
+@pytest.mark.parametrize(
+    'net',
+    [
+        small.pyconv(**F64),
+        small.pyconv(groups=((2, 2, 2, 2), (2, 4, 4), (2, 4), (2,)), output_stride=8, **F64),
+        small.model(**small.PER_STAGE, planes=(8, 12, 16, 32), **F64),
+    ],
+    ids=['pyconvresnet', 'pyconvhgresnet', 'epsanet'],
+)
+def test_rungs_4_and_5_with_another_pyramid_in_each_stage(rng, net):
+    assert_features_and_logits_agree(rng, net)
+
+
+def assert_features_and_logits_agree(rng, net):
     variables, twin = twins(net)
     images = small.images(rng, 2, 45)
     twin.eval()
@@ -211,6 +227,16 @@ def test_rung_8_five_updates_on_eight_devices(rng):
     assert_close(ours, expected)
     before = to_torch(variables, net)
     assert all(not np.array_equal(ours[k], before[k]) for k in ours)
+
+
+def test_rung_8_of_a_pyconvresnet(rng):
+    net = small.pyconv(layers=(1, 1), planes=(8, 16), kernels=((3, 5), (3,)), groups=((1, 2), (2,)), **F64)
+    variables, twin = twins(net)
+    images = rng.integers(0, 256, (5, 8, 32, 32, 3), dtype=np.uint8)
+    labels = rng.integers(0, 7, (5, 8)).astype(np.int32)
+    ours, expected, losses, expected_losses = five_steps(net, variables, twin, images, labels)
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-10)
+    assert_close(ours, expected)
 
 
 def forward_float32(name, size):

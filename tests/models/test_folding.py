@@ -25,12 +25,23 @@ def logits(net, variables, images):
 )
 def test_logits_do_not_change(rng, changes):
     net = small.model(dtype=jnp.float64, param_dtype=jnp.float64).clone(**changes)
+    assert_folding_keeps_logits(rng, net)
+
+
+def test_logits_of_a_pyconvresnet_do_not_change(rng):
+    net = small.pyconv(dtype=jnp.float64, param_dtype=jnp.float64)
+    folded = assert_folding_keeps_logits(rng, net)
+    assert set(folded['params']['layer1_0']) == {'conv1', 'conv2', 'conv3', 'downsample_1'}
+
+
+def assert_folding_keeps_logits(rng, net):
     variables, images = small.random_variables(net), small.images(rng)
     folded, params = fold_batch_norm(net, variables)
     expected = logits(net, variables, images)
     np.testing.assert_allclose(
         logits(folded, params, images), expected, rtol=0, atol=1e-10 * np.abs(expected).max()
     )
+    return params
 
 
 def test_float32_logits_agree_to_1e_5(rng):

@@ -1,6 +1,7 @@
 """The options of a model, stated once in `Settings`."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from epsanet_jax import InputError, create_model
 from epsanet_jax.models import ModelConfig, Settings
 from epsanet_jax.models.settings import NAMES, check_types, model_config, settings_of
 from epsanet_jax.models.zoo import build_model, config_of
-from epsanet_jax.training.config import Config, flatten
+from epsanet_jax.training.config import Config, flatten, identity
 from epsanet_jax.weights.metadata import make_metadata, read_metadata
 
 # For every setting a valid value that is not the default.
@@ -64,7 +65,24 @@ def test_every_setting_is_kept_by_metadata_and_by_config_of():
     assert dataclasses.asdict(settings_of(model)) == CHANGED
 
 
-@pytest.mark.parametrize('name', ['epsanet50_small', 'epsanet101_large', 'seresnet50'])
+@pytest.mark.parametrize(
+    ('name', 'changes'),
+    [
+        ('epsanet50_small', {'planes': (8, 12, 16, 32), 'reduction': 2}),
+        ('pyconvresnet50', {'planes': (8, 16, 16, 32)}),
+    ],
+)
+def test_settings_per_stage_survive_json_and_stay_the_identity_of_a_run(name, changes):
+    config = ModelConfig(name=name, num_classes=5, **small.PER_STAGE, **changes)
+    metadata = json.loads(json.dumps(make_metadata(config, list('abcde'), small.PREPROCESSING)))
+    read = read_metadata(metadata, 'x')[0]
+    assert read == config
+    assert build_model(read) == build_model(config)
+    now = identity(Config(model=config), 'data', 5)
+    assert json.loads(json.dumps(now)) == now
+
+
+@pytest.mark.parametrize('name', ['epsanet50_small', 'epsanet101_large', 'seresnet50', 'pyconvhgresnet152'])
 def test_config_of_a_published_network_has_only_its_name(name):
     assert config_of(create_model(name)) == ModelConfig(name=name, num_classes=1000)
 
@@ -81,6 +99,10 @@ def test_wrong_names_are_refused_with_a_suggestion():
 @pytest.mark.parametrize(
     ('changes', 'message'),
     [
+        ({'kernels': ((3, 5), 'x')}, 'model.kernels must hold numbers of type int, got'),
+        ({'kernels': ((3, (5,)),)}, 'model.kernels must hold numbers of type int, got'),
+        ({'groups': ((1, 1.5),)}, 'model.groups must hold numbers of type int, got'),
+        ({'layers': ((3,),)}, 'model.layers must hold numbers of type int, got'),
         ({'layers': 3}, 'model.layers must hold numbers of type int, got 3'),
         ({'expansion': 2.0}, 'model.expansion must be of type int, got 2.0'),
         ({'remat': 1}, 'model.remat must be of type bool, got 1'),

@@ -5,6 +5,7 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import pytest
+import small
 
 from epsanet_jax import InputError, create_model, list_models
 from epsanet_jax.analysis.summary import summarize
@@ -21,6 +22,12 @@ PARAMS = {
     'resnet101': 44_549_160,
     'seresnet50': 28_088_024,
     'seresnet101': 49_326_872,
+    'pyconvresnet50': 24_847_720,
+    'pyconvresnet101': 42_307_944,
+    'pyconvresnet152': 56_640_872,
+    'pyconvhgresnet50': 25_234_728,
+    'pyconvhgresnet101': 44_627_240,
+    'pyconvhgresnet152': 60_657_960,
 }
 
 
@@ -63,6 +70,13 @@ def test_kernels_3_5_7_9_do_not_give_the_published_large_network():
     [
         ({'groups': (1, 4, 8, 24)}, '24 groups do not divide'),
         ({'groups': (1, 4, 8)}, 'one number per branch'),
+        (
+            {'groups': ((1, 4, 8, 16), (1, 4))},
+            r'one tuple for each of 4 stages, got \(\(1, 4, 8, 16\), \(1, 4\)\)',
+        ),
+        ({'groups': ((1, 4, 8, 16), 1, 4, 8)}, 'groups must be numbers, or one tuple for each of 4 stages'),
+        ({'groups': ((1, 4, 8, 16), (), (), ())}, 'groups must hold numbers of at least 1'),
+        (small.PER_STAGE, 'planes must be multiples of 3, the number of branches, got 128'),
         ({'kernels': (3, 5, 7, 8)}, 'kernels must be odd'),
         ({'planes': (64, 128, 256)}, 'one number per stage'),
         ({'planes': (66, 128, 256, 512)}, 'multiples of 4, the number of branches, got 66'),
@@ -89,6 +103,13 @@ def test_invalid_settings_are_refused(changes, message):
 def test_resnet_refuses_settings_of_a_pyramid():
     with pytest.raises(InputError, match='resnet50 has no pyramid'):
         create_model('resnet50', kernels=(3, 3, 3, 3))
+
+
+def test_pyconvresnet_refuses_settings_of_the_attention_and_groups_that_do_not_divide():
+    with pytest.raises(InputError, match='pyconvresnet50 has no attention: psa_bias cannot be set'):
+        create_model('pyconvresnet50', psa_bias=True)
+    with pytest.raises(InputError, match='12 groups do not divide 64 planes and their branch of 16'):
+        create_model('pyconvresnet50', groups=((1, 4, 8, 12), (1, 4, 8), (1, 4), (1,)))
 
 
 def test_unknown_model_is_refused_with_a_suggestion():

@@ -1,6 +1,7 @@
 import pytest
 
 from epsanet_jax.models import create_model, list_models
+from epsanet_jax.models.settings import pyconv_widths, pyramid_of
 from epsanet_jax.ops import choice
 from epsanet_jax.ops.algorithms import NAMES, Algorithm
 from epsanet_jax.ops.choice import Choice, Problem, choose
@@ -55,6 +56,19 @@ def test_merges_are_reduced_to_divisors_of_the_groups():
     assert [a.merge for a in chosen] == [2, 1, 6]
     chosen = choose('cpu', SMALL._replace(groups=3, channels=12, features=3))
     assert [a.merge for a in chosen] == [1, 1, 3]
+
+
+@pytest.mark.parametrize('name', [n for n in list_models() if n.startswith('pyconv') and n.endswith('50')])
+def test_at_most_32_separate_convolutions_for_one(name):
+    model = create_model(name)
+    for stage, planes in enumerate(model.planes):
+        kernels, groups = pyramid_of(model, stage)
+        widths = pyconv_widths(planes, len(kernels))
+        for stride, size in ((2, 112 >> stage), (1, 56 >> stage)):
+            for kernel, g, width in zip(kernels, groups, widths, strict=True):
+                problem = Problem(kernel, stride, g, planes, width, size, 8, 'float32')
+                for algorithm in (a for platform in choice.PLATFORMS for a in choose(platform, problem)):
+                    assert not algorithm.split or g // algorithm.merge <= 32
 
 
 @pytest.mark.usefixtures('table')

@@ -8,6 +8,8 @@ import pytest
 from PIL import Image
 from runs import ROOT
 
+from epsanet_jax.training.flags import read_config
+
 IMPORTS = 'from epsanet_jax.training.config import Config, DataConfig, ModelConfig\n'
 TINY = """
 def get_config(size: str = '32'):
@@ -42,6 +44,12 @@ def assert_one_clear_line(process, *parts, status=2):
     assert process.stderr.count('\n') == 1
     for part in parts:
         assert part in process.stderr
+
+
+def test_kernels_of_each_stage_are_given_as_nested_tuples(recipe):
+    options = ['--config.model.kernels=((3,5,7),)', '--config.model.groups=((1,2,2),)']
+    model = read_config([f'--config={recipe}', *options]).model
+    assert (model.kernels, model.groups) == (((3, 5, 7),), ((1, 2, 2),))
 
 
 @pytest.mark.slow

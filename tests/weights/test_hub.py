@@ -52,6 +52,8 @@ def test_saved_network_is_read_unchanged(saved):
         epsanet_jax.create_model('resnet50', num_classes=3, layers=(1, 1), planes=(8, 16), remat=True),
         small.model(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, psa_bias=True, bn_group=4, conv='tiled'),
         small.model(kernels=(3, 5), groups=(1, 2), reduction=3),
+        small.model(**small.PER_STAGE, planes=(8, 12, 16, 32)),
+        small.pyconv(output_stride=16),
     ],
 )
 def test_every_setting_of_a_network_is_kept(tmp_path, model):
