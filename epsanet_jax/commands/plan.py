@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from epsanet_jax.commands.common import add_json, positive, to_stderr
+from epsanet_jax.platform import check_platform
 
 
 def add_parser(subcommands: Any) -> None:
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from epsanet_jax.training.flags import read_config
     from epsanet_jax.training.validation import validate
 
+    check_platform()
     config = read_config([*([f'--config={args.config}'] if args.config else []), *args.config_fields])
     validate(config, with_data=False)
     place = topology.open_topology(args.topology)
