@@ -55,7 +55,10 @@ def _fold(params: Mapping[str, Any], stats: Mapping[str, Any]) -> dict[str, Any]
         if 'kernel' in params[conv]:
             kernel = params[conv]['kernel']  # [k, k, I, C]
             del folded[norm]
-            folded[conv] = {'kernel': (kernel.astype(wide) * factor).astype(kernel.dtype), 'bias': offset}
+            folded[conv] = {
+                'kernel': (kernel.astype(wide) * factor[None, None, None]).astype(kernel.dtype),
+                'bias': offset,
+            }
         else:
             folded[norm] = {'scale': factor.astype(scale.dtype), 'bias': offset}
     return folded
