@@ -3,7 +3,7 @@
 import contextlib
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from etils import epath
 
@@ -25,6 +25,21 @@ def resolve(path: str | os.PathLike[str]) -> epath.Path:
 def is_remote(path: object) -> bool:
     """Returns whether a path is a URI."""
     return '://' in str(path)
+
+
+def check_free(paths: Iterable[str], overwrite: bool, option: str) -> None:
+    """Raises InputError if one of the files that a command is about to write exists.
+
+    Args:
+        paths: the files.
+        overwrite: whether files (not folders) may be replaced.
+        option: the argument that names them, for the message.
+    """
+    found = [path for path in paths if os.path.lexists(path) and (not overwrite or os.path.isdir(path))]
+    if found:
+        others = f' (and {len(found) - 1} more)' if len(found) > 1 else ''
+        advice = '' if overwrite or os.path.isdir(found[0]) else ', or replace it with --overwrite'
+        raise InputError(f'{found[0]} exists{others}; choose another {option}{advice}')
 
 
 @contextlib.contextmanager

@@ -9,22 +9,36 @@ CONFIG_FILE = 'config.json'
 METRICS_FILE = 'metrics.jsonl'
 CHECKPOINTS = 'checkpoints'
 DAMAGED_CHECKPOINTS = 'checkpoints-damaged'
+LOCK_FILE = 'lock.json'
 TENSORBOARD = 'tensorboard'
 PROFILE = 'profile'
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl, without damaged or truncated ones."""
+    """Returns the lines of metrics.jsonl, without lines that are damaged or of other programs."""
     path = workdir / METRICS_FILE
     lines = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             content = json.loads(line)
-        except ValueError:  # not JSON, or not UTF-8
+        except (ValueError, RecursionError):  # not JSON, or not UTF-8
             continue
-        if isinstance(content, dict) and 'step' in content and 'split' in content:
+        if isinstance(content, dict) and _is_ours(content):
             lines.append(content)
     return lines
+
+
+def _is_ours(line: dict[str, Any]) -> bool:
+    numbers = (v for k, v in line.items() if k != 'split' and v is not None)
+    if any(isinstance(v, bool) or not isinstance(v, int | float) for v in numbers):
+        return False
+    return line.get('split') in ('train', 'eval') and isinstance(line.get('step'), int)
+
+
+def evaluations(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the complete evaluations among lines of metrics."""
+    needed = ('loss', 'top1', 'top5', 'examples')
+    return [line for line in lines if line['split'] == 'eval' and None not in map(line.get, needed)]
 
 
 def best_by(metrics: dict[str, float]) -> float:
@@ -32,4 +46,5 @@ def best_by(metrics: dict[str, float]) -> float:
 
     A checkpoint without an evaluation has the value -1.
     """
-    return metrics.get('ema_top1', metrics.get('top1', -1.0))
+    values = (metrics.get(name) for name in ('ema_top1', 'top1'))
+    return next((value for value in values if value is not None), -1.0)

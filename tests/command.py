@@ -1,4 +1,9 @@
-"""The command `epsanet`, called in this process."""
+"""The command `epsanet`, called in this process; commands in a shell."""
+
+import os
+import subprocess
+
+from runs import ROOT
 
 from epsanet_jax.commands.main import main
 
@@ -11,3 +16,11 @@ def run(capsys, *arguments):
         status = e.code
     captured = capsys.readouterr()
     return status, captured.out, captured.err
+
+
+def shell(line, **settings):
+    """Runs a line of bash in the repository."""
+    environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '', **settings}
+    return subprocess.run(
+        ['bash', '-c', line], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = pathlib.Path(__file__).parents[1] / 'epsanet_jax'
 # A package imports itself and what comes before it.
 ORDER = ('base', 'ops', 'models', 'layers', 'data', 'convert', 'weights', 'analysis', 'training', 'commands')
-BASE = ('errors', 'paths', 'version', 'workdir')
+BASE = ('console', 'errors', 'paths', 'platform', 'version', 'workdir')
 MODULES = {
     '.'.join(('epsanet_jax', *path.relative_to(PACKAGE).with_suffix('').parts)).removesuffix(
         '.__init__'

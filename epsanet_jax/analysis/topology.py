@@ -13,6 +13,7 @@ from jax._src import xla_bridge  # nothing public tells whether JAX has started
 from jax.experimental import topologies
 
 from epsanet_jax.errors import InputError, one_line
+from epsanet_jax.platform import check_platform
 
 GIB = 2**30
 
@@ -102,6 +103,7 @@ def _cpu(name: str, count: int) -> Topology:
         pattern = r'--xla_force_host_platform_device_count=\d+'
         os.environ['XLA_FLAGS'] = re.sub(pattern, '', os.environ.get('XLA_FLAGS', ''))
         jax.config.update('jax_num_cpu_devices', count)
+    check_platform()
     devices = jax.devices('cpu')
     if len(devices) < count:
         raise InputError(

@@ -39,6 +39,11 @@ def add_on_bad(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--on-bad', choices=('stop', 'skip'), default='stop', help=text)
 
 
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Adds --overwrite."""
+    parser.add_argument('--overwrite', action='store_true', help='replace existing files')
+
+
 def add_images(parser: argparse.ArgumentParser) -> None:
     """Adds the argument IMAGE ..."""
     parser.add_argument('images', metavar='IMAGE', nargs='+', help='an image file, or a folder of images')

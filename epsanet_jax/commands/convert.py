@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from epsanet_jax.commands.common import add_choice_of_weights, positive
+from epsanet_jax.commands.common import add_choice_of_weights, add_overwrite, positive
 
 
 def add_parser(subcommands: Any) -> None:
@@ -23,13 +23,14 @@ def add_parser(subcommands: Any) -> None:
     parser.add_argument('--num-classes', type=positive, metavar='N', help=text)
     add_choice_of_weights(parser)
     parser.add_argument('--verify', action='store_true', help="compare the logits with PyTorch's")
-    parser.set_defaults(run=run)
+    add_overwrite(parser)
+    parser.set_defaults(run=run, writes_files=True)
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     from epsanet_jax.weights.save import convert
 
-    options = (args.model, args.num_classes, args.step, args.verify)
-    for line in convert(args.src, args.dst, *options, ema=not args.no_ema):
+    options = (args.model, args.num_classes, args.step, args.verify, not args.no_ema, args.overwrite)
+    for line in convert(args.src, args.dst, *options):
         print(line)

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import csv
+import hashlib
 import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,13 @@ import numpy as np
 from epsanet_jax.commands import common
 from epsanet_jax.commands.common import shown
 from epsanet_jax.errors import InputError, one_line
-from epsanet_jax.paths import write_atomically
+from epsanet_jax.paths import check_free, write_atomically
 
 if TYPE_CHECKING:
     from epsanet_jax.data.image_files import ImageFile
 
 TABLE = 'attention.csv'
+_LONGEST = 255  # bytes of a file name
 # For each class the number of images and, for each stage, their mean attention [blocks, S].
 ClassMeans = dict[str, tuple[int, dict[str, np.ndarray]]]
 
@@ -39,7 +41,8 @@ def add_parser(subcommands: Any) -> None:
     classes = "names or numbers of the classes to explain (default: each image's top class)"
     parser.add_argument('--classes', nargs='+', metavar='CLASS', help=classes)
     common.add_batch_size(parser, 8)
-    parser.set_defaults(run=run)
+    common.add_overwrite(parser)
+    parser.set_defaults(run=run, writes_files=True)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -49,16 +52,21 @@ def run(args: argparse.Namespace) -> None:
 
 def _lines(args: argparse.Namespace) -> Iterator[str]:
     from epsanet_jax.analysis import drawing, explain
-    from epsanet_jax.data.image_files import check_paths
+    from epsanet_jax.data.image_files import check_paths, find_images
     from epsanet_jax.weights import load
 
     images, out = args.images, args.out
     check_paths(images, without=out)
+    places = Places(images, out)
+    written = [places.of(file) for file in find_images(images, without=out)]
+    if any(map(os.path.isdir, images)):
+        written.append(os.path.join(out, TABLE))
+    check_free(written, args.overwrite, '--out')
     common.print_skipped(images, without=out)
     common.use_persistent_cache()
     network = load(args.checkpoint, args.step, not args.no_ema)
     _make_folder(out)
-    places, tables, skipped = Places(images, out), Tables(images), common.Skipped()
+    tables, skipped = Tables(images), common.Skipped()
     kernels = explain.kernel_labels(network.model)
     options = (args.stages, args.classes, args.batch_size)
     rows = explain.explain(network, images, *options, on_bad=skipped, without=out)
@@ -94,6 +102,7 @@ class Places:
 
     Images of a folder keep their subfolders. If several paths are given, each given folder gets a folder with
     its name in `out`. A name that is already in use gets a number.
+    A name that would be too long with .png is cut and gets a number made of the whole name.
     """
 
     def __init__(self, images: Sequence[str], out: str):
@@ -114,7 +123,11 @@ class Places:
         name = self._names[file.argument]
         if os.path.isdir(self._images[file.argument]):
             name = file.below if len(self._images) == 1 else os.path.join(name, file.below)
-        return os.path.join(self._out, f'{name}.png')
+        folder, last = os.path.split(f'{name}.png')
+        if len(os.fsencode(last)) > _LONGEST:
+            number = hashlib.sha256(os.fsencode(last)).hexdigest()[:8]
+            last = os.fsencode(last)[: _LONGEST - 13].decode(errors='ignore') + f'-{number}.png'
+        return os.path.join(self._out, folder, last)
 
 
 def base_name(path: str) -> str:

@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from epsanet_jax.commands.common import add_checkpoint, positive, use_persistent_cache
+from epsanet_jax.commands.common import add_checkpoint, add_overwrite, positive, use_persistent_cache
 
 
 def add_parser(subcommands: Any) -> None:
@@ -27,7 +27,8 @@ def add_parser(subcommands: Any) -> None:
     dtypes = ('float32', 'bfloat16', 'float16', 'float64')
     parser.add_argument('--dtype', choices=dtypes, help="type of the computation; default: the checkpoint's")
     parser.add_argument('--verify', action='store_true', help='compare the logits before writing')
-    parser.set_defaults(run=run)
+    add_overwrite(parser)
+    parser.set_defaults(run=run, writes_files=True)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from epsanet_jax.commands.common import add_json, positive, to_stderr
+from epsanet_jax.platform import check_platform
 
 
 def add_parser(subcommands: Any) -> None:
@@ -39,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
     config = read_config([*([f'--config={args.config}'] if args.config else []), *args.config_fields])
     validate(config, with_data=False)
     place = topology.open_topology(args.topology)
+    check_platform()  # after the topology, which may set the number of CPU devices
     name, batch = config.model.name, args.batch or config.batch_size
 
     def lower(batch: int) -> Any:

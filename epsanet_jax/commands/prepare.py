@@ -27,7 +27,7 @@ def add_parser(subcommands: Any) -> None:
     parser.add_argument('--name', help=name)
     labels = "labels of ImageNet's validation images, one synset per line (default: the list of TFDS)"
     parser.add_argument('--labels', metavar='FILE', help=labels)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, writes_files=True)
 
 
 def run(args: argparse.Namespace) -> None:

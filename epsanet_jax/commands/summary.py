@@ -7,6 +7,7 @@ from typing import Any
 
 from epsanet_jax.commands.common import add_json, positive
 from epsanet_jax.errors import InputError
+from epsanet_jax.platform import check_platform
 
 
 def add_parser(subcommands: Any) -> None:
@@ -30,6 +31,7 @@ def run(args: argparse.Namespace) -> None:
     from epsanet_jax.models import create_model, get_variant
     from epsanet_jax.models.epsanet import MIN_SIZE
 
+    check_platform()
     if args.image_size < MIN_SIZE:
         raise InputError(f'--image-size must be at least {MIN_SIZE}, got {args.image_size}')
     rows = summarize(create_model(args.name, num_classes=args.num_classes), args.image_size)

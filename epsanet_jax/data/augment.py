@@ -28,8 +28,9 @@ def normalize(
         dtype: type of the result; the computation is in at least float32.
     """
     wide = at_least_float32(dtype)
-    scale = jnp.asarray([1.0 / (255.0 * s) for s in std], wide)
-    shift = jnp.asarray([m / s for m, s in zip(mean, std, strict=True)], wide)
+    per_channel = (1,) * (images.ndim - 1) + (-1,)
+    scale = jnp.asarray([1.0 / (255.0 * s) for s in std], wide).reshape(per_channel)
+    shift = jnp.asarray([m / s for m, s in zip(mean, std, strict=True)], wide).reshape(per_channel)
     return (images.astype(wide) * scale - shift).astype(dtype)
 
 

@@ -57,13 +57,20 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare(data_dir: str | None = None) -> None:
-    """Writes the dataset to the folder `data_dir` (None: the default of TFDS), unless it exists there."""
+    """Writes the dataset to the folder `data_dir` (None: the default of TFDS), unless it exists there.
+
+    Several processes may do this at the same time.
+    """
     tfds.disable_progress_bar()
     try:
         builder = Digits(data_dir=data_dir, file_format='array_record')
         # TFDS prints several lines about a download of "Unknown size".
         with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare()
+            try:
+                builder.download_and_prepare()
+            except OSError:  # TFDS renames a temporary folder; another process may have been faster
+                if not builder.data_path.exists():
+                    raise
     except OSError as e:
         folder = data_dir or 'the default folder of TFDS'
         raise InputError(f'cannot prepare the digits in {folder}: {e}') from e

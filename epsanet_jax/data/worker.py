@@ -16,14 +16,15 @@ from epsanet_jax.errors import TrainingError, one_line
 class InWorkers:
     """Prepares each worker process that an instance is sent to.
 
-    The worker ignores SIGINT and SIGTERM: Ctrl-C reaches the whole group of processes, but the run decides
-    when to stop and needs images until then. The worker ends when the run ends, also if the run was killed.
+    The worker ignores SIGINT, SIGTERM and SIGHUP: Ctrl-C and a closed terminal reach the whole group of
+    processes, but the run decides when to stop and needs images until then. The worker ends when the run
+    ends, also if the run was killed.
     """
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if multiprocessing.parent_process() and threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
             end_with_parent()
             ignore_pillow_warnings()
@@ -67,7 +68,10 @@ def until_killed(iterator: Iterator[Any]) -> Iterator[Any]:
     except RuntimeError as e:
         if 'terminated unexpectedly' not in str(e):
             raise
-        raise TrainingError(
-            'a worker process that reads images was killed, perhaps because memory ran out: decrease '
-            f'config.data.workers ({one_line(e)})'
-        ) from e
+        why = 'was killed, perhaps because memory ran out: decrease config.data.workers'
+        if f'exit code {-signal.SIGBUS}' in str(e):
+            why = (
+                'was ended by SIGBUS: batches do not fit in /dev/shm; enlarge it (docker run --shm-size=8g), '
+                'decrease batch_size or set config.data.workers=0'
+            )
+        raise TrainingError(f'a worker process that reads images {why} ({one_line(e)})') from e

@@ -86,7 +86,7 @@ class Conv(nn.Module):
                 dilation=self.dilation,
                 algorithm=self.conv,
             )
-        return convolved if bias is None else convolved + bias
+        return convolved if bias is None else convolved + bias[None, None, None]
 
 
 def branches(convs: Sequence[Conv], x: jax.Array) -> list[jax.Array]:
@@ -131,4 +131,4 @@ class Linear(nn.Module):
         init = uniform_init(x.shape[-1])
         kernel = self.param('kernel', init, (x.shape[-1], self.features), self.param_dtype)
         bias = self.param('bias', init, (self.features,), self.param_dtype)
-        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)[None]

@@ -76,4 +76,7 @@ def _fold(params: Mapping[str, Any], stats: Mapping[str, Any]) -> dict[str, Any]
 
 def _scaled(kernel: jax.Array, factor: jax.Array, offset: jax.Array) -> dict[str, jax.Array]:
     """Returns the parameters of a convolution whose outputs are multiplied by `factor`, plus `offset`."""
-    return {'kernel': (kernel.astype(factor.dtype) * factor).astype(kernel.dtype), 'bias': offset}
+    return {
+        'kernel': (kernel.astype(factor.dtype) * factor[None, None, None]).astype(kernel.dtype),
+        'bias': offset,
+    }

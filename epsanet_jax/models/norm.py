@@ -111,7 +111,7 @@ class BatchNorm(nn.Module):
 
         wide = at_least_float32(parts[0].dtype, stats_dtype)
         # Close to the mean. E[x^2] - E[x]^2 takes one pass over memory, but loses precision for large means.
-        shift = lax.stop_gradient(running_mean.value.astype(wide))  # [C]
+        shift = lax.stop_gradient(running_mean.value.astype(wide))[None]  # [1, C]
         if train:
             groups = self._groups(rows)
             mean, var, n = self._statistics(x, shift, (groups, rows // groups, height, width))  # [G, C] each
@@ -125,14 +125,14 @@ class BatchNorm(nn.Module):
             mean, var = jnp.zeros((1, channels), wide), running_var.value.astype(wide)[None]
 
         # One multiplication and one addition per element: the backward pass then takes two sums, not three.
-        factor = lax.rsqrt(var + self.epsilon) * scale.astype(wide)  # [G, C]
-        offset = bias.astype(wide) - mean * factor
+        factor = lax.rsqrt(var + self.epsilon) * scale.astype(wide)[None]  # [G, C]
+        offset = bias.astype(wide)[None] - mean * factor
         if isinstance(x, Weighted):
             factor, offset = (_each(a, rows) for a in (factor, offset - shift * factor))  # [N, C]
             return x.affine(x.weights.astype(wide) * factor, offset).astype(self.dtype)
         shape = (len(factor), rows // len(factor), *x.shape[1:])
-        grouped = x.astype(wide).reshape(shape) - shift  # [G, n, H, W, C]
-        factor, offset = (a[:, None, None, None, :] for a in (factor, offset))  # [G, 1, 1, 1, C]
+        grouped = x.astype(wide).reshape(shape) - _spread(shift)  # [G, n, H, W, C]
+        factor, offset = _spread(factor), _spread(offset)
         return (grouped * factor + offset).reshape(x.shape).astype(self.dtype)
 
     def _groups(self, rows: int) -> int:
@@ -159,7 +159,7 @@ class BatchNorm(nn.Module):
 
         Args:
             x: the activation, [N, H, W, C].
-            shift: [C], close to the mean.
+            shift: [1, C], close to the mean.
             shape: groups, images per group, height, width.
         """
         groups, images, height, width = shape
@@ -169,7 +169,7 @@ class BatchNorm(nn.Module):
         else:
             grouped = x.astype(shift.dtype).reshape(*shape, x.shape[-1])
             first = grouped.mean(axis=(1, 2, 3)) - shift
-            square = jnp.square(grouped - shift).mean(axis=(1, 2, 3))
+            square = jnp.square(grouped - _spread(shift)).mean(axis=(1, 2, 3))
         if self.axis_name is not None:
             n *= lax.axis_size(self.axis_name)
             first, square = lax.pmean((first, square), self.axis_name)
@@ -200,8 +200,8 @@ class Affine(nn.Module):
         scale = self.param('scale', nn.initializers.ones, shape, self.param_dtype)
         bias = self.param('bias', nn.initializers.zeros, shape, self.param_dtype)
         wide = at_least_float32(x.parts[0].dtype, self.param_dtype)
-        factor = x.weights.astype(wide) * scale.astype(wide)  # [N, C]
-        return x.affine(factor, jnp.broadcast_to(bias.astype(wide), factor.shape)).astype(self.dtype)
+        factor = x.weights.astype(wide) * scale.astype(wide)[None]  # [N, C]
+        return x.affine(factor, jnp.broadcast_to(bias.astype(wide)[None], factor.shape)).astype(self.dtype)
 
 
 def _moments(x: Weighted, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -209,11 +209,17 @@ def _moments(x: Weighted, shift: jax.Array) -> tuple[jax.Array, jax.Array]:
     # Close to the means of the parts: the weights of a softmax are 1 / len(parts) on average.
     near = shift * len(x.parts)
     means, weights = x.means.astype(shift.dtype), x.weights.astype(shift.dtype)
-    shifted = (part.astype(shift.dtype) - n for part, n in zip(x.parts, x.by_part(near), strict=True))
+    nears = x.by_part(near[:, None, None])  # [1, 1, 1, C_i] each
+    shifted = (part.astype(shift.dtype) - n for part, n in zip(x.parts, nears, strict=True))
     squares = [jnp.square(part).mean(axis=(1, 2)) for part in shifted]
     var = jnp.maximum(jnp.concatenate(squares, axis=-1) - jnp.square(means - near), 0)  # [N, C]
     first = weights * means - shift
     return first, jnp.square(weights) * var + jnp.square(first)
+
+
+def _spread(per_group: jax.Array) -> jax.Array:
+    """Returns values [G, C] as [G, 1, 1, 1, C], to combine them with activations [G, n, H, W, C]."""
+    return per_group[:, None, None, None, :]
 
 
 def _each(per_group: jax.Array, rows: int) -> jax.Array:

@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import pathlib
 import secrets
+import socket
 import sys
 import threading
 import time
@@ -14,7 +16,9 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from epsanet_jax.errors import InputError, TrainingError, one_line
+from epsanet_jax.platform import check_platform
 from epsanet_jax.training import liveness
+from epsanet_jax.version import __version__
 
 TIMEOUT = 300  # seconds within which all processes must join
 
@@ -42,6 +46,9 @@ def join(
         _check(coordinator, num_processes, process_id)
         if num_processes == 1:
             return
+        assert coordinator is not None
+        if process_id == 0:
+            _check_port(coordinator)
         wanted = f'{num_processes} processes at {coordinator}, this is {process_id}'
         print(f'waiting up to {timeout} s for {wanted}', file=sys.stderr, flush=True)
     # The run handles signals itself (training.signals); JAX would catch SIGTERM.
@@ -63,10 +70,17 @@ def join(
         if not explicit and 'coordinator_address should be defined' in str(e):
             return  # no cluster
         raise InputError(f'cannot join the processes of this run: {one_line(e)}') from e
+    except KeyError as e:
+        raise InputError(
+            f'the environment names a cluster, but {e} is not set: start with the launcher of the cluster, '
+            'or unset its variables'
+        ) from e
     except RuntimeError as e:
         raise TrainingError(f'the processes of this run cannot be joined: {one_line(e)}') from e
     finally:
         late.cancel()
+    _check_code()
+    check_platform()
     if jax.process_count() > 1:
         liveness.Watch()
 
@@ -79,8 +93,30 @@ def _check(coordinator: str | None, num_processes: int | None, process_id: int |
     host, _, port = coordinator.rpartition(':')
     if not host or not port.isdecimal():
         raise InputError(f'--coordinator={coordinator} must be HOST:PORT')
+    if not 0 < int(port) < 2**16:
+        raise InputError(f'--coordinator={coordinator}: the port must be from 1 to {2**16 - 1}')
     if not 0 <= process_id < num_processes:
         raise InputError(f'--process_id={process_id} must be at least 0 and below {num_processes}')
+
+
+def _check_port(coordinator: str) -> None:
+    """Raises InputError if the port of the coordinator, this process, is not free; JAX would crash."""
+    port = int(coordinator.rpartition(':')[2])
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    try:
+        socket.create_server(('', port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
+    except OSError as e:
+        raise InputError(f'--coordinator={coordinator}: cannot use port {port} here: {e.strerror}') from e
+
+
+def _check_code() -> None:
+    """Raises InputError unless process 0 runs the same code; collectives of different code hang or fail."""
+    files = sorted(pathlib.Path(__file__).parents[1].rglob('*.py'))
+    source = hashlib.sha256(b''.join(file.read_bytes() for file in files)).hexdigest()[:8]
+    own = f'epsanet_jax {__version__} (source {source}) with JAX {jax.__version__}'
+    first = liveness.of_first_process('epsanet_jax/code', own)
+    if first != own:
+        raise InputError(f'this process runs {own}, process 0 runs {first}: install the same code everywhere')
 
 
 def check_agreement(facts: dict[str, Any]) -> None:

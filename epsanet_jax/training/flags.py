@@ -11,6 +11,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from epsanet_jax.console import Console
 from epsanet_jax.data.decode import ignore_pillow_warnings
 from epsanet_jax.errors import INTERRUPTED, InputError, Interrupted, TrainingError, one_line, suggest
 from epsanet_jax.training import distributed
@@ -21,7 +22,6 @@ _COORDINATOR = flags.DEFINE_string('coordinator', None, 'HOST:PORT of process 0,
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Number of processes of the run.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'Number of this process, from 0.')
 _JOIN_TIMEOUT = flags.DEFINE_integer('join_timeout', distributed.TIMEOUT, 'Seconds to wait for the others.')
-_CONFIG = config_flags.DEFINE_config_file('config', None, 'Recipe, for example configs/digits.py.')
 _NO_CONFIG = 'no --config=FILE is given, for example --config=configs/digits.py'
 
 
@@ -38,12 +38,12 @@ def run(main: Callable[[Config, str], None]) -> None:
             logging.set_verbosity(logging.WARNING)  # INFO lines of libraries would hide those of the run
         ignore_pillow_warnings()
         try:
-            if not _CONFIG.present:
+            if not recipe.present:
                 raise InputError(_NO_CONFIG)
             if not _WORKDIR.value:
                 raise InputError('no --workdir=DIR is given')
             distributed.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _JOIN_TIMEOUT.value)
-            main(_CONFIG.value, _WORKDIR.value)
+            main(recipe.value, _WORKDIR.value)
         except (InputError, TrainingError) as e:
             _exit(e, 2 if isinstance(e, InputError) else 1)
         except Interrupted as e:
@@ -58,7 +58,12 @@ def run(main: Callable[[Config, str], None]) -> None:
             traceback.print_exc()
             distributed.leave('error: this process failed, see above', 1)
 
-    app.run(guarded, flags_parser=_parse)
+    with Console():
+        try:
+            recipe = config_flags.DEFINE_config_file('config', None, 'Recipe, for example configs/digits.py.')
+        except flags.Error as e:  # it reads --flagfile
+            _exit(e, 2)
+        app.run(guarded, flags_parser=_parse)
 
 
 def read_config(arguments: Sequence[str]) -> Config:

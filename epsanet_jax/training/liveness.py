@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import jax
@@ -18,6 +19,7 @@ from jax._src import distributed as jax_distributed  # JAX has no public access 
 
 LOST = 30  # seconds without a heartbeat after which a process counts as lost
 _BEAT = 5  # seconds between two heartbeats
+before_end: list[Callable[[], None]] = []  # what `end_now` calls first
 _ALIVE, _LEFT = 'epsanet_jax/alive', 'epsanet_jax/left'
 
 
@@ -66,6 +68,17 @@ class Watch:
                 return
 
 
+def of_first_process(key: str, own: str, timeout: float = 60) -> str:
+    """Returns the text that process 0 gives for a key; other processes wait for it."""
+    if jax_distributed.global_state.process_id == 0:
+        _store().key_value_set(key, own, allow_overwrite=True)
+        return own
+    try:
+        return _store().blocking_key_value_get(key, round(1000 * timeout))
+    except RuntimeError:
+        return 'an older version'
+
+
 def leave_first(message: str, status: int) -> None:
     """Reports to the other processes that this one ends, and why; they end with the same status.
 
@@ -96,6 +109,8 @@ def _end_lost(processes: str) -> NoReturn:
 def end_now(message: str, status: int) -> NoReturn:
     """Prints a line on stderr and ends this process and its workers at once."""
     print(message, file=sys.stderr, flush=True)
+    for call in list(before_end):
+        call()
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(status)

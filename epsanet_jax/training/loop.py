@@ -14,6 +14,7 @@ from epsanet_jax.training import distributed, inputs, sharding
 from epsanet_jax.training.checkpoint import Checkpoints
 from epsanet_jax.training.config import CheckpointConfig, Config
 from epsanet_jax.training.evaluation import run_evaluation
+from epsanet_jax.training.lock import Lock
 from epsanet_jax.training.malloc import keep_freed_memory
 from epsanet_jax.training.meter import Meter
 from epsanet_jax.training.profiler import Profiler
@@ -24,7 +25,7 @@ from epsanet_jax.training.signals import StopSignals
 from epsanet_jax.training.state import TrainState, create_state
 from epsanet_jax.training.tracing import trace_eval_step, trace_train_step
 from epsanet_jax.weights import Network
-from epsanet_jax.workdir import read_metrics
+from epsanet_jax.workdir import evaluations, read_metrics
 
 
 def train(config: Config, workdir: str, init_from: Network | None = None) -> Result:
@@ -36,17 +37,18 @@ def train(config: Config, workdir: str, init_from: Network | None = None) -> Res
         init_from: network to start from instead of the file that `config.init_from` names.
 
     Raises:
-        InputError: the configuration, the data or the workdir is invalid.
+        InputError: the configuration, the data or the workdir is invalid, or another process trains in it.
         TrainingError: the loss is not finite, or a checkpoint or the metrics cannot be written.
-        Interrupted: the process received SIGTERM or SIGINT; the last step is saved.
+        Interrupted: the process received SIGTERM, SIGINT or SIGHUP; the last step is saved.
     """
     with StopSignals() as signals:
         run = prepare(config, workdir, init_from)
-        run.write_config()
-        with Checkpoints(run.workdir, config.checkpoint.keep) as checkpoints:
-            if not _finished(run, checkpoints.latest_step):
-                _fit(run, checkpoints, signals)
-            step = checkpoints.latest_step
+        with Lock(run.workdir, log) as lock:
+            run.write_config()
+            with Checkpoints(run.workdir, config.checkpoint.keep) as checkpoints:
+                if not _finished(run, checkpoints.latest_step):
+                    _fit(run, checkpoints, signals, lock)
+                step = checkpoints.latest_step
     distributed.barrier('metrics are written')  # process 0 writes them, all processes read them
     return make_result(run, step or 0, str(workdir))
 
@@ -54,10 +56,10 @@ def train(config: Config, workdir: str, init_from: Network | None = None) -> Res
 def _finished(run: Run, latest_step: int | None) -> bool:
     if latest_step is None or latest_step < run.total_steps:
         return False
-    return any(line['split'] == 'eval' and line['step'] == latest_step for line in read_metrics(run.workdir))
+    return any(line['step'] == latest_step for line in evaluations(read_metrics(run.workdir)))
 
 
-def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
+def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals, lock: Lock) -> None:
     """Trains from the newest checkpoint, or from the initial state, to the end."""
     config = run.config
     state, sums = _initial_state(run, checkpoints)
@@ -87,6 +89,7 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals) -> None:
         if run.mesh.devices.flat[0].platform == 'cpu':
             keep_freed_memory()
         while True:
+            lock.check()
             stop, overdue = meter.requests or (False, False)
             evaluate_now = _evaluation_due(run, step) and not report.has_evaluation(step) and not stop
             if stop or evaluate_now or overdue or saving.due(step):

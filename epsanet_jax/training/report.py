@@ -15,7 +15,7 @@ from tqdm import tqdm
 from epsanet_jax.errors import TrainingError, one_line
 from epsanet_jax.paths import is_remote, replacing
 from epsanet_jax.training.tensorboard import Events
-from epsanet_jax.workdir import METRICS_FILE, read_metrics
+from epsanet_jax.workdir import METRICS_FILE, evaluations, read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Report:
 
     def has_evaluation(self, step: int) -> bool:
         """Whether an evaluation at this step is recorded."""
-        return any(line['split'] == 'eval' and line['step'] == step for line in self.lines)
+        return any(line['step'] == step for line in evaluations(self.lines))
 
     def train(self, step: int, means: dict[str, float], lr: float, speed: Speed | None) -> None:
         """Records the means of the steps since the last line.

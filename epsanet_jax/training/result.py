@@ -7,7 +7,7 @@ from typing import Any
 
 from epsanet_jax.training.report import describe
 from epsanet_jax.training.run import Run
-from epsanet_jax.workdir import CHECKPOINTS, best_by, read_metrics
+from epsanet_jax.workdir import CHECKPOINTS, best_by, evaluations, read_metrics
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +50,14 @@ class Result:
 def make_result(run: Run, step: int, workdir: str) -> Result:
     """Returns how a run ended, read from metrics.jsonl; for a finished run the result is always the same."""
     lines = read_metrics(run.workdir)
-    evaluations = [line for line in lines if line['split'] == 'eval']
-    best = max(evaluations, key=lambda line: (best_by(line), line['step']))
+    evaluated = evaluations(lines)
+    best = max(evaluated, key=lambda line: (best_by(line), line['step']))
     seconds, images = 0.0, 0
     before = 0 if run.start is None else run.start.step(run.steps_per_epoch)
     for line in (line for line in lines if line['split'] == 'train'):
-        if line['images_per_s']:
+        if line.get('images_per_s'):
             new = (line['step'] - before) * run.config.batch_size
             images, seconds = images + new, seconds + new / line['images_per_s']
         before = line['step']
     speed = images / seconds if seconds else None
-    return Result(step, evaluations[-1], best, workdir, seconds or None, speed)
+    return Result(step, evaluated[-1], best, workdir, seconds or None, speed)

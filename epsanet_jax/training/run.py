@@ -19,6 +19,7 @@ from epsanet_jax.errors import InputError, one_line
 from epsanet_jax.models.epsanet import EPSANet, abstract_variables
 from epsanet_jax.models.zoo import build_model
 from epsanet_jax.paths import is_remote, replacing, resolve
+from epsanet_jax.platform import check_platform
 from epsanet_jax.training import datasets, distributed, sharding
 from epsanet_jax.training.checkpoint import has_checkpoint
 from epsanet_jax.training.config import Config, flatten, identity, with_frozen_bn
@@ -81,15 +82,15 @@ class Run:
         return {**self.metadata, 'epoch': step / self.steps_per_epoch, 'lr': lr}
 
     def write_config(self) -> None:
-        """Creates the workdir and writes config.json, unless the same file exists already."""
+        """Writes config.json into the workdir, unless the same file exists already."""
         if jax.process_index() != 0:
             return
+        _check_identity(self.workdir, self.metadata['identity'])  # again, now that no other process trains
         content = {k: self.metadata[k] for k in ('identity', 'config')}
         content['start'] = None if self.start is None else dataclasses.asdict(self.start)
         text, path = json.dumps(content, indent=2) + '\n', self.workdir / CONFIG_FILE
         try:
             if not path.exists() or path.read_text() != text:
-                self.workdir.mkdir(parents=True, exist_ok=True)
                 with replacing(path) as temporary:
                     temporary.write_text(text)
         except OSError as e:
@@ -109,6 +110,7 @@ def prepare(config: Config, workdir: str, init_from: Network | None = None) -> R
         InputError: one of them is invalid; nothing has been compiled or written.
     """
     validate(config)
+    check_platform()
     folder = _folder(workdir)
     train_source, eval_source, remarks = datasets.open_splits(config.data)
     model = _model(config, len(train_source.class_names))

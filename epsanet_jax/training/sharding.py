@@ -7,6 +7,7 @@ batch) is on one device, or spread over one row of the matrix:
     axis 'member': the devices that share a BatchNorm group; one device if groups fit on a device
 """
 
+import collections
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from epsanet_jax.errors import InputError
+from epsanet_jax.errors import InputError, some
 from epsanet_jax.models.epsanet import EPSANet
 
 Device = Any  # jax.Device, which type checkers consider a variable
@@ -62,6 +63,7 @@ def make_mesh(
     batch_size = microbatch_size(batch_size, bn_group, microbatches)
     devices = jax.devices() if devices is None else devices
     count, group = len(devices), bn_group or batch_size
+    _check_equal_counts(devices)
     if batch_size % count:
         raise InputError(
             f'batch_size {batch_size} does not divide among {count} devices; the next that does is '
@@ -80,6 +82,13 @@ def make_mesh(
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     matrix = np.asarray(devices).reshape(count // members, members)
     return Mesh(matrix, _AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def _check_equal_counts(devices: Sequence[Device]) -> None:
+    counts = collections.Counter(device.process_index for device in devices)
+    if len(set(counts.values())) > 1:
+        listed = some([f'process {process}: {n}' for process, n in sorted(counts.items())])
+        raise InputError(f'every process needs the same number of devices, got {listed}')
 
 
 def bind(model: EPSANet, mesh: Mesh) -> EPSANet:

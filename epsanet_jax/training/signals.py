@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT as a request to stop after the current step."""
+"""SIGTERM, SIGINT and SIGHUP as a request to stop after the current step."""
 
 import os
 import signal
@@ -9,15 +9,16 @@ from typing import NoReturn, Self
 from epsanet_jax.errors import INTERRUPTED
 from epsanet_jax.training import liveness
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopSignals:
-    """Context that records SIGTERM and SIGINT; a second SIGINT ends the process at once.
+    """Context that records SIGTERM, SIGINT and SIGHUP; a second SIGINT ends the process at once.
 
     A thread receives the signals, because Python's own handlers wait while the main thread compiles. If
     nothing is unsaved, the thread ends the process with status 75. Signals can be caught only in the main
-    thread; in other threads this context does nothing.
+    thread; in other threads this context does nothing. SIGHUP, sent when a terminal is closed, stays ignored
+    if it is ignored already, for example by nohup.
 
     Attributes:
         requested: whether the run should stop.
@@ -35,7 +36,8 @@ class StopSignals:
         os.set_blocking(self._write, False)
         # Python writes the signal's number to the pipe at once, even while the main thread compiles.
         self._wakeup = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        self._handlers = {s: signal.signal(s, lambda *_: None) for s in _SIGNALS}
+        caught = [s for s in _SIGNALS if s != signal.SIGHUP or signal.getsignal(s) != signal.SIG_IGN]
+        self._handlers = {s: signal.signal(s, lambda *_: None) for s in caught}
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self

@@ -53,6 +53,7 @@ class Options:
         step: which checkpoint of a workdir to read: 'latest', 'best' or a number.
         no_ema: whether to read the weights of a run instead of their moving averages.
         verify: whether to compare logits before writing.
+        overwrite: whether to replace existing files.
     """
 
     format: str | None = None
@@ -62,6 +63,7 @@ class Options:
     step: str = 'latest'
     no_ema: bool = False
     verify: bool = False
+    overwrite: bool = False
 
 
 def export(source: Network | str, dst: str, options: Options | None = None) -> Iterator[str]:
@@ -69,7 +71,7 @@ def export(source: Network | str, dst: str, options: Options | None = None) -> I
 
     Args:
         source: a network, or the path of its weights, see `load`.
-        dst: a new file or folder.
+        dst: a file or a new folder.
         options: format, input and type of the file; None: the defaults.
 
     Raises:
@@ -80,7 +82,8 @@ def export(source: Network | str, dst: str, options: Options | None = None) -> I
     dst = dst.rstrip('/') or dst
     _check(dst, kind, options)
     if kind in ('safetensors', 'torch'):
-        yield from convert(source, dst, step=options.step, verify=options.verify, ema=not options.no_ema)
+        chosen = (options.step, options.verify, not options.no_ema, options.overwrite)
+        yield from convert(source, dst, None, None, *chosen)
         return
     given = isinstance(source, Network)
     network = source if given else load(source, options.step, ema=not options.no_ema)
@@ -112,9 +115,8 @@ def _check(dst: str, kind: str, options: Options) -> None:
     """Raises InputError if `dst` cannot be written or an option does not apply."""
     if kind in ('safetensors', 'torch') and (known := _format_of(dst)) != kind:
         raise InputError(f'--format={kind}: {dst} has the suffix of {known}; use the suffix of the format')
-    for path in (dst, *([f'{dst}.json'] if kind == 'stablehlo' else [])):
-        if os.path.lexists(path):
-            raise InputError(f'{path} exists; choose another DST')
+    written = [dst, *([f'{dst}.json'] if kind == 'stablehlo' else [])]
+    paths.check_free(written, options.overwrite, 'DST')
     if not os.path.isdir(os.path.dirname(os.path.abspath(dst))):
         raise InputError(f'cannot write {dst}: its folder does not exist')
     if kind not in ('stablehlo', 'onnx'):

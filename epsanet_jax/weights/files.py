@@ -13,6 +13,7 @@ from epsanet_jax.data.preprocessing import default_preprocessing
 from epsanet_jax.errors import InputError
 from epsanet_jax.models.settings import PYRAMID, STRUCTURE, ModelConfig, model_config
 from epsanet_jax.models.zoo import build_model, get_variant
+from epsanet_jax.platform import check_platform
 from epsanet_jax.weights import hub
 from epsanet_jax.weights.metadata import make_metadata, read_metadata
 from epsanet_jax.weights.network import Network, Source
@@ -43,6 +44,7 @@ def load(
         InputError: the path does not exist, or its content is damaged or not a network of this package.
     """
     path = os.fspath(path)
+    check_platform()  # otherwise its absence would look like damage of the file
     if path.startswith(hub.SCHEME):
         path = hub.download(path.removeprefix(hub.SCHEME), revision)
     elif revision is not None:
@@ -76,13 +78,16 @@ def from_pretrained(folder_or_repository: str | os.PathLike[str], revision: str 
     """Returns the network in a folder of `save_pretrained` or `epsanet export`, or in a Hub repository.
 
     Args:
-        folder_or_repository: a folder, or 'owner/name' on the Hub (needs `pip install huggingface_hub`).
+        folder_or_repository: a folder, a file of weights, or 'owner/name' on the Hub (needs
+            `pip install huggingface_hub`).
         revision: branch, tag or commit of the repository.
 
     Raises:
         InputError: the folder or repository does not exist, or its files are damaged or of another package.
     """
     folder = os.path.expanduser(folder_or_repository)
+    if os.path.isfile(folder):
+        return load(folder)
     if not os.path.isdir(folder):
         return load(f'{hub.SCHEME}{folder.removeprefix(hub.SCHEME)}', revision=revision)
     if not hub_folder.is_hub_folder(folder):

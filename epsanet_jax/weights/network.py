@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from epsanet_jax.convert.files import Checkpoint
 from epsanet_jax.convert.state_dict import draw_classifier, to_jax_layout, to_torch
 from epsanet_jax.data.classes import distinct
 from epsanet_jax.data.preprocessing import Preprocessing
+from epsanet_jax.errors import InputError
 from epsanet_jax.models.epsanet import EPSANet
 
 
@@ -47,7 +49,8 @@ class Network:
     Attributes:
         model: the model; `model.apply(variables, images)` returns logits.
         variables: {'params', 'batch_stats'}.
-        class_names: class names in the order of the logits; empty if unknown.
+        class_names: class names in the order of the logits, given as any sequence of strings or integers;
+            empty if unknown.
         preprocessing: how to prepare images for the model.
         source: where the weights come from.
     """
@@ -57,6 +60,12 @@ class Network:
     class_names: tuple[str, ...] = ()
     preprocessing: Preprocessing = dataclasses.field(default_factory=Preprocessing)
     source: Source = dataclasses.field(default_factory=Source)
+
+    def __post_init__(self):
+        # scikit-learn's LabelEncoder has an array of names or of integers.
+        if wrong := [name for name in self.class_names if not isinstance(name, str | int | np.integer)]:
+            raise InputError(f'class_names must be strings or integers, got {wrong[0]!r}')
+        object.__setattr__(self, 'class_names', tuple(str(name) for name in self.class_names))
 
     @property
     def labels(self) -> list[str]:

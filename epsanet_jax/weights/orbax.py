@@ -7,6 +7,7 @@ import dataclasses
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -27,6 +28,7 @@ from epsanet_jax.weights.metadata import read_metadata
 from epsanet_jax.weights.network import Network, Source
 from epsanet_jax.workdir import CHECKPOINTS, best_by
 
+_TRIES = 10
 _LOGGERS = (absl_logging.get_absl_logger(), logging.getLogger('asyncio'))
 
 
@@ -56,14 +58,26 @@ def save_weights(folder: str, variables: Mapping[str, Any], metadata: dict[str, 
 def load(path: str, step: str = 'latest', ema: bool = True, with_checkpoint: bool = False) -> Network:
     """Reads a workdir, its folder 'checkpoints' or a checkpoint in it onto one device; see `weights.load`."""
     folder, number = _locate(resolve(path), step)
-    try:
-        with FirstErrorOnly():
-            network, momentum = _restore(folder, number, step, ema, with_checkpoint)
-    except InputError:
-        raise
-    except Exception as e:  # for damaged files Orbax raises almost any type of exception
-        raise InputError(f'cannot read the checkpoint in {folder}: {one_line(e)}') from e
+    tries = 0
+    while True:
+        listed, tries = _listing(folder), tries + 1
+        try:
+            with FirstErrorOnly():
+                network, momentum = _restore(folder, number, step, ema, with_checkpoint)
+            break
+        except InputError:
+            if tries == _TRIES or _listing(folder) == listed:
+                raise
+        except Exception as e:  # for damaged files Orbax raises almost any type of exception
+            time.sleep(1)  # deleting takes a moment
+            if tries == _TRIES or _listing(folder) == listed:
+                raise InputError(f'cannot read the checkpoint in {folder}: {one_line(e)}') from e
     return _with_checkpoint(network, momentum) if with_checkpoint else network
+
+
+def _listing(folder: epath.Path) -> set[str]:
+    """Returns the names in a folder; a run that is training deletes old checkpoints and adds new ones."""
+    return {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
 
 
 def _restore(
@@ -77,6 +91,8 @@ def _restore(
             raise InputError(f'no checkpoint in {folder}')
         if step == 'best' and number is None:
             number = manager.best_step()
+            if best_by(manager.metrics(number) or {}) < 0:
+                raise InputError(f'no checkpoint in {folder} is evaluated: choose --step=latest or a number')
         number = steps[-1] if number is None else number
         if number not in steps:
             raise InputError(f'no checkpoint of step {number} in {folder}; existing steps: {steps}')

@@ -15,6 +15,7 @@ from epsanet_jax.convert.state_dict import as_numpy, name_table, to_torch
 from epsanet_jax.errors import InputError
 from epsanet_jax.models import ModelConfig, get_variant
 from epsanet_jax.models.epsanet import EPSANet
+from epsanet_jax.paths import check_free
 from epsanet_jax.weights.files import load
 from epsanet_jax.weights.metadata import metadata_of
 from epsanet_jax.weights.network import Network, with_new_classifier, without_run
@@ -31,6 +32,7 @@ def convert(
     step: str = 'latest',
     verify: bool = False,
     ema: bool = True,
+    overwrite: bool = False,
 ) -> Iterator[str]:
     """Converts weights and yields the lines of a report.
 
@@ -42,13 +44,14 @@ def convert(
         step: which checkpoint of a workdir to read: 'latest', 'best' or a number.
         verify: whether to compare logits with PyTorch before writing.
         ema: whether to read the moving averages, if the run kept them.
+        overwrite: whether to replace an existing file `dst`.
 
     Raises:
         InputError: `src` cannot be read or does not fit the model, or `dst` cannot be written.
     """
     dst = dst.rstrip('/') or dst
     src_name = src.source.path if isinstance(src, Network) else src
-    _check_destination(src_name, dst)
+    _check_destination(src_name, dst, overwrite)
     if name is not None:
         get_variant(name)
     if isinstance(src, Network):
@@ -94,11 +97,10 @@ def _report(network: Network, content: files.Checkpoint, dst: str, replaced: boo
         yield f'lost: epoch {epoch:.4g}: .pth.tar files store whole epochs, here {round(epoch)}'
 
 
-def _check_destination(src: str, dst: str) -> None:
-    if os.path.isdir(dst) or (not files.is_weights_file(dst) and os.path.exists(dst)):
-        raise InputError(f'{dst} exists; choose another DST')
+def _check_destination(src: str, dst: str, overwrite: bool) -> None:
     if os.path.exists(src) and os.path.exists(dst) and os.path.samefile(src, dst):
         raise InputError(f'SRC and DST are the same file: {src}')
+    check_free([dst], overwrite, 'DST')
     if not os.path.isdir(os.path.dirname(os.path.abspath(dst))):
         raise InputError(f'cannot write {dst}: its folder does not exist')
     suffix = os.path.splitext(dst)[1]

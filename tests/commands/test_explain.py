@@ -135,3 +135,26 @@ def test_out_is_required_and_an_unreadable_image_is_an_error(capsys, weights, im
     (tmp_path / 'x.jpg').write_text('not an image')
     status, out, err = run(capsys, 'explain', weights, tmp_path / 'x.jpg', '--out', tmp_path / 'out')
     assert (status, out, err.count('\n'), 'not a known image format' in err) == (2, '', 1, True)
+
+
+def test_long_names_are_cut_and_the_images_after_them_are_drawn(capsys, weights, images, tmp_path):
+    names = ['a' * 251 + '.png', 'ü' * 120 + '.jpeg', 'ü' * 125 + 'x.jpg', 'z.png']
+    (tmp_path / 'in').mkdir()
+    for name in names:
+        (tmp_path / 'in' / name).write_bytes((images / 'own.png').read_bytes())
+    status, _, err = run(capsys, 'explain', weights, tmp_path / 'in', '--out', tmp_path / 'out')
+    assert (status, err) == (0, '')
+    drawings = [name for name in written(tmp_path / 'out') if name.endswith('.png')]
+    assert len(drawings) == 4
+    assert {'z.png.png', 'ü' * 120 + '.jpeg.png'} < set(drawings)
+    assert all(len(name.encode()) <= 255 for name in drawings)
+
+
+def test_existing_drawings_are_replaced_with_overwrite_only(capsys, weights, images, tmp_path):
+    (tmp_path / '1.png.png').write_text('old')
+    arguments = ('explain', weights, images / 'cat/1.png', '--out', tmp_path)
+    status, printed, err = run(capsys, *arguments)
+    assert (status, printed, '1.png.png exists; choose another --out' in err) == (2, '', True)
+    assert (tmp_path / '1.png.png').read_text() == 'old'
+    assert run(capsys, *arguments, '--overwrite')[0] == 0
+    assert (tmp_path / '1.png.png').stat().st_size > 1000

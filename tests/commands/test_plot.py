@@ -56,3 +56,15 @@ def test_curves_that_cannot_be_drawn_give_one_line_and_status_2(workdir, capsys,
     assert (status, out) == (2, '')
     assert message in err
     assert err.count('\n') == 1
+
+
+def test_an_existing_file_is_replaced_with_overwrite_only(workdir, tmp_path, capsys):
+    out = tmp_path / 'x.svg'
+    out.write_text('old')
+    status, printed, err = run(capsys, 'plot', workdir, '--out', out)
+    assert (status, printed, 'x.svg exists; choose another --out' in err) == (2, '', True)
+    assert out.read_text() == 'old'
+    assert run(capsys, 'plot', workdir, '--out', out, '--overwrite')[0] == 0
+    assert out.read_text() != 'old'
+    for _ in range(2):  # curves.png in the workdir is a file of ours
+        assert run(capsys, 'plot', workdir)[0] == 0

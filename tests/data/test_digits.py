@@ -3,7 +3,9 @@
 import pickle
 
 import numpy as np
+import pytest
 
+from epsanet_jax import InputError
 from epsanet_jax.data import digits
 from epsanet_jax.data.decode import decode
 from epsanet_jax.data.sources import Tfds
@@ -35,3 +37,24 @@ def all_of(source):
 def test_preparing_the_digits_again_does_nothing(digits_dir, capsys):
     digits.prepare(digits_dir)
     assert capsys.readouterr().out == ''
+
+
+def test_several_processes_may_prepare_the_digits_at_the_same_time(tmp_path, monkeypatch):
+    """The other process ends while this one writes: its folder is there when this one renames its own."""
+    generate = digits.Digits._generate_examples
+
+    def slow(self, test):
+        yield from generate(self, test)
+        if test:
+            monkeypatch.undo()
+            digits.prepare(str(tmp_path))
+
+    monkeypatch.setattr(digits.Digits, '_generate_examples', slow)
+    digits.prepare(str(tmp_path))
+    assert len(Tfds('digits', 'test', str(tmp_path))) == 360
+
+
+def test_digits_that_cannot_be_written_are_an_error(tmp_path):
+    (tmp_path / 'digits').write_text('a file')
+    with pytest.raises(InputError, match='cannot prepare the digits in'):
+        digits.prepare(str(tmp_path))

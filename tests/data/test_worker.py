@@ -3,6 +3,7 @@
 import itertools
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from epsanet_jax.data.pipeline import Reading, Rows, train_batches
 from epsanet_jax.data.sources import Synthetic
 from epsanet_jax.data.transforms import RandomCrop, TrainTransform
+from epsanet_jax.data.worker import until_killed
 from epsanet_jax.errors import TrainingError
 
 SOURCE, TRANSFORM = Synthetic(20, 4, 32), TrainTransform(RandomCrop(32))
@@ -38,7 +40,25 @@ def test_killed_worker_is_an_error():
         list(itertools.islice(batches, 200))
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ('code', 'advice'),
+    [
+        (-signal.SIGBUS, '/dev/shm; enlarge it (docker run --shm-size=8g)'),
+        (-signal.SIGKILL, 'memory ran out: decrease config.data.workers'),
+    ],
+)
+def test_the_message_names_what_a_worker_lacked(code, advice):
+    def batches():
+        raise RuntimeError(
+            f'Worker process was terminated unexpectedly with exit code {code}. Search the logs'
+        )
+        yield
+
+    with pytest.raises(TrainingError, match=re.escape(advice)):
+        list(until_killed(batches()))
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_workers_ignore_signals_meant_for_the_run(number):
     batches, expected = batches_of(SOURCE, workers=1), batches_of(SOURCE, workers=0)
     next(batches)

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from command import shell
 from PIL import Image
-from runs import ROOT
+from runs import ROOT, saved_steps
 
 from epsanet_jax.training.flags import read_config
 
@@ -160,3 +161,46 @@ def test_every_recipe_is_valid_and_its_header_is_complete(name):
     validate(config)
     for part in (f'configs/{name}.py', 'Hardware:', 'Expected result:'):
         assert part in module.__doc__
+
+
+@pytest.mark.parametrize(
+    ('redirection', 'noted'),
+    [
+        ('| true; exit ${PIPESTATUS[0]}', 'cannot write to stdout (Broken pipe); continuing without it\n'),
+        ('>/dev/full', 'cannot write to stdout (No space left on device); continuing without it\n'),
+        ('<&- >&- 2>&-', ''),
+        pytest.param('>&-', '', marks=pytest.mark.slow),
+        pytest.param('>/dev/full 2>/dev/full', '', marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_without_its_console(recipe, tmp_path, redirection, noted):
+    run = f'{sys.executable} train.py --config={recipe} --workdir={tmp_path} --config.steps=2'
+    done = shell(f'{run} {redirection}')
+    assert (done.returncode, done.stderr) == (0, noted)
+    assert saved_steps(tmp_path) == [2]
+    damaged = [
+        path for path in tmp_path.rglob('*') if path.is_file() and b'evaluation: loss' in path.read_bytes()
+    ]
+    assert damaged == []  # a closed descriptor's number was not given to a file
+
+
+def test_a_run_without_a_console_ends_by_its_own_result(recipe, tmp_path):
+    run = f'{sys.executable} train.py --config={recipe} --workdir={tmp_path} --config.batch_size=-1'
+    assert shell(f'{run} >/dev/full 2>/dev/full').returncode == 2
+    assert shell(f'{run} >&- 2>&-').returncode == 2
+
+
+def test_a_flag_file_that_does_not_exist_gives_one_line_and_status_2(recipe, tmp_path):
+    arguments = (f'--config={recipe}', f'--workdir={tmp_path / "run"}')
+    for missing in ('no/such', tmp_path):
+        assert_one_clear_line(train(*arguments, f'--flagfile={missing}'), str(missing))
+    (tmp_path / 'flags').write_text(f'--config.steps=1\n--workdir={tmp_path / "other"}\n')
+    assert train(arguments[0], f'--flagfile={tmp_path / "flags"}').returncode == 0
+
+
+@pytest.mark.parametrize('platform', ['cuda', 'tpu', 'typo'])
+def test_a_platform_that_is_not_there_gives_one_line_and_status_2(recipe, tmp_path, monkeypatch, platform):
+    monkeypatch.setenv('JAX_PLATFORMS', platform)
+    process = train(f'--config={recipe}', f'--workdir={tmp_path / "run"}')
+    assert_one_clear_line(process, f'JAX_PLATFORMS={platform}', 'JAX_PLATFORMS=cpu')
+    assert not (tmp_path / 'run').exists()

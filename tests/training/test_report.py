@@ -12,6 +12,7 @@ from runs import (
     start_without_space,
 )
 
+from epsanet_jax.analysis import plot
 from epsanet_jax.training import loop
 from epsanet_jax.training.config import (
     CheckpointConfig,
@@ -50,3 +51,28 @@ def test_a_full_disk_for_metrics_ends_the_run_with_one_line_and_it_can_continue(
     finish(start(tiny, tmp_path / 'full', *more))
     finish(start(tiny, tmp_path / 'whole', *more))
     assert_equal_runs(tmp_path / 'full', tmp_path / 'whole', 60)
+
+
+OTHERS = (
+    '{"step": 1}',
+    '{"split": "eval", "step": 4}',
+    '{"split": "eval", "step": "4", "loss": 1.0, "top1": 0.5, "top5": 0.5, "examples": 3}',
+    '{"split": "eval", "step": 4, "loss": 1.0, "top1": "high", "top5": 0.5, "examples": 3}',
+    '{"split": "eval", "step": 4, "loss": 1.0, "top1": null, "top5": 0.5, "examples": 3, "ema_top1": null}',
+    '{"split": "train", "step": 3}',
+    '{"split": "train", "step": 3, "images_per_s": [1]}',
+    '{"split": ["train"], "step": 3, "images_per_s": 1}',
+    '{"split": "train", "step": true, "images_per_s": 1}',
+    '[' * 100_000,
+)
+
+
+def test_lines_of_other_programs_do_not_disturb_a_run(tmp_path):
+    config = recipe(steps=4)
+    loop.train(config, str(tmp_path))
+    path = tmp_path / 'metrics.jsonl'
+    result = loop.train(config, str(tmp_path))
+    path.write_text('\n'.join([*OTHERS, path.read_text(), *OTHERS, '']))
+    assert loop.train(config, str(tmp_path)).best == result.best
+    assert loop.train(recipe(steps=6), str(tmp_path)).step == 6
+    assert plot.plot([str(tmp_path)], str(tmp_path / 'curves.svg'))

@@ -39,6 +39,7 @@ def test_a_run_without_a_checkpoint_can_be_replaced(tmp_path, monkeypatch):
         kill_after(patch, 1)
         with pytest.raises(Killed):
             loop.train(recipe(), str(tmp_path))
+    assert not (tmp_path / 'lock.json').exists()
     assert loop.train(recipe(seed=3, steps=2), str(tmp_path)).step == 2
 
 

@@ -1,5 +1,7 @@
 """The mesh: devices, BatchNorm groups and microbatches."""
 
+import types
+
 import jax
 import pytest
 
@@ -42,3 +44,10 @@ def test_batches_that_do_not_divide_are_refused(batch_size, bn_group, message):
 def test_microbatches_must_hold_whole_batchnorm_groups(batch_size, bn_group, microbatches, message):
     with pytest.raises(InputError, match=message):
         sharding.microbatch_size(batch_size, bn_group, microbatches)
+
+
+def test_processes_need_the_same_number_of_devices():
+    devices = [types.SimpleNamespace(process_index=p, id=i) for i, p in enumerate((0, 1, 1, 1))]
+    message = 'every process needs the same number of devices, got process 0: 1, process 1: 3'
+    with pytest.raises(InputError, match=message):
+        sharding.make_mesh(16, 4, devices)

@@ -1,5 +1,6 @@
 """The training and evaluation steps: 8 devices, each with different data, against one device."""
 
+import functools
 import re
 
 import chex
@@ -14,6 +15,7 @@ from runs import (
     equal_trees,
 )
 
+from epsanet_jax import create_model
 from epsanet_jax.data.augment import Mixing, mix, normalize, row_keys
 from epsanet_jax.training import sharding, steps
 from epsanet_jax.training.config import (
@@ -281,3 +283,33 @@ def test_frozen_batchnorms_keep_their_statistics(rng):
             assert same == (frozen is None or name in frozen), (pattern, name)
         if frozen is None:
             np.testing.assert_array_equal(logits, model.apply(variables, images))
+
+
+@pytest.mark.parametrize(
+    ('variant', 'name'),
+    [('epsanet50_small', 'sgd'), ('epsanet50_small', 'lars'), ('seresnet50', 'adamw'), ('resnet50', 'lamb')],
+)
+def test_no_rank_is_promoted_implicitly(rng, name, variant):
+    settings = {'layers': (1, 1), 'planes': (8, 16), 'num_classes': 7}
+    if variant.startswith('epsanet'):
+        settings |= {'kernels': (3, 5), 'groups': (1, 2), 'reduction': 2}
+    model = create_model(variant, bn_group=8, frozen_bn='layer2', **settings)
+    schedule = make_schedule(ScheduleConfig('cosine'), 0.1, 10, 1)
+    optimizer = make_optimizer(OptimizerConfig(name=name, clip_norm=1.0), schedule, 'conv1')
+    data, mesh = batch(rng), sharding.make_mesh(16, 8)
+    how = {'smoothing': SMOOTHING, 'mean': MEAN, 'std': STD}
+    with jax.numpy_rank_promotion('raise'):
+        create = functools.partial(create_state, model, optimizer, image_size=32, ema=True)
+        state = jax.eval_shape(create, jax.random.key(0))
+        train_step = steps.make_train_step(model, optimizer, mesh, **how, **OPTIONS)
+        after, sums = jax.eval_shape(train_step, state, data)
+        masked = {**data, 'mask': np.ones(16, bool)}
+        evaluated = jax.eval_shape(steps.make_eval_step(model, mesh, **how), state.variables, masked)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert sums.keys() == evaluated.keys()
+
+
+def test_no_tracer_leaks(rng):
+    with jax.checking_leaks():
+        state, _ = sharded(net(bn_group=4), batch(rng), jax.devices(), n_steps=1, **OPTIONS)
+    assert int(state.step) == 1

@@ -130,3 +130,15 @@ def test_published_networks_at_224_pixels(capsys, tmp_path, name, kind):
     epsanet_jax.save_pretrained(tmp_path / 'net', net, small.random_variables(net, dtype=np.float32))
     out = export(capsys, tmp_path / 'net', tmp_path / f'net.{kind}', '--verify')
     assert float(out.split('differ by ')[1].split(' ')[0]) <= CLOSE
+
+
+def test_existing_files_are_replaced_with_overwrite_only(capsys, checkpoint, tmp_path):
+    for name in ('x.safetensors', 'x.stablehlo', 'x.stablehlo.json'):
+        (tmp_path / name).write_text('old')
+    for name in ('x.safetensors', 'x.stablehlo'):
+        status, _, err = run(capsys, 'export', checkpoint, tmp_path / name)
+        assert (status, err.count('\n'), 'or replace it with --overwrite' in err) == (2, 1, True)
+        assert run(capsys, 'export', checkpoint, tmp_path / name, '--overwrite')[0] == 0
+    assert all(path.stat().st_size > 100 for path in tmp_path.iterdir())
+    (tmp_path / 'hub').mkdir()
+    assert run(capsys, 'export', checkpoint, tmp_path / 'hub', '--overwrite')[0] == 2

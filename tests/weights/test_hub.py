@@ -159,3 +159,33 @@ def test_missing_folder_or_package_is_reported(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
     with pytest.raises(InputError, match='pip install huggingface_hub'):
         epsanet_jax.from_pretrained('someone/net')
+
+
+@pytest.mark.parametrize(
+    ('given', 'stored'),
+    [
+        (np.array(NAMES), NAMES),
+        (np.arange(7), tuple('0123456')),  # LabelEncoder.classes_ of integers
+        (range(7), tuple('0123456')),
+        ((), ()),
+        (np.array([]), ()),
+    ],
+)
+def test_class_names_may_be_any_sequence_of_names_or_integers(tmp_path, given, stored):
+    epsanet_jax.save_pretrained(tmp_path / 'net', NET, VARIABLES, given)
+    assert epsanet_jax.load(tmp_path / 'net').class_names == stored
+    assert epsanet_jax.Network(NET, VARIABLES, given).class_names == stored
+    assert len(epsanet_jax.Network(NET, VARIABLES, given).labels) == 7
+
+
+@pytest.mark.parametrize('name', [None, 1.5, b'cat'])
+def test_class_names_of_other_types_are_refused(tmp_path, name):
+    with pytest.raises(InputError, match='class_names must be strings or integers, got'):
+        epsanet_jax.save_pretrained(tmp_path / 'net', NET, VARIABLES, [name] * 7)
+
+
+def test_a_file_of_weights_is_read_from_its_path(saved):
+    net = epsanet_jax.from_pretrained(saved / 'model.safetensors')
+    assert net.class_names == NAMES
+    with pytest.raises(InputError, match='config.json is not a checkpoint'):
+        epsanet_jax.from_pretrained(saved / 'config.json')

@@ -174,7 +174,8 @@ def test_correct_model_name_changes_nothing(capsys, tmp_path, kind):
     kept = load(str(tmp_path / 'y.safetensors')).source.metadata
     assert json.dumps({k: kept[k] for k in metadata}) == json.dumps(metadata)
     # The settings of another variant do not fit the tensors.
-    assert_refused(capsys, *arguments[:-1], 'epsanet101_small', part='the state dict does not fit the model')
+    other = (*arguments[:-1], 'epsanet101_small', '--overwrite')
+    assert_refused(capsys, *other, part='the state dict does not fit the model')
 
 
 @pytest.mark.parametrize('suffix', ['pth', 'pth.tar', 'safetensors'])
@@ -188,3 +189,22 @@ def test_files_keep_settings_class_names_and_preprocessing(capsys, tmp_path, suf
     assert network.preprocessing == preprocessing
     if suffix == 'pth':  # for PyTorch it is a plain state dict
         torch_model.EPSANet(dense).load_state_dict(torch.load(path, weights_only=True), strict=True)
+
+
+def test_an_existing_file_is_replaced_with_overwrite_only(capsys, saved, tmp_path):
+    for name in ('a.pth', 'b.safetensors', 'c.pth.tar'):
+        (tmp_path / name).write_text('old')
+        advice = f'{name} exists; choose another DST, or replace it with --overwrite'
+        assert_refused(capsys, 'convert', saved, tmp_path / name, part=advice)
+        assert (tmp_path / name).read_text() == 'old'
+        assert run(capsys, 'convert', saved, tmp_path / name, '--overwrite')[0] == 0
+        assert len(read_checkpoint(tmp_path / name).state_dict) == len(STATE_DICT)
+    (tmp_path / 'link.pth').symlink_to('nowhere')
+    assert_refused(capsys, 'convert', saved, tmp_path / 'link.pth', part='exists')
+    (tmp_path / 'folder.pth').mkdir()
+    (tmp_path / 'folder').mkdir()
+    for name in ('folder.pth', 'folder'):
+        assert_refused(
+            capsys, 'convert', saved, tmp_path / name, '--overwrite', part=f'{name} exists; choose'
+        )
+    assert_refused(capsys, 'convert', saved, saved, '--overwrite', part='same file')
