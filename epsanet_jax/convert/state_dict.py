@@ -31,7 +31,7 @@ def name_table(model: EPSANet) -> Table:
 
     The names are in the order in which PyTorch registers parameters, and numbers them in optimizers.
     """
-    flat = {_torch_name(path): (path, leaf) for path, leaf in _flatten(abstract_variables(model)).items()}
+    flat = {_torch_name(path): (path, leaf) for path, leaf in flatten(abstract_variables(model)).items()}
     return {name: flat[name] for name in sorted(flat, key=_rank)}
 
 
@@ -72,7 +72,7 @@ def to_torch(variables: Mapping[str, Any], model: EPSANet) -> dict[str, np.ndarr
         InputError: the variables do not fit the model.
     """
     table = name_table(model)
-    flat = _flatten(jax.tree.map(np.asarray, dict(variables)))
+    flat = flatten(jax.tree.map(np.asarray, dict(variables)))
     expected = {path: leaf.shape for path, leaf in table.values()}
     shapes = {path: array.shape for path, array in flat.items()}
     if shapes != expected:
@@ -132,11 +132,13 @@ def to_torch_layout(array: np.ndarray) -> np.ndarray:
     return np.array(array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T, order='C')
 
 
-def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of a leaf's tensor in PyTorch."""
     return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape[::-1]
 
 
-def _flatten(variables: Mapping[str, Any]) -> dict[Path, Any]:
+def flatten(variables: Mapping[str, Any]) -> dict[Path, Any]:
+    """Returns the leaves of a tree by their paths."""
     return cast(dict[Path, Any], traverse_util.flatten_dict(dict(variables)))
 
 
@@ -168,8 +170,8 @@ def _read_values(name: str, value: Any, leaf: jax.ShapeDtypeStruct) -> np.ndarra
         raise InputError(f'values of a type that cannot be read ({kind})') from e
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise InputError(f'values of type {array.dtype}')
-    if array.shape != _torch_shape(leaf.shape):
-        raise InputError(f'shape {array.shape} instead of {_torch_shape(leaf.shape)}')
+    if array.shape != torch_shape(leaf.shape):
+        raise InputError(f'shape {array.shape} instead of {torch_shape(leaf.shape)}')
     with np.errstate(over='ignore'):
         array = array.astype(leaf.dtype)
     if not np.isfinite(array).all():

@@ -178,6 +178,8 @@ class Config:
         eval_batch_size: rounded up to a multiple of the number of devices; 0: `batch_size`.
         init_from: weights to start from: a PyTorch or safetensors file, a workdir or a checkpoint. A
             classifier for other classes is replaced by a new one.
+        init_partial: whether to take what fits of other networks' weights and to draw the rest, for example
+            a ResNet's; see `weights.start.start_from`.
         init_optimizer: whether to take momentum, epoch and learning rate from that file too.
         freeze: regular expression. Parameters whose names match, such as 'layer1_0/conv1/kernel', do not
             change, nor do the statistics of BatchNorms that match. Examples: '^conv1|^bn1|^layer[12]', or
@@ -199,6 +201,7 @@ class Config:
     eval_every_epochs: float = 1.0
     eval_batch_size: int = 0
     init_from: str = ''
+    init_partial: bool = False
     init_optimizer: bool = False
     freeze: str = ''
     tensorboard: bool = True

@@ -1,7 +1,7 @@
 """Starts a run from other weights, or continues another training with its momentum."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import optax
 
 from epsanet_jax.convert.momentum import momentum_from_torch, parse_sgd
-from epsanet_jax.convert.state_dict import from_torch
+from epsanet_jax.convert.state_dict import Path, flatten, from_torch, strip_prefix
 from epsanet_jax.errors import InputError, some
 from epsanet_jax.models.epsanet import EPSANet
 from epsanet_jax.training.config import OptimizerConfig
 from epsanet_jax.training.state import TrainState
 from epsanet_jax.weights import Network
+from epsanet_jax.weights.start import adapt_stem, fitting, replaced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +66,23 @@ class InitialState:
     """The values that replace the random ones of a new state.
 
     Attributes:
-        variables: parameters and statistics.
+        taken: leaves of the variables, by path.
         step: number of updates made by the training that is continued; None: a new training starts.
         momentum: momentum buffers, a tree like the parameters; None: not taken over.
         report: lines to print.
     """
 
-    variables: dict[str, Any]
+    taken: Mapping[Path, jax.Array]
     step: int | None
     momentum: Any
     report: tuple[str, ...]
 
     def put_into(self, state: TrainState) -> TrainState:
         """Returns a new state in which these values replace the initial ones."""
-        state = state.replace(params=self.variables['params'], batch_stats=self.variables['batch_stats'])
+        variables = replaced(state.variables, self.taken)
+        state = state.replace(params=variables['params'], batch_stats=variables['batch_stats'])
         if state.ema is not None:
-            state = state.replace(ema=jax.tree.map(jnp.array, dict(self.variables)))
+            state = state.replace(ema=jax.tree.map(jnp.array, variables))
         if self.step is None:
             return state
         step = jnp.asarray(self.step, jnp.int32)
@@ -96,12 +98,14 @@ def make_initial_state(
     key: jax.Array,
     step: int | None,
     momentum: bool,
+    partial: bool = False,
 ) -> InitialState:
     """Fits the weights of a network to the model of a run.
 
     If the network's class names or their number differ from those of the run, in the order of the outputs,
     a new classifier is drawn with `key`; a network without class names is assumed to have the same classes.
-    Without `step` only the weights are taken, otherwise the optimizer's `momentum` too if it has one.
+    Without `step` only the weights are taken, otherwise the optimizer's `momentum` too if it has one. With
+    `partial` only what fits is taken, see `weights.start`.
 
     Raises:
         InputError: the weights do not fit the model, or `step` is given and the classes differ.
@@ -118,10 +122,15 @@ def make_initial_state(
         report.append(f'classifier of {shown} replaced by a new one of {model.num_classes}')
     elif not theirs:
         report.append(f'classifier of {head} classes kept: the weights come without class names')
-    variables = from_torch(network.state_dict, model, new_head=key if replace else None)
+    if partial:
+        taken, lines = fitting(network, model, with_classifier=not replace)
+        return InitialState(taken, None, None, (*report, *lines))
+    state_dict, lines = adapt_stem(strip_prefix(network.state_dict), model)
+    report += lines
+    variables = from_torch(state_dict, model, new_head=key if replace else None)
     buffers = None
     if step is not None:
         report.append(f'continues at step {step} with its momentum')
         if momentum and content is not None and content.optimizer is not None:
             buffers = momentum_from_torch(content.optimizer, content.state_dict, model)
-    return InitialState(variables, step, buffers, tuple(report))
+    return InitialState(flatten(variables), step, buffers, tuple(report))

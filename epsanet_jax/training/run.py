@@ -134,7 +134,7 @@ def prepare(config: Config, workdir: str, init_from: Network | None = None) -> R
     if network is not None:
         key, momentum = jax.random.key(config.seed), config.optimizer.momentum > 0
         names = name_outputs(train_source.class_names, model.num_classes)
-        initial = make_initial_state(network, model, names, key, start_step, momentum)
+        initial = make_initial_state(network, model, names, key, start_step, momentum, config.init_partial)
     if start is None or start_step is None:
         peak = config.optimizer.lr * (config.batch_size / (config.optimizer.lr_batch or config.batch_size))
     else:  # the peak with which the schedule continues at the last learning rate of the training before

@@ -47,6 +47,10 @@ def validate(config: Config, with_data: bool = True) -> None:
             raise InputError(f'config.{field} must be one of {", ".join(choices)}, got {value!r}')
     if config.init_optimizer and not config.init_from:
         raise InputError('config.init_optimizer needs config.init_from=FILE')
+    if config.init_partial and not config.init_from:
+        raise InputError('config.init_partial needs config.init_from=FILE')
+    if config.init_partial and config.init_optimizer:
+        raise InputError('config.init_optimizer needs all weights: set config.init_partial=False')
     other_sgd = config.optimizer.name != 'sgd' or config.freeze or not config.optimizer.decay_norm_and_bias
     if config.init_optimizer and other_sgd:
         raise InputError(

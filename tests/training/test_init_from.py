@@ -28,6 +28,7 @@ from epsanet_jax.training.config import (
     ScheduleConfig,
 )
 from epsanet_jax.training.run import prepare
+from epsanet_jax.training.validation import validate
 from epsanet_jax.weights import load
 from epsanet_jax.weights.metadata import make_metadata
 from epsanet_jax.weights.orbax import save_weights
@@ -315,7 +316,7 @@ def test_the_classifier_is_kept_only_for_the_same_classes(tmp_path, names, repor
     config.model = dataclasses.replace(net, num_classes=0)
     initial = prepare(config, str(tmp_path / 'run')).initial
     assert [line[: len(report)] for line in initial.report] == ([report] if report else [])
-    before, after = (v['params']['fc']['kernel'] for v in (variables, initial.variables))
+    before, after = variables['params']['fc']['kernel'], initial.taken['params', 'fc', 'kernel']
     kept = np.array_equal(before, after)
     assert kept == (not report or 'kept' in report)
     network, model = load(str(tmp_path / 'weights')), build_model(config.model, 4)
@@ -323,3 +324,47 @@ def test_the_classifier_is_kept_only_for_the_same_classes(tmp_path, names, repor
     if not kept:
         with pytest.raises(InputError, match='cannot continue with other classes: the weights are for'):
             init_from.make_initial_state(network, model, classes, jax.random.key(0), 3, True)
+
+
+def test_a_resnet_starts_a_run_of_an_epsanet_with_gray_images(tmp_path, capsys):
+    """What fits is taken, also by the moving averages; a stem for three channels becomes one for one."""
+    net = dataclasses.replace(runs.recipe().model, layers=(1,), planes=(8,), num_classes=4)
+    resnet = dataclasses.replace(net, name='resnet50', kernels=(), groups=())
+    variables = small.random_variables(build_model(resnet, 0), dtype=np.float32)
+    save_weights(str(tmp_path / 'resnet'), variables, make_metadata(resnet, (), DataConfig().preprocessing))
+    config = runs.recipe(init_from=str(tmp_path / 'resnet'), init_partial=True, steps=1, ema_decay=0.5)
+    config.optimizer.lr = 0.0
+    config.model = dataclasses.replace(net, in_channels=1)
+    config.data.mean, config.data.std = (0.5,), (0.25,)
+    loop.train(config, str(tmp_path / 'run'))
+    out = capsys.readouterr().out
+    for line in (
+        'classifier of 4 classes kept: the weights come without class names',
+        'conv1.weight: 3 input channels became 1: their sum',
+        'tensors taken, ',
+        'not used: layer*.*.conv2.weight (1)',
+    ):
+        assert line in out
+    for ema in (True, False):
+        started = load(str(tmp_path / 'run'), ema=ema).variables['params']
+        stem = variables['params']['conv1']['kernel'].sum(axis=2, keepdims=True)
+        np.testing.assert_allclose(started['conv1']['kernel'], stem, rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(started['fc']['kernel'], variables['params']['fc']['kernel'])
+    whole = dataclasses.replace(config, init_partial=False)
+    with pytest.raises(InputError, match='does not fit the model in'):
+        loop.train(whole, str(tmp_path / 'other'))
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'init_partial': True}, 'config.init_partial needs config.init_from=FILE'),
+        (
+            {'init_partial': True, 'init_from': 'x', 'init_optimizer': True},
+            'config.init_optimizer needs all weights: set config.init_partial=False',
+        ),
+    ],
+)
+def test_a_partial_start_needs_weights_and_takes_no_optimizer(fields, message):
+    with pytest.raises(InputError, match=message):
+        validate(runs.recipe(**fields))
