@@ -41,7 +41,7 @@ def test_command_of_the_readme_is_in_the_page_on_training():
 
 @pytest.fixture(scope='module')
 def place(tmp_path_factory):
-    """A folder with images of two classes and a PyTorch checkpoint of a network with three classes."""
+    """A folder with images of two classes, and PyTorch files of an EPSANet and a ResNet of three classes."""
     import torch
 
     import epsanet_jax
@@ -58,6 +58,8 @@ def place(tmp_path_factory):
         reduction=2,
     )  # fmt: skip
     torch.save({'state_dict': EPSANet(model).state_dict()}, folder / 'checkpoint.pth.tar')
+    resnet = epsanet_jax.create_model('resnet50', num_classes=3, layers=(1, 1), planes=(8, 16), expansion=2)
+    torch.save(EPSANet(resnet).state_dict(), folder / 'resnet50.pth')
     for name in ('train.py', 'configs'):
         os.symlink(ROOT / name, folder / name)
     return folder
@@ -76,8 +78,8 @@ def test_each_command_does_what_the_page_says(place):
         done = subprocess.run(words, cwd=place, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, (command, done.stderr)
         printed[command] = done.stdout
-    assert len(printed) == 6
-    scratch, plot, evaluate, changed, tuned, head = printed.values()
+    assert len(printed) == 7
+    scratch, plot, evaluate, changed, tuned, head, started = printed.values()
     assert 'finished at step 4' in changed
     assert 'finished at step 4' in scratch
     assert re.search(r'best: top-1 [\d.]+% at step \d \(runs/pets/checkpoints/\d\)', scratch)
@@ -86,5 +88,6 @@ def test_each_command_does_what_the_page_says(place):
     assert ' of 16 ' in evaluate
     for text in (tuned, head):
         assert 'checkpoint.pth.tar: classifier of 3 classes replaced by a new one of 2' in text
+    assert re.search(r'resnet50.pth: \d+ of \d+ tensors taken, ', started)
     assert (place / 'runs/pets/curves.png').stat().st_size > 10_000
     assert any((place / 'runs/pets/tensorboard').iterdir())
