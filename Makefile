@@ -11,7 +11,7 @@ help:
 	@echo 'make train      install, train an EPSANet on handwritten digits, evaluate it'
 	@echo 'make test       install with the test extra (CPU PyTorch included), run the tests'
 	@echo 'make test-slow  the tests that take long'
-	@echo 'make test-faults  a run killed at 20 random moments'
+	@echo 'make test-faults  a run ended at 20 random moments by SIGTERM, SIGHUP and SIGKILL, some without a console'
 	@echo 'make check      ruff and pyright'
 	@echo 'make format     let ruff format and fix what it can'
 	@echo 'make docs       build the documentation site into build/site'

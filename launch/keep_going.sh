@@ -9,7 +9,7 @@
 # Run the same command on every host of a run: a process that restarts first waits for the others.
 set -u
 max_failures=${MAX_FAILURES:-5} pause=${PAUSE:-10} failures=0 stopping='' child=''
-trap 'stopping=yes; [ -n "$child" ] && kill -TERM "$child" 2>/dev/null' TERM INT
+trap 'stopping=yes; [ -n "$child" ] && kill -TERM "$child" 2>/dev/null' TERM INT HUP
 
 while true; do
     began=$SECONDS

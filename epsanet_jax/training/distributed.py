@@ -1,9 +1,12 @@
 """Several processes as one run: joins them and checks that they agree. All waits have a time limit."""
 
+import contextlib
 import hashlib
 import json
+import os
 import pathlib
 import secrets
+import select
 import socket
 import sys
 import threading
@@ -20,6 +23,7 @@ from epsanet_jax.platform import check_platform
 from epsanet_jax.training import liveness
 from epsanet_jax.version import __version__
 
+_ALL_THERE = 'all there'
 TIMEOUT = 300  # seconds within which all processes must join
 
 
@@ -46,9 +50,6 @@ def join(
         _check(coordinator, num_processes, process_id)
         if num_processes == 1:
             return
-        assert coordinator is not None
-        if process_id == 0:
-            _check_port(coordinator)
         wanted = f'{num_processes} processes at {coordinator}, this is {process_id}'
         print(f'waiting up to {timeout} s for {wanted}', file=sys.stderr, flush=True)
     # The run handles signals itself (training.signals); JAX would catch SIGTERM.
@@ -59,6 +60,8 @@ def join(
     late.daemon = True
     late.start()
     try:
+        if explicit:
+            _meet(coordinator, num_processes, process_id)  # pyright: ignore[reportArgumentType]
         jax.distributed.initialize(
             coordinator_address=coordinator,
             num_processes=num_processes,
@@ -66,6 +69,8 @@ def join(
             cluster_detection_method='deactivate' if explicit else None,
             initialization_timeout=timeout + 10,
         )
+    except InputError:
+        raise
     except ValueError as e:
         if not explicit and 'coordinator_address should be defined' in str(e):
             return  # no cluster
@@ -99,14 +104,56 @@ def _check(coordinator: str | None, num_processes: int | None, process_id: int |
         raise InputError(f'--process_id={process_id} must be at least 0 and below {num_processes}')
 
 
-def _check_port(coordinator: str) -> None:
-    """Raises InputError if the port of the coordinator, this process, is not free; JAX would crash."""
-    port = int(coordinator.rpartition(':')[2])
+def _meet(coordinator: str, num_processes: int, process_id: int) -> None:
+    """Waits until all processes are there, each with another number; JAX would abort at two equal ones.
+
+    Process 0 listens at the port of the coordinator, where JAX listens after this.
+    """
+    host, _, port = coordinator.rpartition(':')
+    if process_id == 0:
+        _meet_others(coordinator, int(port), num_processes)
+        return
+    while True:
+        with (
+            contextlib.suppress(OSError),  # process 0 does not listen yet
+            socket.create_connection((host.strip('[]'), int(port)), timeout=10) as connection,
+        ):
+            connection.settimeout(None)
+            connection.sendall(f'{process_id}\n'.encode())
+            answer = connection.makefile().readline().strip()
+            if answer == _ALL_THERE:
+                return
+            if answer:
+                raise InputError(answer)
+        time.sleep(0.5)
+
+
+def _meet_others(coordinator: str, port: int, num_processes: int) -> None:
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    try:
-        socket.create_server(('', port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
-    except OSError as e:
-        raise InputError(f'--coordinator={coordinator}: cannot use port {port} here: {e.strerror}') from e
+    with contextlib.ExitStack() as opened:
+        try:
+            server = socket.create_server(('', port), family=family, dualstack_ipv6=family == socket.AF_INET6)
+        except OSError as e:  # JAX would crash
+            reason = os.strerror(e.errno or 0)
+            raise InputError(f'--coordinator={coordinator}: cannot use port {port} here: {reason}') from e
+        opened.enter_context(server)
+        there: dict[int, socket.socket] = {}
+        connections, answer = [], _ALL_THERE
+        while answer == _ALL_THERE and len(there) < num_processes - 1:
+            connections.append(connection := opened.enter_context(server.accept()[0]))
+            connection.settimeout(10)
+            try:
+                number = int(connection.makefile().readline())
+            except (OSError, ValueError):  # of another program
+                continue
+            if number in there and not select.select([there[number]], [], [], 0)[0]:  # not closed
+                answer = f'two processes have --process_id={number}: give each another number'
+            there[number] = connection
+        for connection in connections:
+            with contextlib.suppress(OSError):
+                connection.sendall(f'{answer}\n'.encode())
+    if answer != _ALL_THERE:
+        raise InputError(answer)
 
 
 def _check_code() -> None:

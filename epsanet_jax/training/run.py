@@ -25,6 +25,7 @@ from epsanet_jax.training.checkpoint import has_checkpoint
 from epsanet_jax.training.config import Config, flatten, identity, with_frozen_bn
 from epsanet_jax.training.init_from import InitialState, Start, make_initial_state, read_start
 from epsanet_jax.training.optimizer import frozen_mask, make_optimizer, make_schedule
+from epsanet_jax.training.report import log
 from epsanet_jax.training.tracing import run_mesh
 from epsanet_jax.training.validation import validate
 from epsanet_jax.weights import Network, load
@@ -88,13 +89,25 @@ class Run:
         _check_identity(self.workdir, self.metadata['identity'])  # again, now that no other process trains
         content = {k: self.metadata[k] for k in ('identity', 'config')}
         content['start'] = None if self.start is None else dataclasses.asdict(self.start)
+        content['validation'] = self.eval_source.fingerprint
         text, path = json.dumps(content, indent=2) + '\n', self.workdir / CONFIG_FILE
         try:
-            if not path.exists() or path.read_text() != text:
+            before = path.read_text() if path.exists() else ''
+            if before != text:
+                if has_checkpoint(self.workdir):
+                    _warn_of_other_validation(json.loads(before).get('validation'), content['validation'])
                 with replacing(path) as temporary:
                     temporary.write_text(text)
         except OSError as e:
             raise InputError(f'cannot write to --workdir={self.workdir}: {e}') from e
+
+
+def _warn_of_other_validation(before: str | None, now: str) -> None:
+    if before not in (None, now):  # None: written by an older version
+        log(
+            'warning: the validation images have changed since this run was started; its earlier accuracies, '
+            'and the best checkpoint, are not comparable with those that follow'
+        )
 
 
 # Fields that may differ between the processes of a run.

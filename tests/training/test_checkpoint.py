@@ -47,13 +47,15 @@ def _best_step(workdir):
     ]
 
 
-def test_the_latest_and_the_best_checkpoints_are_kept(tmp_path, monkeypatch):
+def test_the_latest_and_the_best_checkpoints_are_kept_also_after_a_resume(tmp_path, monkeypatch):
     scores = iter([0.1, 0.9, 0.3, 0.2, 0.2, 0.2])
     original = loop.run_evaluation
     monkeypatch.setattr(loop, 'run_evaluation', lambda *a, **k: {**original(*a, **k), 'top1': next(scores)})
-    config = recipe(eval_every_epochs=0.05, checkpoint=CheckpointConfig(every_minutes=0, keep=2))
-    result = loop.train(config, str(tmp_path))
+    keep = {'eval_every_epochs': 0.05, 'checkpoint': CheckpointConfig(every_minutes=0, keep=2)}
+    loop.train(recipe(steps=4, **keep), str(tmp_path))
+    result = loop.train(recipe(**keep), str(tmp_path))
     assert saved_steps(tmp_path) == [2, 5, 6]
+    assert load(str(tmp_path), 'best').source.step == 2
     assert result.best['step'] == 2
 
 

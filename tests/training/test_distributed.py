@@ -1,5 +1,7 @@
 """Runs of several processes, with fake devices and real collectives between them."""
 
+import concurrent.futures
+import contextlib
 import os
 import pathlib
 import re
@@ -17,11 +19,13 @@ from runs import (
     ROOT,
     finish_all,
     free_port,
+    start,
     start_all,
     wait_for,
     without_timing,
 )
 
+from epsanet_jax.training import distributed
 from epsanet_jax.weights import load
 
 
@@ -173,6 +177,7 @@ def test_a_workdir_that_is_not_shared_is_refused(float64_recipe, tmp_path):
         (['--coordinator=localhost:1'], '--num_processes is missing'),
         (['--coordinator=localhost', '--num_processes=2', '--process_id=0'], 'must be HOST:PORT'),
         (['--coordinator=localhost:1', '--num_processes=2', '--process_id=2'], 'below 2'),
+        (['--coordinator=a:65536', '--num_processes=2', '--process_id=0'], 'must be from 1 to 65535'),
     ],
 )
 def test_wrong_options_give_one_line_and_status_2(float64_recipe, tmp_path, arguments, message):
@@ -187,3 +192,80 @@ def test_the_wait_for_missing_processes_has_a_time_limit(float64_recipe, tmp_pat
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1
     assert 'error: not all processes joined within 5 s' in err
+
+
+def assert_refused(process, *parts):
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 2, err
+    assert err.splitlines()[-1].startswith('error: ')
+    assert all(part in err for part in parts), err
+    assert 'Traceback' not in err
+
+
+def test_a_port_in_use_and_a_second_process_0_are_refused(float64_recipe, tmp_path):
+    with socket.create_server(('', 0)) as taken:
+        port = taken.getsockname()[1]
+        coordinator = f'--coordinator=localhost:{port}'
+        (process,) = start_all(float64_recipe, tmp_path, 2, 1, coordinator, only=[0])
+        assert_refused(process, f'{coordinator}: cannot use port {port} here: Address already in use')
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_with_one_number_are_refused(float64_recipe, tmp_path):
+    three = start_all(float64_recipe, tmp_path, 3, 1, only=[0])
+    port = next(a for a in three[0].args if a.startswith('--coordinator'))
+    three += start_all(float64_recipe, tmp_path, 3, 1, port, only=[1, 1])
+    for process in three:
+        assert_refused(process, 'error: two processes have --process_id=1')
+
+
+def test_other_programs_and_restarted_processes_may_connect_to_the_coordinator():
+    port = free_port()
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        first = threads.submit(distributed._meet, f'localhost:{port}', 3, 0)
+        for sent in (b'GET / HTTP/1.1\n', b'1\n', b''):  # the process that sent 1 ends
+            with connected(port) as connection:
+                connection.sendall(sent)
+        others = [threads.submit(distributed._meet, f'localhost:{port}', 3, i) for i in (1, 2)]
+        assert [future.result(60) for future in (first, *others)] == [None] * 3
+
+
+def connected(port):
+    while True:
+        with contextlib.suppress(ConnectionRefusedError):
+            return socket.create_connection(('localhost', port))
+
+
+def test_processes_with_different_numbers_of_devices_are_refused(float64_recipe, tmp_path):
+    two = start_all(float64_recipe, tmp_path, 2, 1, only=[0])
+    port = next(a for a in two[0].args if a.startswith('--coordinator'))
+    two += start_all(float64_recipe, tmp_path, 2, 3, port, only=[1])
+    for _, err in finish_all(two, status=2):
+        assert 'the same number of devices, got process 0: 1, process 1: 3' in err
+
+
+def test_processes_with_different_code_are_refused(float64_recipe, tmp_path):
+    """The second process has the same version with a changed file."""
+    shutil.copytree(ROOT / 'epsanet_jax', tmp_path / 'epsanet_jax')
+    shutil.copy(ROOT / 'train.py', tmp_path)
+    with (tmp_path / 'epsanet_jax' / 'errors.py').open('a') as f:
+        f.write('# changed')
+    two = start_all(float64_recipe, tmp_path / 'run', 2, 1, only=[0])
+    environment = {**os.environ, 'XLA_FLAGS': xla_flags(1), 'JAX_ENABLE_X64': '1', 'PYTHONPATH': ''}
+    command = [sys.executable, str(tmp_path / 'train.py'), *two[0].args[2:], '--process_id=1']
+    pipes = {'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE, 'text': True}
+    two.append(subprocess.Popen(command, env=environment, **pipes))
+    for _, err in finish_all(two, status=2):
+        assert re.search('this process runs epsanet_jax .*, process 0 runs .*: install the same', err), err
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.parametrize(
+    ('uri', 'part'),
+    [
+        ('1531576320.0;tcp://127.0.0.1:34911', "'OMPI_COMM_WORLD_SIZE' is not set"),
+        ('no number', 'cannot join the processes of this run'),
+    ],
+)
+def test_half_an_environment_of_a_cluster_is_refused(float64_recipe, tmp_path, uri, part):
+    assert_refused(start(float64_recipe, tmp_path, settings={'OMPI_MCA_orte_hnp_uri': uri}), part)

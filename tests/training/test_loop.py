@@ -213,3 +213,18 @@ def test_a_run_from_a_network_equals_one_from_its_file(uninterrupted, tmp_path):
     loop.train(config, str(tmp_path / 'file'))
     states = (saved_state(tmp_path / name, 1) for name in ('network', 'file'))
     chex.assert_trees_all_equal(*states)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('param_dtype', ['float32', 'narrow'])
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16'])
+def test_narrow_types_train_to_the_end_and_continue(tmp_path, dtype, param_dtype):
+    for steps in (3, 6):
+        config = recipe(steps=steps)
+        config.model.dtype, config.model.param_dtype = (
+            dtype,
+            dtype if param_dtype == 'narrow' else param_dtype,
+        )
+        result = loop.train(config, str(tmp_path))
+    assert (result.step, math.isfinite(result.last['loss'])) == (6, True)
+    assert load(str(tmp_path)).variables['params']['fc']['kernel'].dtype == config.model.param_dtype

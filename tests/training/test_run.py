@@ -13,7 +13,7 @@ from runs import (
 
 from epsanet_jax import InputError, from_pretrained
 from epsanet_jax.commands.main import main
-from epsanet_jax.training import loop
+from epsanet_jax.training import inputs, loop
 from epsanet_jax.training.config import (
     DataConfig,
     OptimizerConfig,
@@ -52,6 +52,25 @@ def test_a_workdir_of_an_older_version_may_lack_new_fields(uninterrupted, tmp_pa
     del content['identity']['init_from'], content['identity']['data.flip']
     path.write_text(json.dumps(content))
     assert loop.train(recipe(), str(tmp_path / 'run')).last == result.last
+
+
+def test_other_validation_images_give_a_warning_and_the_run_continues(tmp_path, monkeypatch, capsys):
+    loop.train(recipe(steps=2, eval_every_epochs=0.0), str(tmp_path))
+    longer = recipe(steps=4, eval_every_epochs=0.0)
+    loop.train(longer, str(tmp_path))
+    assert 'warning' not in capsys.readouterr().out
+    original = inputs.open_splits
+
+    def changed(data):
+        train, evaluation = original(data)
+        evaluation.fingerprint = 'other'
+        return train, evaluation
+
+    monkeypatch.setattr(inputs, 'open_splits', changed)
+    assert loop.train(recipe(steps=6, eval_every_epochs=0.0), str(tmp_path)).step == 6
+    assert 'warning: the validation images have changed' in capsys.readouterr().out
+    loop.train(recipe(steps=6, eval_every_epochs=0.0), str(tmp_path))
+    assert 'warning' not in capsys.readouterr().out
 
 
 def test_one_value_per_batchnorm_channel_is_refused(tmp_path):
