@@ -222,7 +222,8 @@ def leave(message: str, status: int) -> NoReturn:
     """Ends this process with a line on stderr, and the others too, which would wait for it."""
     sys.stdout.flush()
     liveness.leave_first(message, status)
-    if jax.distributed.is_initialized():
+    # After a failed write, threads of Orbax keep a process that ends normally for minutes.
+    if jax.distributed.is_initialized() or status == 1:
         liveness.end_now(message, status)
     print(message, file=sys.stderr)
     sys.exit(status)
