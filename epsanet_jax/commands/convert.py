@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from epsanet_jax.commands.common import add_choice_of_weights, positive
+from epsanet_jax.commands.common import add_choice_of_weights, positive, shown, to_stderr
 
 
 def add_parser(subcommands: Any) -> None:
@@ -30,6 +30,9 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     from epsanet_jax.weights.save import convert
 
-    options = (args.model, args.num_classes, args.step, args.verify)
-    for line in convert(args.src, args.dst, *options, ema=not args.no_ema):
+    def report(note: str) -> None:
+        to_stderr(shown(f'{args.src}: {note}'))
+
+    options = (args.model, args.num_classes, args.step, args.verify, not args.no_ema, args.ignore)
+    for line in convert(args.src, args.dst, *options, report=report):
         print(line)

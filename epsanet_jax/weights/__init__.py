@@ -1,7 +1,6 @@
 """Reads weights of any file type as a `Network`, and writes them."""
 
 from epsanet_jax.weights.files import from_pretrained, load
-from epsanet_jax.weights.hub import save_pretrained
-from epsanet_jax.weights.network import Network, Source
+from epsanet_jax.weights.network import Network, Source, save_pretrained
 
 __all__ = ['Network', 'Source', 'from_pretrained', 'load', 'save_pretrained']

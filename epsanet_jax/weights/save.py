@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -16,8 +16,7 @@ from epsanet_jax.errors import InputError
 from epsanet_jax.models import ModelConfig, get_variant
 from epsanet_jax.models.epsanet import EPSANet
 from epsanet_jax.weights.files import load
-from epsanet_jax.weights.metadata import metadata_of
-from epsanet_jax.weights.network import Network, with_new_classifier, without_run
+from epsanet_jax.weights.network import Network, metadata_of, with_new_classifier, without_run
 
 VERIFIED_TO = 1e-5  # relative to the largest logit; float32 rounding gives about 2e-6 at 224 px
 _OTHER_SUFFIXES = ('.ckpt', '.bin', '.safetensor', '.tar', '.pkl', '.h5', '.npz', '.onnx', '.tmp', '.zip')
@@ -31,6 +30,8 @@ def convert(
     step: str = 'latest',
     verify: bool = False,
     ema: bool = True,
+    ignore: str = '',
+    report: Callable[[str], object] = str,
 ) -> Iterator[str]:
     """Converts weights and yields the lines of a report.
 
@@ -41,7 +42,9 @@ def convert(
         num_classes: number of classes; a classifier of another size is replaced by a new one.
         step: which checkpoint of a workdir to read: 'latest', 'best' or a number.
         verify: whether to compare logits with PyTorch before writing.
-        ema: whether to read the moving averages, if the run kept them.
+        ema: whether to read the moving averages, if they were kept.
+        ignore: regular expression for names of entries of `src` to leave out; '' for none.
+        report: called with each line of `Source.notes`.
 
     Raises:
         InputError: `src` cannot be read or does not fit the model, or `dst` cannot be written.
@@ -55,10 +58,12 @@ def convert(
         network = src
     else:
         named = None if name is None else ModelConfig(name=name, num_classes=num_classes or 1000)
-        network = load(src, step, ema, model=named, with_checkpoint=True)
+        network = load(src, step, ema, model=named, ignore=ignore, with_checkpoint=True)
     content, old = network.checkpoint, network.model.num_classes
     if not (num_classes or old):
         raise InputError(f'{src_name} has no classifier: use --num-classes=N to draw a new one')
+    for note in () if isinstance(src, Network) else network.source.notes:
+        report(note)
     replaced = num_classes is not None and num_classes != old
     if replaced:
         network = with_new_classifier(network, num_classes or 0, jax.random.key(0))
@@ -95,14 +100,14 @@ def _report(network: Network, content: files.Checkpoint, dst: str, replaced: boo
 
 
 def _check_destination(src: str, dst: str) -> None:
-    if os.path.isdir(dst) or (not files.is_weights_file(dst) and os.path.exists(dst)):
+    if os.path.isdir(dst) or (not files.has_weights_suffix(dst) and os.path.exists(dst)):
         raise InputError(f'{dst} exists; choose another DST')
     if os.path.exists(src) and os.path.exists(dst) and os.path.samefile(src, dst):
         raise InputError(f'SRC and DST are the same file: {src}')
     if not os.path.isdir(os.path.dirname(os.path.abspath(dst))):
         raise InputError(f'cannot write {dst}: its folder does not exist')
     suffix = os.path.splitext(dst)[1]
-    if suffix.lower() in _OTHER_SUFFIXES and not files.is_weights_file(dst):
+    if suffix.lower() in _OTHER_SUFFIXES and not files.has_weights_suffix(dst):
         known = ', '.join(files.SUFFIXES)
         raise InputError(f'{dst}: cannot write {suffix} files, only {known} or a folder (without a suffix)')
 
