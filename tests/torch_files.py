@@ -18,9 +18,11 @@ REFERENCE = {
 }
 
 
-def assert_refused(capsys, *arguments, part=''):
+def assert_refused(capsys, *arguments, part='', notes=0):
+    """Runs a command that ends with one line, after `notes` lines on what was taken from a file."""
     status, _, err = run(capsys, *arguments)
     assert status == 2, err
-    assert err.startswith('error: ')
-    assert err.count('\n') == 1
-    assert part in err
+    lines = err.splitlines()
+    assert len(lines) == 1 + notes
+    assert lines[-1].startswith('error: ')
+    assert part in lines[-1]

@@ -4,9 +4,12 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from epsanet_jax.errors import InputError, one_line
+
+if TYPE_CHECKING:
+    from epsanet_jax.weights import Network
 
 _Row = TypeVar('_Row')
 
@@ -56,10 +59,22 @@ def add_checkpoint(parser: argparse.ArgumentParser) -> None:
 
 
 def add_choice_of_weights(parser: argparse.ArgumentParser) -> None:
-    """Adds --step and --no-ema."""
+    """Adds --step, --no-ema and --ignore."""
     text = "step of a workdir: 'latest' (default), 'best' or a number"
     parser.add_argument('--step', default='latest', help=text)
     parser.add_argument('--no-ema', action='store_true', help='use the weights, not their moving averages')
+    text = 'leave out the entries of a file whose names contain REGEX'
+    parser.add_argument('--ignore', default='', metavar='REGEX', help=text)
+
+
+def load_network(args: argparse.Namespace) -> 'Network':
+    """Loads CHECKPOINT and prints on stderr what was taken from a file of another program."""
+    from epsanet_jax.weights import load
+
+    network = load(args.checkpoint, args.step, ema=not args.no_ema, ignore=args.ignore)
+    for note in network.source.notes:
+        to_stderr(shown(f'{args.checkpoint}: {note}'))
+    return network
 
 
 def use_persistent_cache() -> None:

@@ -30,10 +30,9 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     from epsanet_jax.training.evaluation import evaluate
     from epsanet_jax.training.report import describe
-    from epsanet_jax.weights import load
 
     common.use_persistent_cache()
-    network = load(args.checkpoint, args.step, ema=not args.no_ema)
+    network = common.load_network(args)
     dataset = (args.data, args.split, args.data_dir)
     means = evaluate(network, *dataset, args.batch_size, args.on_bad, report=common.to_stderr)
     source = network.source

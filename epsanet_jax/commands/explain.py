@@ -53,7 +53,6 @@ def run(args: argparse.Namespace) -> None:
 def _lines(args: argparse.Namespace) -> Iterator[str]:
     from epsanet_jax.analysis import drawing, explain
     from epsanet_jax.data.image_files import check_paths, find_images
-    from epsanet_jax.weights import load
 
     images, out = args.images, args.out
     check_paths(images, without=out)
@@ -64,7 +63,7 @@ def _lines(args: argparse.Namespace) -> Iterator[str]:
     check_free(written, args.overwrite, '--out')
     common.print_skipped(images, without=out)
     common.use_persistent_cache()
-    network = load(args.checkpoint, args.step, not args.no_ema)
+    network = common.load_network(args)
     _make_folder(out)
     tables, skipped = Tables(images), common.Skipped()
     kernels = explain.kernel_labels(network.model)

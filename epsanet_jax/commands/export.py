@@ -4,7 +4,14 @@ import argparse
 import dataclasses
 from typing import Any
 
-from epsanet_jax.commands.common import add_checkpoint, add_overwrite, positive, use_persistent_cache
+from epsanet_jax.commands.common import (
+    add_checkpoint,
+    add_overwrite,
+    positive,
+    shown,
+    to_stderr,
+    use_persistent_cache,
+)
 
 
 def add_parser(subcommands: Any) -> None:
@@ -37,5 +44,9 @@ def run(args: argparse.Namespace) -> None:
 
     use_persistent_cache()
     chosen = {field.name: getattr(args, field.name) for field in dataclasses.fields(export.Options)}
-    for line in export.export(args.checkpoint, args.dst, export.Options(**chosen)):
+
+    def report(note: str) -> None:
+        to_stderr(shown(f'{args.checkpoint}: {note}'))
+
+    for line in export.export(args.checkpoint, args.dst, export.Options(**chosen), report):
         print(line)

@@ -46,12 +46,11 @@ def run(args: argparse.Namespace) -> None:
 def _lines(args: argparse.Namespace) -> Iterator[str]:
     from epsanet_jax.analysis.predict import predict
     from epsanet_jax.data.image_files import check_paths
-    from epsanet_jax.weights import load
 
     check_paths(args.images)  # first, because reading the weights takes longer
     common.print_skipped(args.images)
     common.use_persistent_cache()
-    network = load(args.checkpoint, args.step, not args.no_ema)
+    network = common.load_network(args)
     skipped = common.Skipped()
     predictions = predict(network, args.images, top=args.top, batch_size=args.batch_size, on_bad=skipped)
     with contextlib.closing(predictions):

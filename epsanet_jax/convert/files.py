@@ -5,81 +5,115 @@ import dataclasses
 import json
 import os
 import pathlib
-import pickle
-import re
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from epsanet_jax.convert import hub_folder
+from epsanet_jax.convert.contents import PACKAGE, Checkpoint, find_weights
+from epsanet_jax.convert.torch_file import STARTS, read_torch
 from epsanet_jax.errors import InputError, one_line
 from epsanet_jax.paths import write_atomically
 
 TORCH_SUFFIXES = ('.pth.tar', '.pth', '.pt')
 SAFETENSORS_SUFFIX = '.safetensors'
-SUFFIXES = (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX)
-PACKAGE = 'epsanet_jax'  # key of the metadata in a file
-_WEIGHTS_KEYS = ('state_dict', 'model', 'state_dict_ema', 'model_state_dict')  # used by training scripts
-
-
-@dataclasses.dataclass(frozen=True)
-class Checkpoint:
-    """The content of a weight file.
-
-    Attributes:
-        state_dict: name -> tensor (PyTorch files) or array (safetensors).
-        epoch: number of finished epochs, if known.
-        optimizer: state dict of the optimizer, if the file has one.
-        arch: name of the network in the training script, if known.
-        best_prec1: best top-1 accuracy in percent, if known.
-        metadata: metadata of the file, as strings.
-    """
-
-    state_dict: Mapping[str, Any]
-    epoch: float | None = None
-    optimizer: Mapping[str, Any] | None = None
-    arch: str | None = None
-    best_prec1: float | None = None
-    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+SUFFIXES = (*TORCH_SUFFIXES, SAFETENSORS_SUFFIX)  # of the files that are written
+# How other files begin that people take for weights, and what to do with them.
+_OTHERS = {
+    b'': 'empty',
+    b'{': 'JSON, not weights',
+    b'<': 'a web page, not weights: download the file itself',
+    b'version https://git-lfs': 'a pointer of Git LFS, not weights: fetch the file with git lfs pull',
+    b'\x1f\x8b': 'compressed with gzip: unpack it first',
+    b'\x89HDF': 'an HDF5 file: save the state dict with PyTorch',
+}
 
 
 def is_weights_file(path: str | os.PathLike[str]) -> bool:
-    """Returns whether a path has the name of a PyTorch or safetensors file, or is a Hub folder."""
-    return os.fspath(path).lower().endswith(SUFFIXES) or hub_folder.is_hub_folder(path)
+    """Returns whether a path is a file or a Hub folder, or has the name of a file of weights."""
+    path = os.path.expanduser(path)
+    return os.path.isfile(path) or has_weights_suffix(path) or hub_folder.is_hub_folder(path)
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Reads a .pth, .pth.tar or .pt file (these need PyTorch), a .safetensors file or a Hub folder.
+def has_weights_suffix(path: str | os.PathLike[str]) -> bool:
+    """Returns whether a path has the name of a PyTorch or safetensors file."""
+    return os.fspath(path).lower().endswith(SUFFIXES)
 
-    A PyTorch file is a state dict, or a dict with one under 'state_dict', 'model', 'state_dict_ema' or
-    'model_state_dict'. Such a dict may also have 'epoch' (the number of finished epochs), 'arch',
-    'best_prec1' and 'optimizer', as the reference writes them.
+
+def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = True, ignore: str = '') -> Checkpoint:
+    """Reads a PyTorch file (these need PyTorch), a safetensors file or a Hub folder.
+
+    The content decides on the type of the file, not its suffix. A PyTorch file is a state dict, or dicts that
+    hold one. Besides, 'epoch' (the number of finished epochs), 'arch', 'best_prec1' and 'optimizer' are read,
+    as the reference writes them. `Checkpoint.notes` says what else was found.
+
+    Args:
+        path: the file or folder.
+        ema: whether to take moving averages of weights, if there are any, instead of the weights.
+        ignore: regular expression for names of entries to leave out; '' for none.
 
     Raises:
-        InputError: the file does not exist, has an unknown suffix, is damaged, or contains objects other
-            than tensors and plain containers.
+        InputError: the file does not exist, is of another type, is damaged, contains objects other than
+            tensors and plain containers, or holds no or several networks.
     """
     path = os.path.expanduser(path)
-    if hub_folder.is_hub_folder(path):
-        content = _read_safetensors(os.path.join(path, hub_folder.WEIGHTS))
-        metadata = hub_folder.read_metadata(path)  # replaces that of the safetensors file
-        stored = {} if metadata is None else {PACKAGE: json.dumps(metadata)}
-        return dataclasses.replace(content, metadata={**content.metadata, **stored})
-    if not os.path.isfile(path):
-        raise InputError(f'no such file: {path}' if not os.path.isdir(path) else f'{path} is a folder')
-    if not is_weights_file(path):
-        raise InputError(f'{path}: unknown file type, expected one of {", ".join(SUFFIXES)}')
+    if os.path.basename(path) == hub_folder.INDEX:
+        path = os.path.dirname(path) or '.'
     try:
-        if path.lower().endswith(SAFETENSORS_SUFFIX):
-            return _read_safetensors(path)
-        return _read_torch(path)
+        if hub_folder.is_hub_folder(path):
+            return _read_folder(path, ema, ignore)
+        if not os.path.isfile(path):
+            raise InputError(f'{path} is a folder' if os.path.isdir(path) else f'no such file: {path}')
+        return _read_file(path, ema, ignore)
     except OSError as e:
         raise InputError(f'cannot read {path}: {e.strerror or e}') from e
 
 
-def _read_safetensors(path: str) -> Checkpoint:
+def _read_file(path: str, ema: bool, ignore: str) -> Checkpoint:
+    with open(path, 'rb') as f:
+        start = f.read(32)
+    if start.startswith(STARTS):
+        return find_weights(read_torch(path), path, ema, ignore)
+    if start[8:9] == b'{' or path.lower().endswith(SAFETENSORS_SUFFIX):  # after the size of the header
+        tensors, metadata = _read_safetensors(path)
+        return dataclasses.replace(find_weights(tensors, path, ema, ignore), metadata=metadata)
+    what = [text for beginning, text in _OTHERS.items() if beginning and start.startswith(beginning)]
+    what = what or [
+        _OTHERS[b''] if not start else f'no PyTorch or safetensors file: it starts with {start[:8]!r}'
+    ]
+    raise InputError(f'{path} is {what[0]}')
+
+
+def _read_folder(path: str, ema: bool, ignore: str) -> Checkpoint:
+    """Reads the weights of a Hub folder; its config.json replaces the metadata of the files."""
+    stored: dict[str, str] = {}
+    names = hub_folder.weight_files(path)
+    if names == [hub_folder.TORCH]:
+        content = _read_file(os.path.join(path, names[0]), ema, ignore)
+    else:
+        tensors: dict[str, Any] = {}
+        for name in names:
+            part, metadata = _read_safetensors(os.path.join(path, name))
+            tensors, stored = {**tensors, **part}, {**stored, **metadata}
+        content = dataclasses.replace(find_weights(tensors, path, ema, ignore), metadata=stored)
+    config = hub_folder.read_config(path)
+    if config is None:
+        return content
+    if hub_folder.is_ours(config):
+        ours = {PACKAGE: json.dumps(hub_folder.to_metadata(config, path))}
+        return dataclasses.replace(content, metadata={**content.metadata, **ours})
+    arch, class_names, preprocessing, notes = hub_folder.read_foreign(config, path)
+    return dataclasses.replace(
+        content,
+        arch=arch or content.arch,
+        class_names=class_names,
+        preprocessing=preprocessing,
+        notes=(*content.notes, *notes),
+    )
+
+
+def _read_safetensors(path: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
     import safetensors
     import safetensors.numpy
@@ -87,62 +121,16 @@ def _read_safetensors(path: str) -> Checkpoint:
     try:
         with safetensors.safe_open(path, framework='np') as f:
             metadata = f.metadata() or {}
-        return Checkpoint(safetensors.numpy.load_file(path), metadata=metadata)
-    except (safetensors.SafetensorError, TypeError, ValueError, KeyError) as e:
-        raise InputError(f'{path} is not a safetensors file, or it is damaged: {_reason(e)}') from e
-
-
-def _read_torch(path: str) -> Checkpoint:
-    try:
-        import torch
-    except ImportError as e:
-        raise InputError(f'reading {path} needs PyTorch: pip install torch') from e
-    with open(path, 'rb') as f:
-        start = f.read(8)
-    if not start.startswith((b'PK\x03\x04', b'\x80')):
-        raise InputError(f'{path} is not a PyTorch file: it starts with {start!r}')
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # the errors report the same problems
-            content = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as e:
-        found = re.search(r'(?:GLOBAL|class|function|global:?) ([\w.]+\.[\w.]+)', str(e))
-        what = f' ({found.group(1)})' if found else ''
-        raise InputError(
-            f'{path} is damaged or contains objects other than tensors{what}: '
-            'save only its state_dict (no code in the file was run)'
-        ) from e
-    except Exception as e:  # for a damaged file torch raises almost any type of exception
-        raise InputError(f'{path} is not a PyTorch checkpoint, or it is damaged: {_reason(e)}') from e
-    return _find_weights(content, path)
-
-
-def _find_weights(content: Any, path: str) -> Checkpoint:
-    if not isinstance(content, dict):
-        raise InputError(f'{path} contains a {type(content).__name__} instead of a state dict')
-    weights = next((content[key] for key in _WEIGHTS_KEYS if isinstance(content.get(key), dict)), content)
-    named = {name: value for name, value in weights.items() if hasattr(value, 'shape')}
-    if not named or len(named) < len(weights) or not all(isinstance(name, str) for name in named):
-        raise InputError(f'{path} contains no state dict; its entries: {", ".join(map(str, weights))[:200]}')
-    note = getattr(weights, PACKAGE, None)
-    metadata = {PACKAGE: note} if isinstance(note, str) else {}
-    if weights is content:
-        return Checkpoint(named, metadata=metadata)
-    epoch, arch, optimizer = (content.get(key) for key in ('epoch', 'arch', 'optimizer'))
-    return Checkpoint(
-        named,
-        epoch=epoch if isinstance(epoch, int) and not isinstance(epoch, bool) and epoch >= 0 else None,
-        optimizer=optimizer if isinstance(optimizer, dict) else None,
-        arch=arch if isinstance(arch, str) else None,
-        best_prec1=_number(content.get('best_prec1')),
-        metadata=metadata,
-    )
-
-
-def _number(value: Any) -> float | None:
-    """Returns a number or a scalar tensor as a float, and None for other values."""
-    value = value.item() if getattr(value, 'ndim', None) == 0 else value
-    return float(value) if isinstance(value, int | float) else None
+            types = [f.get_slice(name).get_dtype() for name in f.keys()]  # noqa: SIM118
+        narrow = sorted(dtype for dtype in types if dtype.startswith('F8'))
+        if narrow:
+            raise InputError(f'{path} holds tensors of type {narrow[0]}: convert them to float32 or bfloat16')
+        return safetensors.numpy.load_file(path), metadata
+    except (safetensors.SafetensorError, TypeError, ValueError, KeyError, AttributeError) as e:
+        if isinstance(e, InputError):
+            raise
+        reason = one_line(e, 200) or type(e).__name__
+        raise InputError(f'{path} is not a safetensors file, or it is damaged: {reason}') from e
 
 
 def write_torch(
@@ -205,8 +193,3 @@ def _tensor(array: np.ndarray, torch: Any) -> Any:
     if array.dtype.name == 'bfloat16':
         return torch.from_numpy(array.astype(np.float32)).bfloat16()
     return torch.from_numpy(np.array(array))
-
-
-def _reason(error: Exception) -> str:
-    """Returns the first sentence of a message."""
-    return re.split(r'\. (?=[A-Z])', one_line(error))[0][:200] or type(error).__name__

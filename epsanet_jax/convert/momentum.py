@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from epsanet_jax.convert.state_dict import Table, name_table, read_tensors, strip_prefix, to_torch_layout
-from epsanet_jax.errors import InputError
+from epsanet_jax.convert.contents import strip_prefix
+from epsanet_jax.convert.state_dict import Table, name_table, read_tensors, to_torch_layout
+from epsanet_jax.errors import InputError, some
 from epsanet_jax.models.epsanet import EPSANet
 
 
@@ -93,7 +94,7 @@ def momentum_from_torch(
     buffers = {n: sgd.buffers[i] for i, n in zip(sgd.numbers, names, strict=True) if i in sgd.buffers}
     flat, problems = read_tensors(buffers, table)
     if problems:
-        raise InputError(f'the momentum buffers do not fit the model: {"; ".join(problems)}')
+        raise InputError(f'the momentum buffers do not fit the model: {some(problems, 3)}')
     zeros = {path: np.zeros(leaf.shape, leaf.dtype) for path, leaf in table.values()}
     return traverse_util.unflatten_dict({**zeros, **flat})['params']
 

@@ -7,6 +7,7 @@ layer1.0.downsample.1.bias     [C]           <->  params/layer1_0/downsample_1/b
 fc.weight                      [K, C]        <->  params/fc/kernel                      [C, K]
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -15,15 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from epsanet_jax.convert.contents import strip_prefix
 from epsanet_jax.convert.infer import differences, infer_settings
-from epsanet_jax.errors import InputError
+from epsanet_jax.errors import InputError, one_line, some
 from epsanet_jax.models.epsanet import EPSANet, abstract_images, abstract_variables
 
 Path = tuple[str, ...]
 Table = dict[str, tuple[Path, jax.ShapeDtypeStruct]]
 _LEAVES = {'kernel': 'weight', 'scale': 'weight', 'mean': 'running_mean', 'var': 'running_var'}
 _COUNTER = 'num_batches_tracked'
-_PREFIXES = ('module.', '_orig_mod.')  # of DataParallel and of torch.compile
 
 
 def name_table(model: EPSANet) -> Table:
@@ -40,7 +41,7 @@ def from_torch(
 ) -> dict[str, Any]:
     """Returns the variables for `model.apply`, {'params', 'batch_stats'}, from a PyTorch state dict.
 
-    Prefixes of DataParallel and torch.compile are removed. `num_batches_tracked` is not needed.
+    The prefix of a wrapper is removed. `num_batches_tracked` is not needed.
 
     Args:
         state_dict: name -> tensor or array of any floating-point type, for every name of the model.
@@ -49,7 +50,7 @@ def from_torch(
 
     Raises:
         InputError: names are missing or unexpected, shapes differ, or values are not finite. The message
-            lists every problem and, if known, the model that the state dict fits.
+            names some problems of each kind and, if known, the model that the state dict fits.
     """
     table = name_table(model)
     given = dict(strip_prefix(state_dict))
@@ -57,11 +58,11 @@ def from_torch(
         given = {k: v for k, v in given.items() if not k.startswith('fc.')}
         given |= draw_classifier(model, new_head)
     counters = {name.removesuffix('running_var') + _COUNTER for name in table if name.endswith('running_var')}
-    problems = [f'missing {name}' for name in table if name not in given]
-    problems += [f'unexpected {name}' for name in given if name not in table and name not in counters]
+    missing = [f'missing {name}' for name in table if name not in given]
+    unexpected = [name for name in given if name not in table and name not in counters]
     flat, wrong = read_tensors(given, table)
-    if problems + wrong:
-        raise InputError(_describe(problems + wrong, given, model))
+    if missing or unexpected or wrong:
+        raise InputError(_describe(missing, unexpected, wrong, given, model))
     return traverse_util.unflatten_dict(flat)
 
 
@@ -83,17 +84,6 @@ def to_torch(variables: Mapping[str, Any], model: EPSANet) -> dict[str, np.ndarr
         state_dict[name] = to_torch_layout(flat[path])
         if name.endswith('running_var'):
             state_dict[name.removesuffix('running_var') + _COUNTER] = np.zeros((), np.int64)
-    return state_dict
-
-
-def strip_prefix(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Removes the prefix of a wrapper if all names have it."""
-    while state_dict:
-        first = next(iter(state_dict))
-        prefix = next((p for p in _PREFIXES if first.startswith(p)), None)
-        if prefix is None or not all(name.startswith(prefix) for name in state_dict):
-            break
-        state_dict = {name.removeprefix(prefix): value for name, value in state_dict.items()}
     return state_dict
 
 
@@ -188,10 +178,24 @@ def draw_classifier(model: EPSANet, key: jax.Array) -> dict[str, np.ndarray]:
     return {'fc.weight': to_torch_layout(np.asarray(fc['kernel'])), 'fc.bias': np.asarray(fc['bias'])}
 
 
-def _describe(problems: list[str], given: Mapping[str, Any], model: EPSANet) -> str:
-    message = f'the state dict does not fit the model in {len(problems)} places: {"; ".join(problems)}'
+def _describe(
+    missing: list[str], unexpected: list[str], wrong: list[str], given: Mapping[str, Any], model: EPSANet
+) -> str:
+    """Returns a message of at most about 400 characters."""
+    kinds = (missing, [f'unexpected {name}' for name in unexpected], wrong)
+    shown = '; '.join(some([one_line(p, 90) for p in kind], 2) for kind in kinds if kind)
+    message = (
+        f'the state dict does not fit the model in {sum(map(len, kinds))} places: {one_line(shown, 290)}'
+    )
+    if not missing and not wrong:
+        last = sorted({re.escape(name.rpartition('.')[2]) for name in unexpected})
+        pattern = f'({"|".join(last)})$'
+        needed = given.keys() - set(unexpected)
+        if len(pattern) > 60 or any(re.search(pattern, name) for name in needed):
+            pattern = 'REGEX'
+        return f"{message}; to leave entries out: epsanet convert SRC DST --ignore '{pattern}'"
     try:
         different = differences(infer_settings(given), model)
     except InputError:
         return message
-    return f'{message}; its shapes are those of {different}' if different else message
+    return one_line(f'{message}; its shapes are those of {different}' if different else message, 420)

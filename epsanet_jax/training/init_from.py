@@ -110,7 +110,7 @@ def make_initial_state(
     Raises:
         InputError: the weights do not fit the model, or `step` is given and the classes differ.
     """
-    content, report = network.source.checkpoint, []
+    content, report = network.source.checkpoint, list(network.source.notes)
     head, theirs = network.model.num_classes, list(network.class_names)
     replace = head != model.num_classes or (theirs and theirs != list(class_names))
     shown = f'{head} classes' if head != model.num_classes else f'other classes ({some(theirs, 3)})'

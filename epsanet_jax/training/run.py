@@ -222,9 +222,11 @@ def _read_network(
         start = json.loads((workdir / CONFIG_FILE).read_text()).get('start')
         return None, None if start is None else Start(**start)
     if given is None:
-        # Momentum belongs to the weights, not to their averages; files hold one set of weights.
+        # Momentum belongs to the weights, not to their averages. Most files hold one set of weights.
         ema = not config.init_optimizer or is_weights_file(config.init_from)
         given = load(config.init_from, ema=ema, with_checkpoint=True)
+        if config.init_optimizer and ema and given.source.no_optimizer:
+            given = load(config.init_from, ema=False, with_checkpoint=True)
     return given, read_start(given, config.optimizer) if config.init_optimizer else None
 
 

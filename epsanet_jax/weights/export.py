@@ -21,10 +21,8 @@ from epsanet_jax.data.preprocessing import MAX_SIZE
 from epsanet_jax.errors import InputError
 from epsanet_jax.models.dtypes import at_least_float32
 from epsanet_jax.models.epsanet import MIN_SIZE
-from epsanet_jax.weights import hub
 from epsanet_jax.weights.files import load
-from epsanet_jax.weights.metadata import metadata_of
-from epsanet_jax.weights.network import Network, without_run
+from epsanet_jax.weights.network import Network, metadata_of, save_pretrained, without_run
 from epsanet_jax.weights.save import compare, convert, describe_model, verify_weights
 
 FORMATS = ('stablehlo', 'onnx', 'safetensors', 'torch', 'hub')
@@ -52,6 +50,7 @@ class Options:
         dtype: type of the computation; None: that of the network.
         step: which checkpoint of a workdir to read: 'latest', 'best' or a number.
         no_ema: whether to read the weights of a run instead of their moving averages.
+        ignore: regular expression for names of entries of a file to leave out; '' for none.
         verify: whether to compare logits before writing.
         overwrite: whether to replace existing files.
     """
@@ -62,17 +61,24 @@ class Options:
     dtype: str | None = None
     step: str = 'latest'
     no_ema: bool = False
+    ignore: str = ''
     verify: bool = False
     overwrite: bool = False
 
 
-def export(source: Network | str, dst: str, options: Options | None = None) -> Iterator[str]:
+def export(
+    source: Network | str,
+    dst: str,
+    options: Options | None = None,
+    report: Callable[[str], object] = str,
+) -> Iterator[str]:
     """Writes a network for other programs and yields the lines of a report.
 
     Args:
         source: a network, or the path of its weights, see `load`.
         dst: a file or a new folder.
         options: format, input and type of the file; None: the defaults.
+        report: called with each line of `Source.notes`.
 
     Raises:
         InputError: the weights cannot be read, an option does not apply, or `dst` cannot be written.
@@ -82,17 +88,20 @@ def export(source: Network | str, dst: str, options: Options | None = None) -> I
     dst = dst.rstrip('/') or dst
     _check(dst, kind, options)
     if kind in ('safetensors', 'torch'):
-        chosen = (options.step, options.verify, not options.no_ema, options.overwrite)
-        yield from convert(source, dst, None, None, *chosen)
+        chosen = {'step': options.step, 'ema': not options.no_ema, 'ignore': options.ignore}
+        chosen |= {'verify': options.verify, 'overwrite': options.overwrite}
+        yield from convert(source, dst, report=report, **chosen)
         return
     given = isinstance(source, Network)
-    network = source if given else load(source, options.step, ema=not options.no_ema)
+    network = source if given else load(source, options.step, not options.no_ema, ignore=options.ignore)
+    for note in () if given else network.source.notes:
+        report(note)
     network = _changed(network, options)
     yield f'{network.source.path if given else source}: {describe_model(network)}'
     if kind == 'hub':
         if options.verify:
             yield verify_weights(network, network.state_dict)
-        hub.save_pretrained(dst, network)
+        save_pretrained(dst, network)
         yield f'written: {dst}/; complete its README.md before `hf upload`'
         return
     write = _write_stablehlo if kind == 'stablehlo' else _write_onnx

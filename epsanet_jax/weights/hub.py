@@ -1,4 +1,4 @@
-"""Writes folders in the layout of the Hugging Face Hub, and downloads repositories from it."""
+"""Writes folders in the layout of the Hugging Face Hub, and moves them from it and to it."""
 
 import json
 import os
@@ -6,66 +6,26 @@ import pathlib
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from epsanet_jax.convert import files, hub_folder
-from epsanet_jax.convert.state_dict import to_torch
-from epsanet_jax.data.preprocessing import Preprocessing, default_preprocessing
 from epsanet_jax.errors import InputError, one_line
-from epsanet_jax.models.epsanet import EPSANet
-from epsanet_jax.weights.metadata import metadata_of, read_metadata
-from epsanet_jax.weights.network import Network, without_run
 
 SCHEME = 'hf://'
+_NAME = re.compile(r'[\w.-]+/[\w.-]+')
 
 
-def save_pretrained(
-    folder: str | os.PathLike[str],
-    network: Network | EPSANet,
-    variables: Mapping[str, Any] | None = None,
-    class_names: Sequence[str] = (),
-    preprocessing: Preprocessing | None = None,
-    *,
-    license: str = '',
-    description: str = '',
+def write_folder(
+    folder: str, state_dict: Mapping[str, np.ndarray], metadata: Mapping[str, Any], card: str
 ) -> None:
-    """Writes config.json, model.safetensors (PyTorch's names and layouts) and a model card, README.md.
-
-    The configuration of the training run is left out, because it may contain private paths.
-
-    Args:
-        folder: a new folder.
-        network: a network, or a model with the next three arguments.
-        variables: {'params', 'batch_stats'} of the model.
-        class_names: class names in the order of the logits.
-        preprocessing: how to prepare images for the model; None: that of the reference, for ImageNet.
-        license: license of the weights, as the Hub writes it ('mit'); if empty, the card has a placeholder.
-        description: text for the card: the training data and the accuracy. The card states no results itself.
+    """Writes config.json, model.safetensors and README.md into a temporary folder and renames it.
 
     Raises:
-        InputError: the folder exists or cannot be written, or the arguments do not fit together.
+        InputError: the folder exists or cannot be written.
     """
-    folder = os.fspath(folder)
-    if not isinstance(network, Network):
-        if variables is None:
-            raise InputError('save_pretrained needs a Network, or a model and its variables')
-        network = Network(
-            network,
-            dict(variables),
-            tuple(class_names),
-            preprocessing or default_preprocessing(network.in_channels),
-        )
-    classes = network.model.num_classes
-    if network.class_names and len(network.class_names) != classes:
-        raise InputError(f'the model has {classes} classes, but {len(network.class_names)} names were given')
-    metadata = without_run(metadata_of(network))
-    read_metadata(metadata, folder)  # only valid metadata are written
-    _write_folder(folder, network, metadata, _card(metadata, license, description))
-
-
-def _write_folder(folder: str, network: Network, metadata: Mapping[str, Any], card: str) -> None:
-    """Writes the files into a temporary folder and renames it."""
     if os.path.lexists(folder):
         raise InputError(f'{folder} exists; choose another name')
     parent, name = os.path.split(os.path.abspath(folder))
@@ -73,7 +33,6 @@ def _write_folder(folder: str, network: Network, metadata: Mapping[str, Any], ca
     try:
         temporary = tempfile.mkdtemp(dir=parent, prefix=f'{name}.tmp-')
         weights = os.path.join(temporary, hub_folder.WEIGHTS)
-        state_dict = to_torch(network.variables, network.model)
         files.write_safetensors(weights, state_dict, files.weights_metadata(metadata))
         config = json.dumps(hub_folder.to_config(metadata), indent=2, ensure_ascii=False)
         pathlib.Path(temporary, hub_folder.CONFIG).write_text(f'{config}\n', 'utf-8')
@@ -87,7 +46,8 @@ def _write_folder(folder: str, network: Network, metadata: Mapping[str, Any], ca
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _card(metadata: Mapping[str, Any], license: str, description: str) -> str:
+def make_card(metadata: Mapping[str, Any], license: str, description: str) -> str:
+    """Returns the text of a model card, README.md."""
     name, shown = metadata['model']['name'], metadata['preprocessing']
     size = shown['image_size']
     return f"""---
@@ -138,18 +98,52 @@ def download(repository: str, revision: str | None = None) -> str:
     Raises:
         InputError: the name is invalid, huggingface_hub is not installed, or the Hub has no such repository.
     """
-    if not re.fullmatch(r'[\w.-]+/[\w.-]+', repository):
+    if not _NAME.fullmatch(repository):
         raise InputError(f"no such folder, and not the name of a Hub repository ('owner/name'): {repository}")
+    library = _library(f'no such folder: {repository}; to download it from the Hub')
     try:
-        import huggingface_hub
-    except ImportError as e:
-        advice = 'to download it from the Hub: pip install huggingface_hub'
-        raise InputError(f'no such folder: {repository}; {advice}') from e
-    try:
-        wanted = [hub_folder.CONFIG, hub_folder.WEIGHTS, hub_folder.CARD]
-        folder = huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=wanted)
+        wanted = [hub_folder.CONFIG, hub_folder.CARD, hub_folder.WEIGHTS, hub_folder.INDEX, hub_folder.PARTS]
+        folder = library.snapshot_download(repository, revision=revision, allow_patterns=wanted)
+        if not hub_folder.is_hub_folder(folder):
+            wanted = [hub_folder.CONFIG, hub_folder.CARD, hub_folder.TORCH]
+            folder = library.snapshot_download(repository, revision=revision, allow_patterns=wanted)
     except (OSError, ValueError) as e:  # all errors of huggingface_hub are one of these
         raise InputError(f'no such folder, and cannot download {repository}: {one_line(e)}') from e
     if not hub_folder.is_hub_folder(folder):
         raise InputError(f'the Hub repository {repository} has no {hub_folder.WEIGHTS}')
     return folder
+
+
+def upload(folder: str, repository: str, private: bool, keep_card: bool) -> str:
+    """Uploads a folder as one commit, and creates the repository 'owner/name' if it does not exist.
+
+    Args:
+        folder: the folder.
+        repository: 'owner/name'.
+        private: whether a repository that is created is private.
+        keep_card: whether to keep the README.md of the repository if it has one.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        InputError: the name is invalid, huggingface_hub is not installed, or the Hub refuses the upload.
+    """
+    if not _NAME.fullmatch(repository):
+        raise InputError(f"not the name of a Hub repository ('owner/name'): {repository}")
+    api = _library('to upload to the Hub').HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        kept = [hub_folder.CARD] if keep_card and api.file_exists(repository, hub_folder.CARD) else None
+        commit = api.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=kept)
+    except (OSError, ValueError) as e:
+        raise InputError(f'cannot upload to {repository}: {one_line(e)}') from e
+    return str(commit.commit_url)
+
+
+def _library(purpose: str) -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as e:
+        raise InputError(f'{purpose}: pip install huggingface_hub') from e
+    return huggingface_hub

@@ -8,10 +8,8 @@ from typing import Any
 from epsanet_jax.convert.files import PACKAGE
 from epsanet_jax.data.preprocessing import Preprocessing, preprocessing_from_json
 from epsanet_jax.errors import InputError, one_line
-from epsanet_jax.models.settings import DTYPES, ModelConfig, check_types, model_config, settings_of
-from epsanet_jax.models.zoo import build_model, config_of
+from epsanet_jax.models.settings import DTYPES, ModelConfig, check_types, model_config
 from epsanet_jax.version import __version__
-from epsanet_jax.weights.network import Network
 
 
 def make_metadata(
@@ -40,24 +38,6 @@ def make_metadata(
         'config': config,
         'identity': identity,
     }
-
-
-def metadata_of(network: Network) -> dict[str, Any]:
-    """Returns the metadata to store with a network: the stored ones, updated to its current settings."""
-    stored = network.source.metadata
-    made = make_metadata(_config_of(network), network.class_names, network.preprocessing)
-    return {**made, **{k: v for k, v in stored.items() if k not in ('model', 'class_names', 'preprocessing')}}
-
-
-def _config_of(network: Network) -> ModelConfig:
-    """Returns the configuration of the model: the stored one if it still fits."""
-    if 'model' in network.source.metadata:
-        config = model_config(network.source.metadata['model'])
-        same = build_model(config)
-        kind = (network.model.middle, network.model.use_se)
-        if settings_of(same) == settings_of(network.model) and (same.middle, same.use_se) == kind:
-            return config
-    return config_of(network.model)
 
 
 def name_outputs(class_names: Sequence[str], num_classes: int) -> list[str]:

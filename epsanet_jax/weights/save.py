@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,8 +17,7 @@ from epsanet_jax.models import ModelConfig, get_variant
 from epsanet_jax.models.epsanet import EPSANet
 from epsanet_jax.paths import check_free
 from epsanet_jax.weights.files import load
-from epsanet_jax.weights.metadata import metadata_of
-from epsanet_jax.weights.network import Network, with_new_classifier, without_run
+from epsanet_jax.weights.network import Network, metadata_of, with_new_classifier, without_run
 
 VERIFIED_TO = 1e-5  # relative to the largest logit; float32 rounding gives about 2e-6 at 224 px
 _OTHER_SUFFIXES = ('.ckpt', '.bin', '.safetensor', '.tar', '.pkl', '.h5', '.npz', '.onnx', '.tmp', '.zip')
@@ -33,6 +32,8 @@ def convert(
     verify: bool = False,
     ema: bool = True,
     overwrite: bool = False,
+    ignore: str = '',
+    report: Callable[[str], object] = str,
 ) -> Iterator[str]:
     """Converts weights and yields the lines of a report.
 
@@ -43,8 +44,10 @@ def convert(
         num_classes: number of classes; a classifier of another size is replaced by a new one.
         step: which checkpoint of a workdir to read: 'latest', 'best' or a number.
         verify: whether to compare logits with PyTorch before writing.
-        ema: whether to read the moving averages, if the run kept them.
+        ema: whether to read the moving averages, if they were kept.
         overwrite: whether to replace an existing file `dst`.
+        ignore: regular expression for names of entries of `src` to leave out; '' for none.
+        report: called with each line of `Source.notes`.
 
     Raises:
         InputError: `src` cannot be read or does not fit the model, or `dst` cannot be written.
@@ -58,10 +61,12 @@ def convert(
         network = src
     else:
         named = None if name is None else ModelConfig(name=name, num_classes=num_classes or 1000)
-        network = load(src, step, ema, model=named, with_checkpoint=True)
+        network = load(src, step, ema, model=named, ignore=ignore, with_checkpoint=True)
     content, old = network.checkpoint, network.model.num_classes
     if not (num_classes or old):
         raise InputError(f'{src_name} has no classifier: use --num-classes=N to draw a new one')
+    for note in () if isinstance(src, Network) else network.source.notes:
+        report(note)
     replaced = num_classes is not None and num_classes != old
     if replaced:
         network = with_new_classifier(network, num_classes or 0, jax.random.key(0))
@@ -104,7 +109,7 @@ def _check_destination(src: str, dst: str, overwrite: bool) -> None:
     if not os.path.isdir(os.path.dirname(os.path.abspath(dst))):
         raise InputError(f'cannot write {dst}: its folder does not exist')
     suffix = os.path.splitext(dst)[1]
-    if suffix.lower() in _OTHER_SUFFIXES and not files.is_weights_file(dst):
+    if suffix.lower() in _OTHER_SUFFIXES and not files.has_weights_suffix(dst):
         known = ', '.join(files.SUFFIXES)
         raise InputError(f'{dst}: cannot write {suffix} files, only {known} or a folder (without a suffix)')
 

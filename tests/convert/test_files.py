@@ -1,6 +1,8 @@
 """Reading and writing weight files."""
 
+import argparse
 import pickle
+import shutil
 
 import chex
 import numpy as np
@@ -10,9 +12,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch_files import NET, REFERENCE, STATE_DICT, VARIABLES, assert_refused
 
+from epsanet_jax import InputError
 from epsanet_jax.commands.main import main
 from epsanet_jax.convert import from_torch, read_checkpoint
 from epsanet_jax.weights import load
+
+# As timm's training script writes it, with options, NumPy numbers and moving averages.
+TIMM = {
+    'epoch': 31,
+    'arch': 'epsanet50',
+    'state_dict': {name: torch.zeros_like(value) for name, value in STATE_DICT.items()},
+    'state_dict_ema': {f'module.{name}': value for name, value in STATE_DICT.items()},
+    'args': argparse.Namespace(model='epsanet50', lr=np.float64(0.1), aa=None),
+    'metric': np.float32(77.5),
+    'version': 2,
+}
 
 
 @pytest.fixture
@@ -25,6 +39,7 @@ def saved(tmp_path):
 @pytest.mark.parametrize(
     'content',
     [
+        TIMM,
         REFERENCE,
         STATE_DICT,
         {'model': STATE_DICT, 'epoch': 3},
@@ -49,6 +64,47 @@ def test_tilde_in_path_is_expanded(saved, monkeypatch):
 def test_epoch_arch_and_accuracy_of_reference_checkpoint_are_read(saved):
     read = read_checkpoint(saved)
     assert (read.epoch, read.arch, read.best_prec1, read.optimizer) == (31, 'epsanet50', 12.5, None)
+
+
+@pytest.mark.parametrize('suffix', ['.ckpt', '.bin', '.pkl', '.pt2', '.PTH', '.weights', '', '.safetensors'])
+def test_content_decides_and_not_the_suffix(tmp_path, saved, suffix):
+    shutil.copy(saved, tmp_path / f'x{suffix}')
+    chex.assert_trees_all_equal(load(tmp_path / f'x{suffix}').variables, VARIABLES)
+
+
+def test_safetensors_are_read_from_a_file_of_any_name(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({f'model.{k}': v for k, v in STATE_DICT.items()}, tmp_path / 'x.bin')
+    read = read_checkpoint(tmp_path / 'x.bin')
+    chex.assert_trees_all_equal(from_torch(read.state_dict, NET), VARIABLES)
+    assert read.notes == ("the prefix 'model.' of the names removed",)
+
+
+def test_safetensors_of_float8_are_refused_in_one_line(capsys, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({'x': torch.zeros(2).to(torch.float8_e4m3fn)}, tmp_path / 'x.safetensors')
+    part = 'x.safetensors holds tensors of type F8_E4M3: convert them to float32 or bfloat16'
+    assert_refused(capsys, 'convert', tmp_path / 'x.safetensors', tmp_path / 'y.pth', part=part)
+
+
+@pytest.mark.parametrize(
+    ('content', 'reason'),
+    [
+        (b'', 'is empty'),
+        (b'<!DOCTYPE html>', 'is a web page, not weights'),
+        (b'version https://git-lfs.github.com/spec/v1', 'is a pointer of Git LFS'),
+        (b'{"a": 1}', 'is JSON, not weights'),
+        (b'\x1f\x8b\x08', 'is compressed with gzip'),
+        (b'\x89HDF\r\n', 'is an HDF5 file'),
+        (b'hello', "is no PyTorch or safetensors file: it starts with b'hello'"),
+    ],
+)
+def test_other_files_are_refused_with_what_they_are(tmp_path, content, reason):
+    (tmp_path / 'x.ckpt').write_bytes(content)
+    with pytest.raises(InputError, match=f'x.ckpt {reason}'):
+        read_checkpoint(tmp_path / 'x.ckpt')
 
 
 def test_bfloat16_safetensors_are_read(tmp_path):
@@ -81,12 +137,11 @@ def test_invalid_files_are_refused_and_run_no_code(capsys, saved, tmp_path):
         'list.pth': lambda p: torch.save([torch.zeros(2)], p),
         'nothing.pth': lambda p: torch.save({}, p),
         'other.pth': lambda p: torch.save({'weight': torch.zeros(2)}, p),
-        'nested.pth': lambda p: torch.save({'net': STATE_DICT, 'step': 3}, p),
+        'nested.pth': lambda p: torch.save({'a': {'b': {'c': {'d': STATE_DICT}}}}, p),
         'truncated.pth.tar': lambda p: p.write_bytes(good[: len(good) // 2]),
         'empty.pth': lambda p: p.write_bytes(b''),
         'page.pth': lambda p: p.write_text('<!DOCTYPE html><title>404</title>'),
         'page.safetensors': lambda p: p.write_text('<!DOCTYPE html><title>404</title>'),
-        'torch.safetensors': lambda p: p.write_bytes(good),
         'folder.pth': lambda p: p.mkdir(),
     }
     for name, make in invalid.items():
@@ -116,8 +171,9 @@ def test_invalid_tensors_are_refused(capsys, tmp_path, name, tensor):
     assert_refused(capsys, 'convert', tmp_path / 'x.pth', tmp_path / 'y.pth', '--num-classes', 7)
 
 
-def test_failed_write_keeps_the_old_file(capsys, saved, tmp_path, monkeypatch):
-    target = tmp_path / 'x.pth'
+def test_failed_write_keeps_the_old_file(capsys, tmp_path, monkeypatch):
+    saved, target = tmp_path / 'saved.pth', tmp_path / 'x.pth'
+    torch.save(STATE_DICT, saved)
     target.write_text('old')
 
     def full_disk(content, file):
@@ -135,6 +191,8 @@ def bytes_of(tmp_path_factory):
     folder = tmp_path_factory.mktemp('bytes')
     torch.save(REFERENCE, folder / 'zip.pth')
     torch.save(REFERENCE, folder / 'old.pth', _use_new_zipfile_serialization=False)
+    torch.save(TIMM, folder / 'timm.ckpt')
+    torch.save(TIMM, folder / 'timm_old.pkl', _use_new_zipfile_serialization=False)
     main(['convert', str(folder / 'zip.pth'), str(folder / 'x.safetensors')])
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
@@ -145,7 +203,7 @@ def bytes_of(tmp_path_factory):
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 @given(
-    kind=st.sampled_from(['zip.pth', 'old.pth', 'x.safetensors']),
+    kind=st.sampled_from(['zip.pth', 'old.pth', 'x.safetensors', 'timm.ckpt', 'timm_old.pkl']),
     cut=st.floats(0, 1),
     damage=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 255)), max_size=6),
 )
@@ -164,6 +222,6 @@ def test_damaged_file_is_refused_or_has_the_same_names(tmp_path, bytes_of, kind,
     assert status in (0, 2)
     assert target.exists() == (status == 0)
     if status == 0:
-        assert cut > 0.99 or kind == 'zip.pth', 'a truncated file was read'
+        assert cut > 0.99 or kind in ('zip.pth', 'timm.ckpt'), 'a truncated file was read'
         shapes = {k: v.shape for k, v in torch.load(target, weights_only=True).items()}
         assert shapes == {k: v.shape for k, v in STATE_DICT.items()}

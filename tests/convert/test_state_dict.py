@@ -79,7 +79,7 @@ def test_parameters_that_require_gradients_are_read():
     assert from_torch(dict(twin.named_parameters()) | dict(twin.named_buffers()), NET)
 
 
-def test_one_error_lists_every_name_that_does_not_fit():
+def test_one_error_names_what_does_not_fit_of_each_kind():
     broken = dict(STATE_DICT)
     del broken['bn1.weight'], broken['layer3.0.conv2.conv_2.weight']
     broken['fc.weight'] = broken['fc.weight'][:3]
@@ -92,16 +92,16 @@ def test_one_error_lists_every_name_that_does_not_fit():
         from_torch(broken, NET)
     for problem in (
         '8 places',
+        ' and 2 more',
         'missing bn1.weight',
         'missing layer3.0.conv2.conv_2.weight',
         'unexpected layer9.weight',
         'unexpected foo.num_batches_tracked',
-        'shape (3, 64) instead of (7, 64) in fc.weight',
-        'values that are not finite as float32 in bn1.bias',
-        'negative values in layer1.0.bn1.running_var',
         'values of type int32 in layer1.0.conv1.weight',
+        'values that are not finite as float32 in bn1.bias',
     ):
         assert problem in str(e.value)
+    assert len(str(e.value)) <= 420
 
 
 def test_new_head_replaces_a_classifier_of_another_size():

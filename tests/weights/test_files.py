@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import small
 import torch
+from command import run
 from PIL import Image
 
 import epsanet_jax
 from epsanet_jax import InputError, Network
+from epsanet_jax.convert import to_torch
 from epsanet_jax.data.preprocessing import Preprocessing
 from epsanet_jax.weights import orbax, save
-from epsanet_jax.weights.metadata import metadata_of
+from epsanet_jax.weights.network import metadata_of
 
 NET = small.model(layers=(1, 1), planes=(8, 16))
 VARIABLES = small.random_variables(NET, dtype=np.float32)
@@ -93,6 +95,7 @@ def test_file_without_classifier_gives_features(saved, tmp_path):
     state_dict = torch.load(saved / 'x.pth', weights_only=True)
     torch.save({k: v for k, v in state_dict.items() if not k.startswith('fc.')}, tmp_path / 'x.pth')
     network = epsanet_jax.load(tmp_path / 'x.pth')
+    assert network.source.notes == ('no classifier in the file: the network returns the pooled features',)
     assert network.model.num_classes == 0
     images = np.ones((2, 32, 32, 3), np.float32)
     pooled = network.model.apply(network.variables, images)
@@ -109,8 +112,91 @@ def test_file_without_classifier_gives_features(saved, tmp_path):
         ({'step': 'best'}, 'has one set of weights'),
         ({'ema': False}, 'has one set of weights'),
         ({'revision': 'main'}, 'is only for Hub repositories'),
+        ({'ignore': 'x', 'path': 'orbax'}, '--ignore is for files and Hub folders, not for the checkpoint'),
     ],
 )
 def test_options_that_do_not_apply_are_refused(saved, options, part):
+    path = saved / options.pop('path', 'x.pth')
     with pytest.raises(InputError, match=part):
-        epsanet_jax.load(saved / 'x.pth', **options)
+        epsanet_jax.load(path, **options)
+
+
+RESNET = epsanet_jax.create_model('resnet50', layers=(1,), planes=(8,), expansion=2, num_classes=3)
+UNSURE = (
+    "read as resnet50; networks with the same names (timm's resnetaa50 and resnetblur50, Caffe's ResNet-50) "
+    'would give wrong logits: check some images'
+)
+WARNING = 'warning: read as resnet50, but the file is of {}: the logits may be wrong'
+
+
+@pytest.mark.parametrize(
+    ('arch', 'notes'),
+    [
+        (None, (UNSURE,)),
+        ('resnet50', ()),
+        ('tv_resnet50.tv_in1k', ()),
+        ('resnet50.a1_in1k', ()),
+        ('seresnet50', (WARNING.format('seresnet50'),)),
+        (
+            'resnetaa50',
+            ('warning: read as resnet50, but the file is of resnetaa50: the logits may be wrong',),
+        ),
+    ],
+)
+def test_resnet_that_may_be_another_architecture_is_reported(tmp_path, arch, notes):
+    variables = small.random_variables(RESNET, dtype=np.float32)
+    state_dict = {k: torch.from_numpy(v) for k, v in to_torch(variables, RESNET).items()}
+    torch.save({'state_dict': state_dict, 'arch': arch}, tmp_path / 'x.pth')
+    network = epsanet_jax.load(tmp_path / 'x.pth')
+    chex.assert_trees_all_equal(network.variables, variables)
+    assert network.source.notes == notes
+
+
+@pytest.fixture(scope='module')
+def averaged(tmp_path_factory):
+    """A file with weights, moving averages, a prefix and a counter of a profiler."""
+    state_dict = {k: torch.from_numpy(v) for k, v in to_torch(VARIABLES, NET).items()}
+    average = {f'module.{k}': v for k, v in state_dict.items()} | {'module.total_ops': torch.zeros(1)}
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1).state_dict()
+    path = tmp_path_factory.mktemp('averaged') / 'last.ckpt'
+    weights = {k: v * 0 for k, v in state_dict.items()}
+    torch.save({'model': weights, 'model_ema': average, 'optimizer': optimizer, 'epoch': 3}, path)
+    return path
+
+
+def test_moving_averages_come_without_the_optimizer_of_the_weights(averaged):
+    network = epsanet_jax.load(averaged, with_checkpoint=True, ignore='total_ops')
+    assert network.source.averaged
+    assert network.checkpoint.optimizer is None
+    assert (
+        network.source.no_optimizer == 'it belongs to the weights, not to their moving averages: use --no-ema'
+    )
+    chex.assert_trees_all_equal(network.variables, VARIABLES)
+    network = epsanet_jax.load(averaged, ema=False, with_checkpoint=True)
+    assert (network.source.averaged, network.source.no_optimizer) == (False, '')
+    assert network.checkpoint.optimizer is not None
+    assert not network.variables['params']['fc']['kernel'].any()
+
+
+@pytest.mark.parametrize('command', [('convert', 'y.pth'), ('export', 'y.onnx'), ('predict', 'image.png')])
+def test_commands_report_on_stderr_what_was_taken(capsys, saved, averaged, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(saved / 'image.png', tmp_path)
+    status, out, err = run(capsys, command[0], averaged, command[1], '--ignore', 'total_ops$')
+    assert status == 0
+    assert err.splitlines() == [
+        f'{averaged}: moving averages taken (model_ema.module); --no-ema takes the weights (model)',
+        f"{averaged}: the prefix 'module.' of the names removed",
+        f'{averaged}: --ignore left out 1 entries: total_ops',
+    ]
+    assert 'dropped: the optimizer state: it belongs to' in out or command[0] != 'convert'
+    if command[0] == 'convert':
+        chex.assert_trees_all_equal(epsanet_jax.load('y.pth').variables, VARIABLES)
+
+
+def test_extra_entries_are_refused_in_one_line(capsys, averaged, tmp_path):
+    status, out, err = run(capsys, 'convert', averaged, tmp_path / 'y.pth')
+    assert (status, out) == (2, '')
+    advice = "to leave entries out: epsanet convert SRC DST --ignore '(total_ops)$'"
+    fit = f'the state dict does not fit the model in 1 places: unexpected total_ops; {advice}'
+    assert err == f'error: {averaged}: {fit}\n'

@@ -14,6 +14,7 @@ import pytest
 import small
 import torch
 from command import run
+from hub_server import Hub
 
 import epsanet_jax
 from epsanet_jax import InputError
@@ -187,5 +188,60 @@ def test_class_names_of_other_types_are_refused(tmp_path, name):
 def test_a_file_of_weights_is_read_from_its_path(saved):
     net = epsanet_jax.from_pretrained(saved / 'model.safetensors')
     assert net.class_names == NAMES
-    with pytest.raises(InputError, match='config.json is not a checkpoint'):
+    with pytest.raises(InputError, match='config.json is JSON, not weights'):
         epsanet_jax.from_pretrained(saved / 'config.json')
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A local stand-in for the Hub, where this process is logged in."""
+    from huggingface_hub import constants
+
+    server = Hub()
+    monkeypatch.setattr(constants, 'ENDPOINT', server.url)
+    monkeypatch.setattr(
+        constants,
+        'HUGGINGFACE_CO_URL_TEMPLATE',
+        server.url + '/{repo_id}/resolve/{revision}/{filename}',
+    )
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setenv('HF_TOKEN', 'hf_secret')
+    yield server
+    server.close()
+
+
+def test_pushed_network_comes_back_from_the_hub(hub):
+    network = epsanet_jax.Network(NET, VARIABLES, NAMES, SETTINGS)
+    address = network.push_to_hub('someone/net', private=True, license='mit')
+    assert address == f'{hub.url}/someone/net/commit/{"0" * 40}'
+    files = hub.repositories['someone/net']
+    assert sorted(files) == ['README.md', 'config.json', 'model.safetensors']
+    assert hub.private == {'someone/net': True}
+    assert b'license: mit' in files['README.md']
+    back = epsanet_jax.load('hf://someone/net')
+    chex.assert_trees_all_equal(back.variables, VARIABLES)
+    assert (back.class_names, back.preprocessing) == (NAMES, SETTINGS)
+
+
+def test_card_of_a_repository_is_kept_unless_a_description_is_given(hub):
+    network = epsanet_jax.Network(NET, VARIABLES)
+    hub.repositories['someone/net'] = {'README.md': b'My own text.'}
+    network.push_to_hub('someone/net')
+    files = hub.repositories['someone/net']
+    assert (files['README.md'], sorted(files)[-1]) == (b'My own text.', 'model.safetensors')
+    network.push_to_hub('someone/net', description='New text.')
+    assert b'New text.' in files['README.md']
+
+
+def test_refused_uploads_are_one_line(hub, monkeypatch):
+    network = epsanet_jax.Network(NET, VARIABLES)
+    with pytest.raises(InputError, match="not the name of a Hub repository \\('owner/name'\\): net"):
+        network.push_to_hub('net')
+    monkeypatch.setenv('HF_TOKEN', 'hf_wrong')
+    with pytest.raises(InputError, match='cannot upload to someone/net: .*') as error:
+        network.push_to_hub('someone/net')
+    assert '\n' not in str(error.value)
+    assert hub.repositories == {}
+    monkeypatch.setitem(sys.modules, 'huggingface_hub', None)
+    with pytest.raises(InputError, match='to upload to the Hub: pip install huggingface_hub'):
+        network.push_to_hub('someone/net')
