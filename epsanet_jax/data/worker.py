@@ -32,8 +32,13 @@ class InWorkers:
 
 @contextlib.contextmanager
 def handling(number: int, handler: Callable[..., Any] | signal.Handlers) -> Iterator[None]:
-    """Handles a signal with `handler` within the block; other threads than the main one cannot do this."""
-    if threading.current_thread() is not threading.main_thread():
+    """Handles a signal with `handler` within the block.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored. Other threads than the main one cannot
+    handle signals.
+    """
+    ignored = signal.getsignal(number) == signal.SIG_IGN
+    if ignored or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = signal.signal(number, handler)

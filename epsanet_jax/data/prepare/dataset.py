@@ -70,13 +70,14 @@ def prepare(
 
     Raises:
         InputError: the source or the folder cannot be used, or an image cannot be decoded.
-        Interrupted: SIGINT or SIGTERM was received; the same call continues.
+        Interrupted: SIGINT, SIGTERM or SIGHUP was received; the same call continues.
     """
     plan.check_arguments(source, folder, name)
     source, folder = (os.path.abspath(os.path.expanduser(path)) for path in (source, folder))
     begin = time.perf_counter()
     try:
-        with handling(signal.SIGTERM, signal.default_int_handler):  # which raises KeyboardInterrupt
+        stop = signal.default_int_handler  # raises KeyboardInterrupt
+        with handling(signal.SIGTERM, stop), handling(signal.SIGHUP, stop):
             _report(f'listing {source} ...')
             listing = layouts.list_source(source, labels)
             listing = dataclasses.replace(listing, name=name or listing.name)

@@ -68,7 +68,7 @@ def _write_in_processes(
     waiting = list(enumerate(shards))[::-1]
     busy: dict[Any, Shard] = {}
     try:
-        with handling(signal.SIGINT, signal.SIG_IGN):  # inherited by the workers
+        with handling(signal.SIGINT, signal.SIG_IGN), handling(signal.SIGHUP, signal.SIG_IGN):  # inherited
             for _ in range(min(workers, len(shards))):
                 ours, theirs = context.Pipe()
                 crew[ours] = context.Process(target=_work, args=(theirs, shared, write), daemon=True)

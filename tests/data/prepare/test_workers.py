@@ -1,6 +1,8 @@
 """Shards written in several processes."""
 
 import multiprocessing
+import os
+import signal
 import threading
 import time
 
@@ -8,7 +10,9 @@ import pytest
 
 from epsanet_jax import InputError
 from epsanet_jax.data.image_folder import ImageFolder
-from epsanet_jax.data.prepare import dataset
+from epsanet_jax.data.prepare import dataset, workers
+from epsanet_jax.data.prepare.shards import write_shard
+from epsanet_jax.errors import Interrupted
 
 from .helpers import SHARD, records
 
@@ -37,3 +41,21 @@ def test_killed_worker_is_an_error(images, tmp_path):
         dataset.prepare(str(images), str(tmp_path / 'out'), num_workers=2, shard_bytes=SHARD)
     killer.join(timeout=10)
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_signals_interrupt_and_the_same_call_continues(images, tmp_path, monkeypatch, number):
+    def write(*arguments, **options):
+        os.kill(os.getpid(), number)
+        return write_shard(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(workers, 'write_shard', write)
+        with pytest.raises(Interrupted, match='interrupted; the same command continues'):
+            dataset.prepare(str(images), str(tmp_path / 'out'), num_workers=1)
+        before = signal.signal(number, signal.SIG_IGN)  # as under nohup
+        try:
+            prepared = dataset.prepare(str(images), str(tmp_path / 'out'), num_workers=1)
+        finally:
+            signal.signal(number, before)
+    assert prepared.splits['train'].kept == 7
