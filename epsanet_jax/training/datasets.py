@@ -58,7 +58,7 @@ def _open_folder(folder: pathlib.Path, split: str, training: bool) -> tuple[Imag
     if source.skipped:
         lines.append(skipped_line(source.root, source.skipped))
     if source.empty:
-        lines.append(f'{source.root} has no image of {len(source.empty)} classes: {some(source.empty)}')
+        lines.append(f'{source.root} has no image of these classes: {some(source.empty)}')
     return source, lines
 
 
@@ -92,16 +92,14 @@ def open_splits(data: DataConfig) -> tuple[Source, Source, list[str]]:
     lines += more
     ours, theirs = (list(map(classes.composed, s.class_names)) for s in (train, evaluation))
     if unknown := sorted(set(theirs) - set(ours)):
-        raise InputError(
-            f'{data.eval_split!r} has {len(unknown)} classes that {data.train_split!r} lacks: {some(unknown)}'
-        )
+        raise InputError(f'{data.eval_split!r} has classes that {data.train_split!r} lacks: {some(unknown)}')
     if warning := classes.single(train.class_names, repr(data.train_split)):
         lines.append(warning)
     if ours == theirs:
         return train, evaluation, lines
     empty = evaluation.empty if isinstance(evaluation, ImageFolder) else ()
     if missing := sorted(set(ours) - set(theirs) - set(empty)):
-        lines.append(f'{data.eval_split!r} has no image of {len(missing)} classes: {some(missing)}')
+        lines.append(f'{data.eval_split!r} has no image of these classes: {some(missing)}')
     return train, with_labels_of(evaluation, train.class_names, len(ours))[0], lines
 
 

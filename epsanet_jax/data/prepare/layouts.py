@@ -180,7 +180,7 @@ def _class_names(splits: dict[str, list[Item]], notes: Notes) -> tuple[str, ...]
         if unknown := sorted(own - set(names)):
             raise InputError(f'{split!r} has classes that train lacks: {some(unknown)}')
         if missing := sorted(set(names) - own):
-            notes.remarks.append(f'{split!r} has no image of {len(missing)} classes: {some(missing)}')
+            notes.remarks.append(f'{split!r} has no image of these classes: {some(missing)}')
     for name in names:
         # A line of label.labels.txt holds the name; a name that is not UTF-8 has surrogates.
         is_utf8 = name.encode(errors='ignore') == os.fsencode(name)

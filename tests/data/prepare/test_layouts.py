@@ -92,7 +92,7 @@ def test_split_names_in_other_spellings_are_used_and_reported(folder, tmp_path, 
     assert {"Training is used as 'train'", "VALID is used as 'val'"} < set(err.splitlines())
     assert in_records(tmp_path / 'out', 'train') == (('Ox', 'cat', 'dog'), {0, 1, 2})
     assert in_records(tmp_path / 'out', 'val')[1] == {1, 2}
-    assert "'val' has no image of 1 classes: Ox" in err
+    assert "'val' has no image of these classes: Ox" in err
     (folder / 'val').mkdir()
     line = refusal(capsys, folder, tmp_path / 'other')
     assert 'holds both VALID and val, which mean one split' in line
