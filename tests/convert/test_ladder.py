@@ -267,7 +267,7 @@ def forward_float32(name, size):
         'epsanet50_small',
         *(
             pytest.param(name, marks=pytest.mark.slow)
-            for name in ('epsanet50_large', 'epsanet101_small', 'epsanet101_large')
+            for name in ('epsanet50_large', 'epsanet101_small', 'epsanet101_large', 'pyconvresnet50')
         ),
     ],
 )
