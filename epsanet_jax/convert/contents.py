@@ -57,7 +57,8 @@ class _Candidate:
 
     @property
     def label(self) -> str:
-        return '.'.join(filter(None, (self.keys, self.prefix.rstrip('.')))) or 'the names without a prefix'
+        label = '.'.join(filter(None, (self.keys, self.prefix.rstrip('.'))))
+        return one_line(label, 60) or 'the names without a prefix'
 
 
 def find_weights(content: Any, path: str, ema: bool = True, ignore: str = '') -> Checkpoint:
@@ -189,12 +190,14 @@ def _clean(chosen: _Candidate, drop: re.Pattern[str] | None, path: str) -> tuple
             ignored.append(name)
         elif not _is_counter(full):
             if name in kept:
-                raise InputError(f'{path}: two entries {name}, with and without the prefix {prefix!r}')
+                twice = f'two entries {one_line(name, 100)}, with and without the prefix'
+                raise InputError(f'{path}: {twice} {one_line(prefix, 100)!r}')
             kept[name] = value
     if prefix:
-        notes.append(f'the prefix {prefix!r} of the names removed')
+        notes.append(f'the prefix {one_line(prefix, 100)!r} of the names removed')
     if drop:
-        notes.append(f'--ignore left out {len(ignored)} entries: {some(ignored, 3) or "no name matches"}')
+        shown = some([one_line(name, 80) for name in ignored], 3) or 'no name matches'
+        notes.append(f'--ignore left out {len(ignored)} entries: {shown}')
     if 'fc.weight' not in kept and 'last_linear.weight' in kept:
         kept = {re.sub(r'^last_linear\.', 'fc.', name): value for name, value in kept.items()}
         notes.append("the classifier 'last_linear' read as 'fc'")

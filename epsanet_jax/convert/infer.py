@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from epsanet_jax.errors import InputError
+from epsanet_jax.errors import InputError, one_line
 from epsanet_jax.models.epsanet import EPSANet, abstract_variables
 from epsanet_jax.models.settings import ModelConfig
 from epsanet_jax.models.zoo import build_model, nearest_variant
@@ -27,7 +27,7 @@ def infer_settings(state_dict: Mapping[str, Any]) -> ModelConfig:
     try:
         settings = _read_shapes(shapes)
     except (KeyError, IndexError, ZeroDivisionError, ValueError) as e:
-        reason, names = str(e) or 'its shapes', ', '.join(sorted(shapes)[:3]) or 'none'
+        reason, names = str(e) or 'its shapes', one_line(', '.join(sorted(shapes)[:3]) or 'none', 150)
         raise InputError(
             f'not the state dict of an EPSANet: {reason} does not fit; names: {names} ...'
         ) from e

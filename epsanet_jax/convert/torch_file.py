@@ -51,7 +51,7 @@ def _reason(path: str, error: Exception) -> str:
     text, advice = str(error), 'save only its state_dict with torch.save'
     found = re.search(r'(?:GLOBAL|class|function|global:?) ([\w.]+\.[\w.]+)', text)
     if isinstance(error, pickle.UnpicklingError) and found:
-        return f'{path} contains {found.group(1)}, no tensor: {advice} (no code in the file was run)'
+        return f'{path} contains {found.group(1)[:100]}, no tensor: {advice} (no code in the file was run)'
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.partition('/')[2] or name for name in archive.namelist()]

@@ -20,7 +20,7 @@ from epsanet_jax.errors import INTERRUPTED, Interrupted
         (('summary', 'resnet50', '--image-size', '8'), 'at least 32, got 8'),
         (('summary', 'resnet50', '--num-classes', 'ten'), "expected a positive integer, got 'ten'"),
         (('evaluate', '/no/such/run'), 'no such checkpoint: /no/such/run'),
-        (('evaluate', __file__), 'is not a checkpoint'),
+        (('evaluate', __file__), 'is no PyTorch or safetensors file: it starts with'),
         (('evaluate', 'tests'), 'no checkpoint in'),
     ],
 )

@@ -6,11 +6,13 @@ import collections
 import chex
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch_files import NET, STATE_DICT, VARIABLES
 
 from epsanet_jax import InputError
-from epsanet_jax.convert import from_torch
-from epsanet_jax.convert.contents import find_weights
+from epsanet_jax.convert import Checkpoint, from_torch
+from epsanet_jax.convert.contents import ANCHOR, find_weights
 
 OTHER = {k: v + 1 if v.is_floating_point() else v for k, v in STATE_DICT.items()}
 PREFIXES = [
@@ -196,3 +198,27 @@ def test_content_that_contains_itself_is_read():
     content = collections.OrderedDict(weights=STATE_DICT)
     content['self'] = content
     assert_is(content)
+
+
+KEYS = st.sampled_from(['model', 'ema', 'optimizer', 'x' * 500, 'n_averaged', 'fc.weight', 3, None, (1, 2)])
+NETWORK = st.sampled_from(['', 'module.', 'ema.', 'y' * 500 + '.']).map(
+    lambda prefix: {f'{prefix}{ANCHOR}': 1}
+)
+LEAVES = st.one_of(st.none(), st.integers(), st.text(), st.just(torch.zeros(1)), NETWORK)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    content=st.recursive(LEAVES, lambda below: st.dictionaries(KEYS, below, max_size=3), max_leaves=12),
+    ema=st.booleans(),
+    ignore=st.sampled_from(['', 'model', '(', '^module', '.']),
+)
+def test_any_content_is_read_or_refused_in_one_short_line(content, ema, ignore):
+    try:
+        found = find_weights(content, 'x.pth', ema=ema, ignore=ignore)
+    except InputError as error:
+        lines = [str(error)]
+    else:
+        assert isinstance(found, Checkpoint)
+        lines = list(found.notes)
+    assert all('\n' not in line and len(line) <= 420 for line in lines)

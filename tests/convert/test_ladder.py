@@ -123,6 +123,20 @@ def test_rung_3_block(rng, inputs, stride, train):
     assert_close(new['batch_stats'], params_of(module)['batch_stats'])
 
 
+@pytest.mark.parametrize('branches', [1, 2, 3])
+def test_rung_3_block_with_any_number_of_branches(rng, branches):
+    pyramid = {'kernels': (3, 5, 7)[:branches], 'groups': (1, 2, 4)[:branches], 'reduction': 2}
+    module = randomise(
+        torch_model.EPSABlock(48, 24, 48, 1, False, torch_model.PSAModule(24, 1, **pyramid)), rng
+    )
+    variables, x = params_of(module), rng.standard_normal((3, 7, 6, 48))
+    expected = to_nhwc(module.train()(to_nchw(x)))
+    block = EPSABlock(24, settings=Settings(expansion=2, **pyramid, dtype='float64', param_dtype='float64'))
+    actual, new = block.apply(variables, x, True, mutable=['batch_stats'])
+    assert_close(actual, expected)
+    assert_close(new['batch_stats'], params_of(module)['batch_stats'])
+
+
 @pytest.mark.parametrize(
     'changes',
     [
@@ -262,8 +276,21 @@ def forward_float32(name, size):
     return actual, (expected, logits)
 
 
+<<<<<<< HEAD
 @pytest.mark.slow
 @pytest.mark.parametrize('name', list_models())
+=======
+@pytest.mark.parametrize(
+    'name',
+    [
+        'epsanet50_small',
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ('epsanet50_large', 'epsanet101_small', 'epsanet101_large', 'pyconvresnet50')
+        ),
+    ],
+)
+>>>>>>> weights
 def test_every_variant_in_float32_at_64_pixels(name):
     assert_close(*forward_float32(name, 64), tolerance=1e-5)
 
