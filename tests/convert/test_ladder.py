@@ -243,6 +243,7 @@ def test_rung_8_five_updates_on_eight_devices(rng):
     assert all(not np.array_equal(ours[k], before[k]) for k in ours)
 
 
+@pytest.mark.slow
 def test_rung_8_of_a_pyconvresnet(rng):
     net = small.pyconv(layers=(1, 1), planes=(8, 16), kernels=((3, 5), (3,)), groups=((1, 2), (2,)), **F64)
     variables, twin = twins(net)
@@ -276,21 +277,11 @@ def forward_float32(name, size):
     return actual, (expected, logits)
 
 
-<<<<<<< HEAD
 @pytest.mark.slow
-@pytest.mark.parametrize('name', list_models())
-=======
 @pytest.mark.parametrize(
     'name',
-    [
-        'epsanet50_small',
-        *(
-            pytest.param(name, marks=pytest.mark.slow)
-            for name in ('epsanet50_large', 'epsanet101_small', 'epsanet101_large', 'pyconvresnet50')
-        ),
-    ],
+    ['epsanet50_small', 'epsanet50_large', 'epsanet101_small', 'epsanet101_large', 'pyconvresnet50'],
 )
->>>>>>> weights
 def test_every_variant_in_float32_at_64_pixels(name):
     assert_close(*forward_float32(name, 64), tolerance=1e-5)
 
