@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from epsanet_jax.commands.common import add_checkpoint, positive, shown, to_stderr, use_persistent_cache
+from epsanet_jax.commands.common import add_checkpoint, positive, report_on, use_persistent_cache
 
 
 def add_parser(subcommands: Any) -> None:
@@ -36,9 +36,6 @@ def run(args: argparse.Namespace) -> None:
 
     use_persistent_cache()
     chosen = {field.name: getattr(args, field.name) for field in dataclasses.fields(export.Options)}
-
-    def report(note: str) -> None:
-        to_stderr(shown(f'{args.checkpoint}: {note}'))
-
+    report = report_on(args.checkpoint)
     for line in export.export(args.checkpoint, args.dst, export.Options(**chosen), report):
         print(line)
