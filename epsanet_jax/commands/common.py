@@ -73,8 +73,13 @@ def load_network(args: argparse.Namespace) -> 'Network':
 
     network = load(args.checkpoint, args.step, ema=not args.no_ema, ignore=args.ignore)
     for note in network.source.notes:
-        to_stderr(shown(f'{args.checkpoint}: {note}'))
+        report_on(args.checkpoint)(note)
     return network
+
+
+def report_on(path: str) -> Callable[[str], None]:
+    """Returns a function that prints a line on a file on stderr."""
+    return lambda note: to_stderr(shown(f'{path}: {note}'))
 
 
 def use_persistent_cache() -> None:

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from epsanet_jax.commands.common import add_choice_of_weights, add_overwrite, positive, shown, to_stderr
+from epsanet_jax.commands.common import add_choice_of_weights, add_overwrite, positive, report_on
 
 
 def add_parser(subcommands: Any) -> None:
@@ -31,10 +31,7 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     from epsanet_jax.weights.save import convert
 
-    def report(note: str) -> None:
-        to_stderr(shown(f'{args.src}: {note}'))
-
     options = (args.model, args.num_classes, args.step, args.verify, not args.no_ema)
-    more = {'overwrite': args.overwrite, 'ignore': args.ignore, 'report': report}
+    more = {'overwrite': args.overwrite, 'ignore': args.ignore, 'report': report_on(args.src)}
     for line in convert(args.src, args.dst, *options, **more):
         print(line)

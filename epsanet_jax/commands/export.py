@@ -8,8 +8,7 @@ from epsanet_jax.commands.common import (
     add_checkpoint,
     add_overwrite,
     positive,
-    shown,
-    to_stderr,
+    report_on,
     use_persistent_cache,
 )
 
@@ -44,9 +43,6 @@ def run(args: argparse.Namespace) -> None:
 
     use_persistent_cache()
     chosen = {field.name: getattr(args, field.name) for field in dataclasses.fields(export.Options)}
-
-    def report(note: str) -> None:
-        to_stderr(shown(f'{args.checkpoint}: {note}'))
-
+    report = report_on(args.checkpoint)
     for line in export.export(args.checkpoint, args.dst, export.Options(**chosen), report):
         print(line)
