@@ -181,7 +181,7 @@ def test_failed_write_keeps_the_old_file(capsys, tmp_path, monkeypatch):
         raise RuntimeError('No space left on device')
 
     monkeypatch.setattr(torch, 'save', full_disk)
-    assert_refused(capsys, 'convert', saved, target, part='No space left')
+    assert_refused(capsys, 'convert', saved, target, '--overwrite', part='No space left')
     assert target.read_text() == 'old'
     assert len(list(tmp_path.iterdir())) == 2
 
