@@ -187,15 +187,17 @@ def _describe(
     message = (
         f'the state dict does not fit the model in {sum(map(len, kinds))} places: {one_line(shown, 290)}'
     )
-    if not missing and not wrong:
-        last = sorted({re.escape(name.rpartition('.')[2]) for name in unexpected})
-        pattern = f'({"|".join(last)})$'
-        needed = given.keys() - set(unexpected)
-        if len(pattern) > 60 or any(re.search(pattern, name) for name in needed):
-            pattern = 'REGEX'
-        return f"{message}; to leave entries out: epsanet convert SRC DST --ignore '{pattern}'"
     try:
         different = differences(infer_settings(given), model)
     except InputError:
+        different = ''
+    if different:
+        return one_line(f'{message}; its shapes are those of {different}', 420)
+    if missing or wrong:
         return message
-    return one_line(f'{message}; its shapes are those of {different}' if different else message, 420)
+    last = sorted({re.escape(name.rpartition('.')[2]) for name in unexpected})
+    pattern = f'({"|".join(last)})$'
+    needed = given.keys() - set(unexpected)
+    if len(pattern) > 60 or any(re.search(pattern, name) for name in needed):
+        pattern = 'REGEX'
+    return f"{message}; to leave entries out: epsanet convert SRC DST --ignore '{pattern}'"
