@@ -135,6 +135,7 @@ def test_phases_are_tried_only_with_a_stride(choices, stride, kept):
 
 
 @pytest.mark.parametrize('script', sorted(p.name for p in FOLDER.glob('*.py') if p.stem != 'common'))
+@pytest.mark.slow
 def test_every_script_has_a_help_text(script, tmp_path):
     process = subprocess.run(
         [sys.executable, FOLDER / script, '--help'], capture_output=True, text=True, cwd=tmp_path

@@ -57,11 +57,19 @@ def test_other_state_dicts_are_refused(other):
     ('given', 'asked', 'hint'),
     [
         (('epsanet50_large', {}), 'epsanet50_small', "create_model('epsanet50_large', num_classes=1000"),
-        (('epsanet101_small', {}), 'epsanet50_small', "create_model('epsanet101_small'"),
-        (('epsanet50_small', {}), 'epsanet101_large', "create_model('epsanet50_small'"),
+        pytest.param(
+            *(('epsanet101_small', {}), 'epsanet50_small', "create_model('epsanet101_small'"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *(('epsanet50_small', {}), 'epsanet101_large', "create_model('epsanet50_small'"),
+            marks=pytest.mark.slow,
+        ),
         (('epsanet50_small', {'psa_bias': True}), 'epsanet50_small', 'psa_bias=True'),
         (('epsanet50_small', {'num_classes': 10}), 'epsanet50_small', 'num_classes=10'),
-        (('resnet50', {}), 'epsanet50_small', "create_model('resnet50'"),
+        pytest.param(
+            *(('resnet50', {}), 'epsanet50_small', "create_model('resnet50'"), marks=pytest.mark.slow
+        ),
         (('seresnet50', {}), 'resnet50', "create_model('seresnet50'"),
         (('pyconvhgresnet50', {}), 'pyconvresnet50', "create_model('pyconvhgresnet50'"),
     ],

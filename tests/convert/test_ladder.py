@@ -140,13 +140,18 @@ def test_rung_3_block_with_any_number_of_branches(rng, branches):
 @pytest.mark.parametrize(
     'changes',
     [
-        {},
         {'psa_bias': True},
-        {'middle': 'conv3x3'},
         {'middle': 'conv3x3', 'use_se': True},
-        {'use_se': True},
-        {'output_stride': 16},
-        {'output_stride': 8},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in (
+                {},
+                {'middle': 'conv3x3'},
+                {'use_se': True},
+                {'output_stride': 16},
+                {'output_stride': 8},
+            )
+        ),
     ],
 )
 def test_rungs_4_and_5_every_stage_and_the_logits(rng, changes):
@@ -157,7 +162,10 @@ def test_rungs_4_and_5_every_stage_and_the_logits(rng, changes):
     'net',
     [
         small.pyconv(**F64),
-        small.pyconv(groups=((2, 2, 2, 2), (2, 4, 4), (2, 4), (2,)), output_stride=8, **F64),
+        pytest.param(
+            small.pyconv(groups=((2, 2, 2, 2), (2, 4, 4), (2, 4), (2,)), output_stride=8, **F64),
+            marks=pytest.mark.slow,
+        ),
         small.model(**small.PER_STAGE, planes=(8, 12, 16, 32), **F64),
     ],
     ids=['pyconvresnet', 'pyconvhgresnet', 'epsanet'],
@@ -177,7 +185,7 @@ def assert_features_and_logits_agree(rng, net):
     assert_close(jax.jit(net.apply)(variables, images), twin(to_nchw(images)).detach())
 
 
-@pytest.mark.parametrize('psa_bias', [False, True])
+@pytest.mark.parametrize('psa_bias', [pytest.param(False, marks=pytest.mark.slow), True])
 def test_rungs_6_and_7_the_smoothed_loss_and_every_gradient(rng, psa_bias):
     net = small.model(psa_bias=psa_bias, **F64)
     variables, twin = twins(net, seed=4)

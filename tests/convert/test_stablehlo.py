@@ -115,6 +115,7 @@ def test_precision_is_fixed_at_export():
         assert 'HIGHEST' in text()
 
 
+@pytest.mark.slow
 def test_bfloat16_network(capsys, checkpoint, tmp_path):
     path = tmp_path / 'half.stablehlo'
     out = export(capsys, checkpoint, path, '--dtype', 'bfloat16')

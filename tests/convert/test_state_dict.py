@@ -20,7 +20,14 @@ STATE_DICT = to_torch(VARIABLES, NET)
 
 
 @pytest.mark.parametrize(
-    ('name', 'psa_bias'), [*((name, False) for name in list_models()), ('epsanet50_small', True)]
+    ('name', 'psa_bias'),
+    [
+        ('epsanet50_small', True),
+        *(
+            pytest.param(name, False, marks=() if name.endswith('50') else pytest.mark.slow)
+            for name in list_models()
+        ),
+    ],
 )
 def test_names_shapes_and_order_are_the_reference_state_dict(name, psa_bias):
     net = create_model(name, psa_bias=psa_bias)

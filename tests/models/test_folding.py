@@ -53,6 +53,7 @@ def test_float32_logits_agree_to_1e_5(rng):
     assert np.abs(logits(folded, params, images) - expected).max() < 1e-5 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_the_error_in_bfloat16_is_that_of_the_type(rng):
     net = small.model()
     variables = small.random_variables(net, dtype=np.float32)

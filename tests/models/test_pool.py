@@ -15,6 +15,7 @@ def value_and_gradient(pool, x):
 
 @pytest.mark.parametrize('size', [(1, 1), (2, 3), (7, 8), (8, 7)])
 @pytest.mark.parametrize('dtype', [np.float32, jnp.bfloat16])
+@pytest.mark.slow
 def test_slices_and_window_agree_in_value_and_gradient(rng, size, dtype):
     x = jnp.asarray(rng.permutation(2 * 3 * size[0] * size[1]).reshape(2, *size, 3), dtype)
     slices, window = (value_and_gradient(pool, x) for pool in (_max_of_slices, _max_window))

@@ -83,6 +83,7 @@ def test_an_empty_batch_gives_empty_outputs_and_zero_kernel_gradients(kernel, st
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('kernel', [3, 5, 7, 9])
 @pytest.mark.parametrize('groups', [1, 4, 16])
+@pytest.mark.slow
 def test_equals_pytorch(rng, stride, kernel, groups):
     import torch
 

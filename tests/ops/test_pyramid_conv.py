@@ -30,7 +30,9 @@ def value_and_gradients(pyramid, x, kernels):
 
 
 @pytest.mark.parametrize('algorithm', ['auto', *ALGORITHMS])
-@pytest.mark.parametrize(('stride', 'dilation'), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ('stride', 'dilation'), [(2, 1), *(pytest.param(*n, marks=pytest.mark.slow) for n in ((1, 1), (1, 2)))]
+)
 def test_equals_separate_convolutions(rng, algorithm, stride, dilation):
     kwargs = {'stride': stride, 'dilation': dilation}
     pyramid = functools.partial(pyramid_conv, groups=GROUPS, algorithm=algorithm, **kwargs)

@@ -108,6 +108,7 @@ def test_changes_of_colours_are_refused(arrays, field, value):
         validate(config(arrays, **{field: value}))
 
 
+@pytest.mark.slow
 def test_one_channel_takes_gray_images(image_folder, tmp_path):
     from PIL import Image
 

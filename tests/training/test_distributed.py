@@ -82,6 +82,7 @@ def test_a_signal_to_one_process_stops_all_and_another_number_of_processes_conti
 
 
 @pytest.mark.parametrize('signalled', [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
 def test_a_signal_to_one_process_during_compilation_ends_all(float64_recipe, tmp_path, signalled):
     two = start_all(float64_recipe, tmp_path, 2, 2, cache=False)  # compilation takes long enough
     wait_for(two[0], 'compiling ...')
@@ -141,6 +142,7 @@ def test_processes_with_different_recipes_are_refused(float64_recipe, tmp_path):
     'option',
     ['--config.steps=30', pytest.param('--config.data.synthetic_examples=76', marks=pytest.mark.slow)],
 )
+@pytest.mark.slow
 def test_fields_that_decide_the_number_of_steps_must_agree(float64_recipe, tmp_path, option):
     two = start_all(float64_recipe, tmp_path, 2, 1, only=[0])
     port = next(a for a in two[0].args if a.startswith('--coordinator'))
@@ -149,6 +151,7 @@ def test_fields_that_decide_the_number_of_steps_must_agree(float64_recipe, tmp_p
         assert 'processes 0 and 1 differ in configuration or data' in err
 
 
+@pytest.mark.slow
 def test_a_workdir_that_is_not_shared_is_refused(float64_recipe, tmp_path):
     """The second process sees another folder of the same name, like on another host."""
     (tmp_path / 'here').mkdir()
@@ -187,6 +190,7 @@ def test_wrong_options_give_one_line_and_status_2(float64_recipe, tmp_path, argu
     assert err.count('\n') == 1
 
 
+@pytest.mark.slow
 def test_the_wait_for_missing_processes_has_a_time_limit(float64_recipe, tmp_path):
     (process,) = start_all(float64_recipe, tmp_path, 2, 1, '--join_timeout=5', only=[1])
     _, err = process.communicate(timeout=120)
@@ -202,6 +206,7 @@ def assert_refused(process, *parts):
     assert 'Traceback' not in err
 
 
+@pytest.mark.slow
 def test_a_port_in_use_and_a_second_process_0_are_refused(float64_recipe, tmp_path):
     with socket.create_server(('', 0)) as taken:
         port = taken.getsockname()[1]
@@ -211,6 +216,7 @@ def test_a_port_in_use_and_a_second_process_0_are_refused(float64_recipe, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_two_processes_with_one_number_are_refused(float64_recipe, tmp_path):
     three = start_all(float64_recipe, tmp_path, 3, 1, only=[0])
     port = next(a for a in three[0].args if a.startswith('--coordinator'))
@@ -244,6 +250,7 @@ def test_processes_with_different_numbers_of_devices_are_refused(float64_recipe,
         assert 'the same number of devices, got process 0: 1, process 1: 3' in err
 
 
+@pytest.mark.slow
 def test_processes_with_different_code_are_refused(float64_recipe, tmp_path):
     """The second process has the same version with a changed file."""
     shutil.copytree(ROOT / 'epsanet_jax', tmp_path / 'epsanet_jax')

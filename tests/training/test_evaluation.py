@@ -35,6 +35,7 @@ def test_weights_and_averages_are_evaluated_and_the_averages_are_used(tmp_path):
     assert both[1].optimizer is not None
 
 
+@pytest.mark.slow
 def test_commands_use_the_averages_by_default(watched, capsys, tmp_path):
     workdir, result = watched
     for options, name in (([], 'ema_loss'), (['--no-ema'], 'loss')):

@@ -123,6 +123,7 @@ def test_a_training_from_pytorch_continues_in_jax_with_the_same_updates(half_tra
     assert np.abs(other['fc.weight'] - expected['fc.weight']).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_file_is_not_needed_after_the_first_checkpoint(half_trained, tmp_path):
     path = tmp_path / 'moved.pth.tar'
     path.write_bytes(half_trained[0].read_bytes())
@@ -163,6 +164,7 @@ def test_a_training_from_jax_continues_in_pytorch_with_the_same_updates(tmp_path
     assert_close({k: v.numpy() for k, v in twin.state_dict().items()}, expected)
 
 
+@pytest.mark.slow
 def test_converting_half_an_epoch_reports_the_loss(tmp_path, capsys):
     loop.train(recipe(steps=6), str(tmp_path / 'run'))
     capsys.readouterr()
@@ -256,6 +258,7 @@ def test_weights_survive_a_chain_of_conversions(tmp_path):
     assert loop.train(config, str(tmp_path / 'on')).step == 1
 
 
+@pytest.mark.slow
 def test_weights_of_a_run_start_another_with_a_new_classifier(tmp_path, capsys):
     loop.train(recipe(steps=1), str(tmp_path / 'first'))
     config = recipe(steps=1, init_from=str(tmp_path / 'first'))

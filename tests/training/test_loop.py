@@ -143,6 +143,7 @@ def test_a_run_that_stopped_before_its_last_evaluation_is_evaluated(uninterrupte
     assert result.last == uninterrupted[1].last
 
 
+@pytest.mark.slow
 def test_a_finished_run_can_be_made_longer(tmp_path):
     loop.train(recipe(steps=2), str(tmp_path))
     result = loop.train(recipe(steps=4), str(tmp_path))
@@ -150,6 +151,7 @@ def test_a_finished_run_can_be_made_longer(tmp_path):
     assert result.step == 4
 
 
+@pytest.mark.slow
 def test_the_number_of_devices_may_change(uninterrupted, tmp_path, monkeypatch):
     """Half the steps on 8 devices, half on 2: the same batches and groups, equal up to rounding."""
     loop.train(recipe(steps=6, eval_every_epochs=0.0), str(tmp_path / 'eight'))

@@ -13,6 +13,7 @@ from epsanet_jax.errors import Interrupted
 from epsanet_jax.training import loop
 
 
+@pytest.mark.slow
 def test_an_interruption_between_two_lines_changes_no_line(tmp_path, monkeypatch):
     config = recipe(steps=8, eval_every_epochs=0.0, log_every_steps=6)
     loop.train(config, str(tmp_path / 'whole'))

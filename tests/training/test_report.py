@@ -19,6 +19,7 @@ from epsanet_jax.training.config import (
 )
 
 
+@pytest.mark.slow
 def test_lines_after_the_last_checkpoint_are_replaced(tmp_path, monkeypatch):
     config = recipe(eval_every_epochs=0.0, checkpoint=CheckpointConfig(every_steps=3, every_minutes=0))
     with monkeypatch.context() as patch:

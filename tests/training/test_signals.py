@@ -41,6 +41,7 @@ def test_a_signal_makes_the_run_save_and_it_continues_bit_for_bit(
     assert_equal_runs(tmp_path, uninterrupted_8, 8)
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_is_repeated(uninterrupted_8, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         signal_at(patch, 'eval_batches', 3)

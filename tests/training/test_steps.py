@@ -207,6 +207,7 @@ def test_evaluation_leaves_out_masked_rows(rng, devices):
     assert sums['top5'] == (best[:, :5] == data['label'][:, None]).any(1)[:11].sum()
 
 
+@pytest.mark.slow
 def test_the_loss_works_under_vmap_and_forward_mode(rng):
     """Per-example gradients and a directional derivative of the training loss."""
     model, data = net(**F64), batch(rng, 4)
@@ -289,6 +290,7 @@ def test_frozen_batchnorms_keep_their_statistics(rng):
     ('variant', 'name'),
     [('epsanet50_small', 'sgd'), ('epsanet50_small', 'lars'), ('seresnet50', 'adamw'), ('resnet50', 'lamb')],
 )
+@pytest.mark.slow
 def test_no_rank_is_promoted_implicitly(rng, name, variant):
     settings = {'layers': (1, 1), 'planes': (8, 16), 'num_classes': 7}
     if variant.startswith('epsanet'):
@@ -309,6 +311,7 @@ def test_no_rank_is_promoted_implicitly(rng, name, variant):
     assert sums.keys() == evaluated.keys()
 
 
+@pytest.mark.slow
 def test_no_tracer_leaks(rng):
     with jax.checking_leaks():
         state, _ = sharded(net(bn_group=4), batch(rng), jax.devices(), n_steps=1, **OPTIONS)

@@ -161,6 +161,7 @@ def test_every_variant_is_converted_and_back_at_224_pixels(capsys, tmp_path, nam
 
 
 @pytest.mark.parametrize('kind', ['x.safetensors', pytest.param('orbax', marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_correct_model_name_changes_nothing(capsys, tmp_path, kind):
     settings = ModelConfig(**small.SETTINGS, output_stride=8, dtype='bfloat16')
     names = [f'class {i}' for i in range(settings.num_classes)]
