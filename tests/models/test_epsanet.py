@@ -51,7 +51,7 @@ def test_every_psa_module_records_its_attention(rng):
         np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-5)
 
 
-@pytest.mark.parametrize('psa_bias', [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize('psa_bias', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_every_parameter_has_a_finite_gradient_other_than_zero(rng, psa_bias):
     f64 = {'dtype': jnp.float64, 'param_dtype': jnp.float64}
     net = small.model(psa_bias=psa_bias, reduction=1, **f64, **TWO_STAGES)

@@ -10,6 +10,7 @@ import pytest
 import small
 
 from epsanet_jax import InputError, create_model
+from epsanet_jax.data.preprocessing import default_preprocessing
 from epsanet_jax.models import ModelConfig, Settings
 from epsanet_jax.models.settings import NAMES, check_types, model_config, settings_of
 from epsanet_jax.models.zoo import build_model, config_of
@@ -58,7 +59,7 @@ def test_every_setting_is_a_flag_of_the_configuration():
 
 def test_every_setting_is_kept_by_metadata_and_by_config_of():
     config = ModelConfig(name='epsanet50_small', **CHANGED)
-    metadata = make_metadata(config, list('abcde'), small.PREPROCESSING)
+    metadata = make_metadata(config, list('abcde'), default_preprocessing(config.in_channels))
     assert read_metadata(metadata, 'x')[0] == config
     model = build_model(config)
     assert settings_of(build_model(config_of(model))) == settings_of(model)

@@ -242,6 +242,7 @@ def connected(port):
             return socket.create_connection(('localhost', port))
 
 
+@pytest.mark.slow
 def test_processes_with_different_numbers_of_devices_are_refused(float64_recipe, tmp_path):
     two = start_all(float64_recipe, tmp_path, 2, 1, only=[0])
     port = next(a for a in two[0].args if a.startswith('--coordinator'))

@@ -106,6 +106,7 @@ def test_a_wrong_option_gives_one_line_and_status_2(recipe, tmp_path, arguments,
     assert not workdir.exists()
 
 
+@pytest.mark.slow
 def test_a_wrong_config_file_gives_one_line_and_status_2(recipe, tmp_path):
     workdir = f'--workdir={tmp_path / "run"}'
     (tmp_path / 'syntax.py').write_text('def get_config(:')
@@ -124,6 +125,7 @@ def test_a_wrong_config_file_gives_one_line_and_status_2(recipe, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_an_empty_class_or_a_bad_image_gives_one_line_and_status_2(recipe, tmp_path):
     for split in ('train', 'val'):
         for name in 'ab':
@@ -175,8 +177,12 @@ def test_every_recipe_is_valid_and_its_header_is_complete(name):
     ('redirection', 'noted'),
     [
         ('| true; exit ${PIPESTATUS[0]}', 'cannot write to stdout (Broken pipe); continuing without it\n'),
-        ('>/dev/full', 'cannot write to stdout (No space left on device); continuing without it\n'),
-        ('<&- >&- 2>&-', ''),
+        pytest.param(
+            '>/dev/full',
+            'cannot write to stdout (No space left on device); continuing without it\n',
+            marks=pytest.mark.slow,
+        ),
+        pytest.param('<&- >&- 2>&-', '', marks=pytest.mark.slow),
         pytest.param('>&-', '', marks=pytest.mark.slow),
         pytest.param('>/dev/full 2>/dev/full', '', marks=pytest.mark.slow),
     ],
@@ -198,6 +204,7 @@ def test_a_run_without_a_console_ends_by_its_own_result(recipe, tmp_path):
     assert shell(f'{run} >&- 2>&-').returncode == 2
 
 
+@pytest.mark.slow
 def test_a_flag_file_that_does_not_exist_gives_one_line_and_status_2(recipe, tmp_path):
     arguments = (f'--config={recipe}', f'--workdir={tmp_path / "run"}')
     for missing in ('no/such', tmp_path):

@@ -108,6 +108,7 @@ def assert_close(ours, expected):
             assert error < 2e-4, (name, error)  # float32, two steps on 8 devices
 
 
+@pytest.mark.slow
 def test_a_training_from_pytorch_continues_in_jax_with_the_same_updates(half_trained, tmp_path, capsys):
     path, expected = half_trained
     config = recipe(steps=6, init_from=str(path), init_optimizer=True)

@@ -75,6 +75,7 @@ def test_an_ignored_sighup_stays_ignored(tmp_path, monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves_and_stops_the_run(tiny, tmp_path):
     """Like the end of an ssh session: SIGHUP, and a terminal that can no longer be written to."""
     ours, theirs = os.openpty()

@@ -145,6 +145,7 @@ def test_microbatches_make_the_update_of_the_whole_batch(rng, devices, bn_group,
     ('devices', 'microbatches'),
     [(8, 1), *(pytest.param(*n, marks=pytest.mark.slow) for n in ((4, 4), (1, 2)))],
 )
+@pytest.mark.slow
 def test_random_numbers_do_not_depend_on_devices_and_microbatches(rng, devices, microbatches):
     model, data = net((1, 1), bn_group=4, **F64), batch(rng, n=32, size=32)
     state, _ = sharded(model, data, jax.devices()[:devices], microbatches=microbatches, **OPTIONS)
@@ -273,6 +274,7 @@ def _without(variables, name):
     return {k: {n: v for n, v in tree.items() if n != name} for k, tree in variables.items()}
 
 
+@pytest.mark.slow
 def test_frozen_batchnorms_keep_their_statistics(rng):
     images = small.images(rng, n=4)
     for pattern, frozen in (('^bn1|^layer1', {'bn1', 'layer1_0', 'layer1_1'}), ('.', None), ('', set())):
