@@ -76,6 +76,7 @@ def gradients_of(twin, images, classes):
     return seen
 
 
+@pytest.mark.slow
 def test_grad_cam_equals_pytorch_at_every_stage(images, twin, ours):
     maps, _, features = ours
     for stage, a in gradients_of(twin, images, CLASSES.tolist()).items():

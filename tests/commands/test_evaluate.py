@@ -37,6 +37,7 @@ def digits_run(tmp_path_factory, digits_dir):
     return workdir, loop.train(config, str(workdir))
 
 
+@pytest.mark.slow
 def test_metrics_equal_those_of_the_training(capsys, digits_run):
     workdir, result = digits_run
     expected = {k: result.last[k] for k in ('loss', 'top1', 'top5', 'examples')}
@@ -53,6 +54,7 @@ def test_metrics_equal_those_of_the_training(capsys, digits_run):
     assert 'of 1437 images' in out
 
 
+@pytest.mark.slow
 def test_classes_of_a_folder_are_matched_by_name(capsys, digits_run, digits_dir, tmp_path):
     """Two of the ten digits as a folder: their labels there, 0 and 1, are not those of the model."""
     from epsanet_jax.data.sources import Tfds

@@ -58,7 +58,10 @@ def test_the_message_names_what_a_worker_lacked(code, advice):
         list(until_killed(batches()))
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    'number',
+    [signal.SIGTERM, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGINT, signal.SIGHUP))],
+)
 def test_workers_ignore_signals_meant_for_the_run(number):
     batches, expected = batches_of(SOURCE, workers=1), batches_of(SOURCE, workers=0)
     next(batches)

@@ -50,6 +50,7 @@ def assert_equal_up_to_rounding(workdir, expected):
     ('processes', 'devices', 'microbatches'),
     [(2, 2, 2), *(pytest.param(p, d, 1, marks=pytest.mark.slow) for p, d in ((2, 2), (4, 1)))],
 )
+@pytest.mark.slow
 def test_several_processes_make_the_run_of_one(
     float64_recipe, alone, tmp_path, processes, devices, microbatches
 ):

@@ -112,6 +112,7 @@ def test_a_lock_that_somebody_removed_is_written_again(folder, monkeypatch):
             assert held._thread.is_alive()
 
 
+@pytest.mark.slow
 def test_a_second_trainer_is_refused_and_the_first_one_can_be_killed_and_continued(tiny, tmp_path):
     first = start(tiny, tmp_path, '--config.steps=100000')
     wait_for(first, 'step 5/')

@@ -13,7 +13,7 @@ from runs import (
 
 from epsanet_jax import InputError, from_pretrained
 from epsanet_jax.commands.main import main
-from epsanet_jax.training import inputs, loop
+from epsanet_jax.training import datasets, loop
 from epsanet_jax.training.config import (
     DataConfig,
     OptimizerConfig,
@@ -59,14 +59,14 @@ def test_other_validation_images_give_a_warning_and_the_run_continues(tmp_path, 
     longer = recipe(steps=4, eval_every_epochs=0.0)
     loop.train(longer, str(tmp_path))
     assert 'warning' not in capsys.readouterr().out
-    original = inputs.open_splits
+    original = datasets.open_splits
 
     def changed(data):
-        train, evaluation = original(data)
+        train, evaluation, lines = original(data)
         evaluation.fingerprint = 'other'
-        return train, evaluation
+        return train, evaluation, lines
 
-    monkeypatch.setattr(inputs, 'open_splits', changed)
+    monkeypatch.setattr(datasets, 'open_splits', changed)
     assert loop.train(recipe(steps=6, eval_every_epochs=0.0), str(tmp_path)).step == 6
     assert 'warning: the validation images have changed' in capsys.readouterr().out
     loop.train(recipe(steps=6, eval_every_epochs=0.0), str(tmp_path))

@@ -131,6 +131,7 @@ def test_eight_devices_make_the_update_of_one(rng, bn_group):
         pytest.param(8, 1, 4, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_microbatches_make_the_update_of_the_whole_batch(rng, devices, bn_group, microbatches):
     """BatchNorm groups on one device, on several and on all."""
     model, data = net(bn_group=bn_group, **F64), batch(rng, n=32, size=32)

@@ -99,6 +99,7 @@ def test_code_of_the_card_runs(saved, monkeypatch, rng):
     np.testing.assert_allclose(names['logits'], theirs, atol=1e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.slow
 def test_commands_read_and_write_hub_folders(capsys, saved, tmp_path, digits_dir):
     status, out, err = run(capsys, 'export', saved, tmp_path / 'again-1.2', '--verify')
     assert (status, err) == (0, '')

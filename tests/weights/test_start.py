@@ -49,7 +49,10 @@ def test_a_resnet_starts_all_but_the_pyramids():
     ('name', 'tensors'),
     # Of ResNet-50's 161 parameters and 106 statistics, all but the 16 kernels of 3x3 and the statistics of
     # bn2. The wide network shares the stem, the shortcuts and what has the width of their outputs.
-    [('epsanet50_small', 161 + 106 - 16 - 2 * 16), ('epsanet50_large', None)],
+    [
+        ('epsanet50_small', 161 + 106 - 16 - 2 * 16),
+        pytest.param('epsanet50_large', None, marks=pytest.mark.slow),
+    ],
 )
 def test_resnet50_starts_the_published_networks(name, tensors):
     source, model = create_model('resnet50'), create_model(name)
