@@ -229,6 +229,15 @@ def test_orientation_is_found_in_xmp_and_behind_long_segments(original, segments
     assert decode(file[:2] + segments + file[2:], exif_orientation=False).size == original.size
 
 
+@pytest.mark.parametrize('subsampling', ['444', '422', '420', '440', '411'])
+def test_both_decoders_give_the_same_pixels_for_every_subsampling(original, subsampling, monkeypatch):
+    simplejpeg = pytest.importorskip('simplejpeg')
+    file = simplejpeg.encode_jpeg(np.ascontiguousarray(original), 95, 'RGB', subsampling)
+    fast = decode(file)
+    monkeypatch.setattr(decoding, 'simplejpeg', None)
+    np.testing.assert_array_equal(fast, decode(file))
+
+
 @pytest.mark.parametrize('kind', ['GIF', 'AVIF', 'JPEG2000', 'TIFF', 'BMP', 'PPM'])
 def test_formats_of_the_list_are_decoded(original, kind):
     difference = np.asarray(decode(encoded(original, kind)), float) - np.asarray(original)
