@@ -134,6 +134,7 @@ def test_the_file_is_not_needed_after_the_first_checkpoint(half_trained, tmp_pat
     assert_close(to_torch(load(str(tmp_path / 'run')).variables, NET), half_trained[1])
 
 
+@pytest.mark.slow
 def test_the_learning_rate_continues_from_the_file(half_trained, tmp_path):
     """The last learning rate of the file is 0.01: the schedule continues there, not at its own peak."""
     config = recipe(steps=9, init_from=str(half_trained[0]), init_optimizer=True)

@@ -49,13 +49,15 @@ def test_signals_interrupt_and_the_same_call_continues(images, tmp_path, monkeyp
         os.kill(os.getpid(), number)
         return write_shard(*arguments, **options)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(workers, 'write_shard', write)
+    monkeypatch.setattr(workers, 'write_shard', write)
+    # The test itself may run under nohup, where signals are ignored.
+    not_ignored = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    before = signal.signal(number, not_ignored)
+    try:
         with pytest.raises(Interrupted, match='interrupted; the same command continues'):
             dataset.prepare(str(images), str(tmp_path / 'out'), num_workers=1)
-        before = signal.signal(number, signal.SIG_IGN)  # as under nohup
-        try:
-            prepared = dataset.prepare(str(images), str(tmp_path / 'out'), num_workers=1)
-        finally:
-            signal.signal(number, before)
+        signal.signal(number, signal.SIG_IGN)
+        prepared = dataset.prepare(str(images), str(tmp_path / 'out'), num_workers=1)
+    finally:
+        signal.signal(number, before)
     assert prepared.splits['train'].kept == 7
