@@ -55,11 +55,12 @@ def _draw_maps(figure: SubFigure, e: Explanation) -> None:
     grid: Any = figure.subplots(rows, columns + 2, squeeze=False, width_ratios=ratios)
     for axes in grid.flat:
         axes.set_axis_off()
-    grid[0, 0].imshow(_displayed(e.image))
+    image = _displayed(e.image)
+    grid[0, 0].imshow(image)
     style = {'fontsize': 9, 'parse_math': False}
     grid[0, 0].set_title(shorten(e.name, middle=True), **style)
     _draw_top_classes(grid[0, -1], e)
-    gray = _displayed(e.image).mean(axis=-1)
+    gray = image.mean(axis=-1)
     for row, number in enumerate(e.classes):
         for column, (stage, cams) in enumerate(e.cams.items(), start=1):
             axes, cam = grid[row, column], cams[row]

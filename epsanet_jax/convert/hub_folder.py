@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from epsanet_jax.convert.contents import PACKAGE
 from epsanet_jax.errors import InputError, one_line
 
 WEIGHTS = 'model.safetensors'
@@ -79,7 +80,7 @@ def _read_json(path: str) -> Any:
 
 def is_ours(config: Mapping[str, Any]) -> bool:
     """Returns whether this package wrote a config.json."""
-    return config.get('package') == 'epsanet_jax'
+    return config.get('package') == PACKAGE
 
 
 def to_metadata(config: Mapping[str, Any], folder: str) -> dict[str, Any]:

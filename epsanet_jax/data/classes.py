@@ -53,7 +53,7 @@ def match(names: Sequence[str], model_names: Sequence[str], num_classes: int) ->
         )
     for name, count in collections.Counter(theirs).items():
         if count > 1 and name in ours:
-            places = [f'{name} ({i})' for i, other in enumerate(theirs) if other == name]
+            places = [shown for shown, other in zip(distinct(theirs), theirs, strict=True) if other == name]
             raise InputError(f'the model has {count} classes named {name!r}: name the class {some(places)}')
     return [numbers[name] for name in ours], ''
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from epsanet_jax.convert.momentum import momentum_from_torch, parse_sgd
-from epsanet_jax.convert.state_dict import Path, flatten, from_torch, strip_prefix
+from epsanet_jax.convert.state_dict import Path, flatten, from_torch
 from epsanet_jax.errors import InputError, some
 from epsanet_jax.models.epsanet import EPSANet
 from epsanet_jax.training.config import OptimizerConfig
@@ -125,7 +125,7 @@ def make_initial_state(
     if partial:
         taken, lines = fitting(network, model, with_classifier=not replace)
         return InitialState(taken, None, None, (*report, *lines))
-    state_dict, lines = adapt_stem(strip_prefix(network.state_dict), model)
+    state_dict, lines = adapt_stem(network.state_dict, model)
     report += lines
     variables = from_torch(state_dict, model, new_head=key if replace else None)
     buffers = None

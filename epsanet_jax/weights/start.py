@@ -21,7 +21,6 @@ from epsanet_jax.convert.state_dict import (
     flatten,
     name_table,
     read_tensors,
-    strip_prefix,
     torch_shape,
 )
 from epsanet_jax.errors import InputError, some
@@ -68,7 +67,7 @@ def fitting(
     network: Network, model: EPSANet, *, with_classifier: bool = True
 ) -> tuple[dict[Path, jax.Array], tuple[str, ...]]:
     """Returns the leaves that `start_from` takes, by their paths in the variables, and its report."""
-    given, lines = adapt_stem(strip_prefix(network.state_dict), model)
+    given, lines = adapt_stem(network.state_dict, model)
     table = name_table(model)
     if network.model.middle == 'pyconv' and model.middle == 'psa':
         given, line = _of_pyconv(given, table)

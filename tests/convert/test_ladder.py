@@ -237,13 +237,11 @@ def five_steps(net, variables, twin, images, labels, dtype=np.float64):
     return {k: ours[k] for k in expected}, expected, losses, expected_losses
 
 
-@pytest.mark.slow
-def test_rung_8_five_updates_on_eight_devices(rng):
+def assert_five_steps_agree(rng, net, rows, size):
     """Same weights, batches, smoothing and SGD: parameters, statistics and losses after five steps."""
-    net = small.model(**F64)
     variables, twin = twins(net)
-    images = rng.integers(0, 256, (5, 16, 64, 64, 3), dtype=np.uint8)
-    labels = rng.integers(0, 7, (5, 16)).astype(np.int32)
+    images = rng.integers(0, 256, (5, rows, size, size, 3), dtype=np.uint8)
+    labels = rng.integers(0, 7, (5, rows)).astype(np.int32)
     ours, expected, losses, expected_losses = five_steps(net, variables, twin, images, labels)
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-10)
     assert_close(ours, expected)
@@ -252,14 +250,14 @@ def test_rung_8_five_updates_on_eight_devices(rng):
 
 
 @pytest.mark.slow
+def test_rung_8_five_updates_on_eight_devices(rng):
+    assert_five_steps_agree(rng, small.model(**F64), rows=16, size=64)
+
+
+@pytest.mark.slow
 def test_rung_8_of_a_pyconvresnet(rng):
     net = small.pyconv(layers=(1, 1), planes=(8, 16), kernels=((3, 5), (3,)), groups=((1, 2), (2,)), **F64)
-    variables, twin = twins(net)
-    images = rng.integers(0, 256, (5, 8, 32, 32, 3), dtype=np.uint8)
-    labels = rng.integers(0, 7, (5, 8)).astype(np.int32)
-    ours, expected, losses, expected_losses = five_steps(net, variables, twin, images, labels)
-    np.testing.assert_allclose(losses, expected_losses, rtol=1e-10)
-    assert_close(ours, expected)
+    assert_five_steps_agree(rng, net, rows=8, size=32)
 
 
 def forward_float32(name, size):

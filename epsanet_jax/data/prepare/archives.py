@@ -68,7 +68,7 @@ def list_tar_of_classes(path: str, split: str, notes: Notes, allow_empty: bool =
     Raises:
         InputError: the tar cannot be used, or holds no class folder, or, unless allowed, one without images.
     """
-    return classes_in(path, *read_tree(path, split, notes), notes, allow_empty)
+    return classes_in(path, *without_top(path, split, *read_index(path, notes), notes), notes, allow_empty)
 
 
 def classes_in(
@@ -88,13 +88,24 @@ def classes_in(
     return sorted(items, key=order)
 
 
-def read_tree(path: str, split: str, notes: Notes) -> tuple[list[Item], list[str]]:
-    """Reads the index of a tar, see `index_tar`, without the folders around the classes.
+def read_index(path: str, notes: Notes) -> tuple[list[Item], list[str]]:
+    """Returns the files and folders of a tar, see `index_tar`, without hidden ones and litter.
+
+    Raises:
+        InputError: the tar cannot be used, or is a WebDataset shard.
+    """
+    members, folders = _without_litter(path, *index_tar(path), notes)
+    _refuse_shard(path, members)
+    return members, folders
+
+
+def without_top(
+    path: str, split: str, members: list[Item], folders: list[str], notes: Notes
+) -> tuple[list[Item], list[str]]:
+    """Returns the files and folders of a tar without the folders around the classes.
 
     Such a folder has the name of the split, or holds all images, in folders of their own.
     """
-    members, folders = _without_litter(path, *index_tar(path), notes)
-    refuse_shard(path, members)
     names = [*folders, *(m.name for m in members)]
     top = names[0].split('/')[0] if names else ''
     if split_of(top) != split or any(name.split('/')[0] != top for name in names):
@@ -137,7 +148,7 @@ def _without_litter(
     return kept, [name for name in folders if not reason(name)]
 
 
-def refuse_shard(path: str, members: list[Item]) -> None:
+def _refuse_shard(path: str, members: list[Item]) -> None:
     """Raises InputError if the members are those of a WebDataset shard: KEY.jpg beside KEY.cls."""
     names = {m.name for m in members}
     for name in sorted(names):
@@ -155,9 +166,16 @@ def list_tar_of_class(path: str, notes: Notes) -> list[Item]:
     Raises:
         InputError: the tar cannot be used, or holds no image.
     """
+    return as_one_class(path, read_index(path, notes)[0])
+
+
+def as_one_class(path: str, members: list[Item]) -> list[Item]:
+    """Returns the images among the members of a tar that holds one class and has its name.
+
+    Raises:
+        InputError: there is no image.
+    """
     class_name = os.path.basename(path).removesuffix('.tar')
-    members, _ = _without_litter(path, *index_tar(path), notes)
-    refuse_shard(path, members)
     items = _of_class(class_name, members, path)
     prefix = f'{class_name}/'
     if not all(item.name.startswith(prefix) for item in items):

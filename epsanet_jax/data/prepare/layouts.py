@@ -124,7 +124,7 @@ def _list_split(root: str, split: str, name: str, notes: Notes) -> list[Item] | 
 def _list_whole(root: str, notes: Notes) -> dict[str, list[Item]]:
     """Lists a source without splits at its top: classes, or one tar or folder that holds everything."""
     folders = next(walk(root)).folders
-    inner = list(next(walk(os.path.join(root, folders[0]))).folders) if len(folders) == 1 else []
+    inner = next(walk(os.path.join(root, folders[0]))).folders if len(folders) == 1 else ()
     if any(map(split_of, inner)):
         path = os.path.join(root, folders[0])
         raise InputError(f'{root} holds only the folder {folders[0]}, which holds {some(inner)}: give {path}')
@@ -132,9 +132,11 @@ def _list_whole(root: str, notes: Notes) -> dict[str, list[Item]]:
     if folders or len(tars) != 1:
         return {'train': _list_classes(root, '', notes)}
     path = os.path.join(root, tars[0])
-    members, names = archives.read_tree(path, 'train', notes)
+    whole, all_names = archives.read_index(path, notes)
+    members, names = archives.without_top(path, 'train', whole, all_names, notes)
     if all('/' not in m.name for m in members if is_image_name(m.name)):
-        return {'train': _list_classes(root, '', notes)}  # a single class
+        notes.skipped += [f'{name}: {litter(name)}' for name in _tars(root) if litter(name)]
+        return {'train': archives.as_one_class(path, whole)}
     splits = _find_splits(path, sorted({n.split('/')[0] for n in (*names, *(m.name for m in members))}))
     if not splits:
         return {'train': archives.classes_in(path, members, names, notes)}

@@ -137,6 +137,13 @@ def test_one_tar_may_hold_all_classes_or_splits_in_folders(tmp_path, capsys, top
     assert [name for name, *_ in records(tmp_path / 'out_splits', 'val')] == ['cat/1.jpg', 'dog/1.jpg']
 
 
+def test_one_tar_of_images_is_one_class_and_its_litter_is_counted_once(tmp_path, capsys):
+    write(tmp_path / 'in/cat.tar', packed({'1.jpg': jpeg(1), '._1.jpg': jpeg(2)}))
+    _, err = prepared(capsys, tmp_path / 'in', tmp_path / 'out')
+    assert records(tmp_path / 'out', 'train') == [('cat/1.jpg', 'cat', jpeg(1))]
+    assert f'skipped 1 entry in {tmp_path}/in: cat.tar: ._1.jpg: hidden' in err.splitlines()
+
+
 def test_split_folders_one_level_below_are_refused_with_the_path(folder, tmp_path, capsys):
     folder.rename(tmp_path / 'pets')
     write(tmp_path / 'in/README', b'')
