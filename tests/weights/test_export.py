@@ -1,4 +1,4 @@
-"""The command `epsanet export`."""
+"""Exports of every kind: their content, and what is refused."""
 
 import json
 import sys
@@ -115,13 +115,6 @@ def test_file_and_description_are_written_both_or_not_at_all(capsys, checkpoint,
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('options', [('--step', 'best'), ('--no-ema',)])
-def test_choice_of_weights_is_refused_for_one_set_of_weights(capsys, checkpoint, tmp_path, options):
-    status, _, err = run(capsys, 'export', checkpoint, tmp_path / 'x.onnx', *options)
-    assert status == 2
-    assert 'has one set of weights' in err
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['epsanet50_small', 'epsanet50_large', 'resnet50'])
 @pytest.mark.parametrize('kind', ['stablehlo', 'onnx'])
@@ -130,15 +123,3 @@ def test_published_networks_at_224_pixels(capsys, tmp_path, name, kind):
     epsanet_jax.save_pretrained(tmp_path / 'net', net, small.random_variables(net, dtype=np.float32))
     out = export(capsys, tmp_path / 'net', tmp_path / f'net.{kind}', '--verify')
     assert float(out.split('differ by ')[1].split(' ')[0]) <= CLOSE
-
-
-def test_existing_files_are_replaced_with_overwrite_only(capsys, checkpoint, tmp_path):
-    for name in ('x.safetensors', 'x.stablehlo', 'x.stablehlo.json'):
-        (tmp_path / name).write_text('old')
-    for name in ('x.safetensors', 'x.stablehlo'):
-        status, _, err = run(capsys, 'export', checkpoint, tmp_path / name)
-        assert (status, err.count('\n'), 'or replace it with --overwrite' in err) == (2, 1, True)
-        assert run(capsys, 'export', checkpoint, tmp_path / name, '--overwrite')[0] == 0
-    assert all(path.stat().st_size > 100 for path in tmp_path.iterdir())
-    (tmp_path / 'hub').mkdir()
-    assert run(capsys, 'export', checkpoint, tmp_path / 'hub', '--overwrite')[0] == 2
