@@ -25,10 +25,10 @@ import jax.numpy as jnp
 from epsanet_jax.analysis import hlo
 from epsanet_jax.models import create_model
 from epsanet_jax.models.conv import Conv
-from epsanet_jax.ops import choice
-from epsanet_jax.ops.algorithms import Algorithm, convolve, divisors
-from epsanet_jax.ops.choice import DIRECTIONS, Problem
-from epsanet_jax.ops.rewrites import bands
+from epsanet_jax.ops import algorithms, choice
+from epsanet_jax.ops.algorithms import DIRECT, Algorithm, by_name, convolve, divisors
+from epsanet_jax.ops.choice import DIRECTIONS, MOST_SPLIT, Problem
+from epsanet_jax.ops.rewrites import Window, bands
 
 TILES = ((1, 2), (2, 2), (1, 4), (2, 4), (4, 4), (2, 8))
 TABLE = Path(choice.__file__).with_name(choice.TABLE)
@@ -100,11 +100,17 @@ def problems(name: str, batch: int, dtype: str, image_size: int) -> list[Problem
 def candidates(problem: Problem, platform: str, limit: float) -> Iterator[Algorithm]:
     """Yields the algorithms to measure: those with at most about `limit` times the products."""
     yield Algorithm('stock')
-    if problem.kernel == 1:
+    if problem.kernel == 1 and problem.groups <= MOST_SPLIT:
         yield Algorithm('matmul')
-        return
+        if problem.groups == 1:
+            return
     split = platform == 'cpu'  # XLA has no fast path for groups there
+    if split and problem.groups > 1:
+        shape = (problem.kernel, problem.kernel, problem.channels // problem.groups, problem.features)
+        yield from (a for a in (by_name(name, shape, problem.groups) for name in DIRECT) if a.name in DIRECT)
     for merge in divisors(problem.groups):
+        if split and problem.groups // merge > MOST_SPLIT:
+            continue
         if problem.groups > 1 and (merge <= 2 * limit or merge == problem.groups):
             yield Algorithm('merged', merge, split=split and merge < problem.groups)
         if problem.stride > 1 and not split and merge <= 2 * limit:
@@ -118,7 +124,11 @@ def candidates(problem: Problem, platform: str, limit: float) -> Iterator[Algori
                 if platform != 'tpu':  # padding the folded images is too expensive there
                     yield Algorithm('folded', merge, tile, split)
     for columns in (2, 4):
-        window = (1 + sum(bands(problem.kernel, problem.stride, columns))) * columns * problem.stride
+        window = (
+            (1 + sum(bands(problem.kernel, problem.stride, problem.kernel // 2, columns)))
+            * columns
+            * problem.stride
+        )
         products = problem.groups * window / problem.kernel
         if products <= 2 * limit and columns <= problem.size // problem.stride:
             yield Algorithm('banded', problem.groups, (1, columns))
@@ -151,16 +161,24 @@ def direction_of(problem: Problem, algorithm: Algorithm, direction: str):
     p = problem
     x = jax.ShapeDtypeStruct((p.batch, p.size, p.size, p.channels), p.dtype)
     kernel = jax.ShapeDtypeStruct((p.kernel, p.kernel, p.channels // p.groups, p.features), p.dtype)
+    window = Window((p.stride, p.stride), ((p.kernel // 2,) * 2,) * 2)
+    settings = (window,), (p.groups,), (algorithm,)
 
     def forward(x, kernel):
-        return convolve(x, kernel, p.stride, p.groups, algorithm)
+        return convolve(x, kernel, window, p.groups, algorithm)
+
+    def input_gradient(kernel, dy):
+        return algorithms.input_gradient(x.shape, (dy,), (kernel,), *settings)
+
+    def weight_gradient(x, dy):
+        return algorithms.weight_gradient(x, (dy,), (kernel.shape,), *settings)[0]
 
     y = jax.eval_shape(forward, x, kernel)
-    if direction == 'forward':
-        return forward, (x, kernel)
-    if direction == 'input_gradient':
-        return lambda kernel, dy: jax.linear_transpose(lambda x: forward(x, kernel), x)(dy)[0], (kernel, y)
-    return lambda x, dy: jax.linear_transpose(lambda k: forward(x, k), kernel)(dy)[0], (x, y)
+    return {
+        'forward': (forward, (x, kernel)),
+        'input_gradient': (input_gradient, (kernel, y)),
+        'weight_gradient': (weight_gradient, (x, y)),
+    }[direction]
 
 
 def tpu_cost(function, shapes, device) -> dict[str, float]:

@@ -19,6 +19,8 @@ or combined:
               and columns. Each is convolved without stride with the kernel values that meet it, and the
               results are added. The gradient of the input then convolves no inserted zeros.
 
+    direct    Multiply-adds of shifted images instead of matrix products, see `direct`.
+
 When several convolutions read the same input, as the branches of a pyramid do:
 
     joining   They become one convolution with the same number of groups. Smaller kernels are padded to the
@@ -27,6 +29,7 @@ When several convolutions read the same input, as the branches of a pyramid do:
 All of them equal the plain convolution up to rounding, in the output and in both gradients.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -34,9 +37,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from epsanet_jax.errors import InputError, suggest
-from epsanet_jax.ops import rewrites
+from epsanet_jax.ops import direct, rewrites
+from epsanet_jax.ops.rewrites import Window
 
 
 class Algorithm(NamedTuple):
@@ -44,7 +49,7 @@ class Algorithm(NamedTuple):
 
     Attributes:
         name: 'stock', 'merged', 'joint' (for a single convolution the same as 'merged'), 'tiled', 'folded',
-            'banded' or, for 1x1 kernels, 'matmul'.
+            'banded', 'by_channel', 'by_image' or, for 1x1 kernels, 'matmul'.
         merge: number of neighbouring groups that are merged into one; divides the number of groups. 'banded'
             always merges all groups.
         tile: rows and columns of output pixels that are computed at once; 'banded' uses only the columns.
@@ -61,7 +66,9 @@ class Algorithm(NamedTuple):
     phases: bool = False
 
 
-NAMES = ('stock', 'merged', 'dense', 'tiled', 'folded', 'banded', 'phases', 'matmul')
+DIRECT = ('by_channel', 'by_image')  # multiply-adds of shifted images, see `direct`
+NAMES = ('stock', 'merged', 'dense', 'tiled', 'folded', 'banded', 'phases', 'matmul', *DIRECT)
+MOST_TERMS = 512  # multiply-adds for an output in `direct`; more take long to compile
 MERGED_CHANNELS = 64  # a dense convolution with fewer input channels leaves vector units idle
 
 
@@ -75,7 +82,7 @@ def check_name(name: str) -> None:
 
 
 def by_name(name: str, kernel_shape: tuple[int, ...], groups: int) -> Algorithm:
-    """Returns the algorithm with a name of `NAMES`, for a kernel [k, k, C_in / groups, C_out].
+    """Returns the algorithm with a name of `NAMES`, for a kernel [kh, kw, C_in / groups, C_out].
 
     stock: one convolution with `feature_group_count = groups`; used if the named one does not apply
     merged: neighbouring groups are merged until each has `MERGED_CHANNELS` input channels
@@ -83,11 +90,16 @@ def by_name(name: str, kernel_shape: tuple[int, ...], groups: int) -> Algorithm:
     tiled, folded: groups are not merged; tiles have 4x4 pixels for large kernels, 2x2 for small ones
     banded: all groups are merged; two columns at once
     phases: groups are not merged; each phase of the stride is a separate convolution
-    matmul: a matrix product, for 1x1 kernels
+    matmul: a matrix product for each group, for 1x1 kernels
+    by_channel, by_image: multiply-adds of shifted images, for at most `MOST_TERMS` of them
     """
-    size, _, channels, _ = kernel_shape
+    rows, columns, channels, outputs = kernel_shape
+    size = max(rows, columns)
+    if name in DIRECT:
+        terms = rows * columns * max(channels, outputs // groups)
+        return Algorithm(name if terms <= MOST_TERMS else 'stock')
     if name == 'matmul':
-        return Algorithm('matmul' if size == 1 and groups == 1 else 'stock')
+        return Algorithm('matmul' if size == 1 else 'stock')
     if name == 'dense' and groups > 1:
         return Algorithm('merged', groups)
     if name == 'merged' and groups > 1:
@@ -110,7 +122,7 @@ def divisors(n: int) -> list[int]:
 def convolve_all(
     x: jax.Array,
     kernels: Sequence[jax.Array],
-    stride: int,
+    windows: Sequence[Window],
     groups: Sequence[int],
     algorithms: Sequence[Algorithm],
 ) -> tuple[jax.Array, ...]:
@@ -118,76 +130,153 @@ def convolve_all(
 
     Args:
         x: images, [N, H, W, C_in].
-        kernels: arrays [k, k, C_in / groups, C_out] with odd k; k, groups and C_out may differ.
-        stride: step in both directions.
+        kernels: arrays [kh, kw, C_in / groups, C_out]; all but C_in may differ.
+        windows: window for each kernel, all with the same strides.
         groups: number of groups for each kernel.
         algorithms: algorithm for each kernel.
 
     Returns:
-        [N, ceil(H / stride), ceil(W / stride), C_out] for each kernel.
+        [N, rows, columns, C_out] for each kernel.
     """
-    # Split once for all kernels: the gradients of each phase are then added before they are interleaved.
-    by_phase = rewrites.split_phases(x, stride) if any(a.phases for a in algorithms) else None
     outputs: dict[int, jax.Array] = {}
     joint: dict[tuple[int, bool], list[int]] = {}  # only equal numbers of groups can be one convolution
+    plain = all(window.dilation == (1, 1) for window in windows)
+    # Split once for all kernels: the gradients of each phase are then added before they are interleaved.
+    by_phase = (
+        rewrites.split_phases(x, windows[0].strides) if any(a.phases for a in algorithms) and plain else None
+    )
     for i, algorithm in enumerate(algorithms):
-        if algorithm.name == 'joint':
+        if algorithm.name == 'joint' and plain:
             joint.setdefault((groups[i] // algorithm.merge, algorithm.phases), []).append(i)
         else:
-            outputs[i] = _convolve(x, by_phase, kernels[i], stride, groups[i], algorithm)
+            outputs[i] = _convolve(x, by_phase, kernels[i], windows[i], groups[i], algorithm)
     for (_, phases), members in joint.items():
         merged = [_merge(kernels[i], groups[i], algorithms[i].merge) for i in members]
-        parts = _joint(x, by_phase if phases else None, merged, stride)
+        parts = _joint(x, by_phase if phases else None, merged, [windows[i] for i in members])
         outputs.update(zip(members, parts, strict=True))
     return tuple(outputs[i] for i in range(len(kernels)))
 
 
-def convolve(x: jax.Array, kernel: jax.Array, stride: int, groups: int, algorithm: Algorithm) -> jax.Array:
-    """Convolves images with a kernel, with `k // 2` zeros of padding on every side.
+def convolve(x: jax.Array, kernel: jax.Array, window: Window, groups: int, algorithm: Algorithm) -> jax.Array:
+    """Convolves images [N, H, W, C_in] with one kernel, as `convolve_all`; returns [N, rows, columns, C_out]."""
+    return convolve_all(x, (kernel,), (window,), (groups,), (algorithm,))[0]
+
+
+def input_gradient(
+    shape: Sequence[int],
+    dys: Sequence[jax.Array],
+    kernels: Sequence[jax.Array],
+    windows: Sequence[Window],
+    groups: Sequence[int],
+    algorithms: Sequence[Algorithm],
+) -> jax.Array:
+    """Returns the gradient of the images from those of the outputs of `convolve_all`.
+
+    Args:
+        shape: shape of the images.
+        dys: gradient of each output.
+        kernels: as in `convolve_all`.
+        windows: as in `convolve_all`.
+        groups: as in `convolve_all`.
+        algorithms: algorithm for each kernel.
+    """
+    arguments = list(zip(dys, kernels, windows, groups, algorithms, strict=True))
+    terms = [
+        direct.input_gradient(dy, k, window, g, shape[1:3], a.name == 'by_image')
+        for dy, k, window, g, a in arguments
+        if a.name in DIRECT
+    ]
+    others = [argument for argument in arguments if argument[4].name not in DIRECT]
+    if others:
+        dys, *rest = zip(*others, strict=True)
+        terms += jax.linear_transpose(lambda x: convolve_all(x, *rest), _like(dys[0], shape))(dys)
+    return sum(terms[1:], terms[0])
+
+
+def weight_gradient(
+    x: jax.Array,
+    dys: Sequence[jax.Array],
+    shapes: Sequence[tuple[int, ...]],
+    windows: Sequence[Window],
+    groups: Sequence[int],
+    algorithms: Sequence[Algorithm],
+) -> list[jax.Array]:
+    """Returns the gradients of the kernels, of these shapes, from those of the outputs of `convolve_all`.
 
     Args:
         x: images, [N, H, W, C_in].
-        kernel: [k, k, C_in / groups, C_out] with odd k.
-        stride: step in both directions.
-        groups: number of groups.
-        algorithm: how to compute it; changes the result by rounding only.
-
-    Returns:
-        [N, ceil(H / stride), ceil(W / stride), C_out].
+        dys: gradient of each output.
+        shapes: shape of each kernel.
+        windows: as in `convolve_all`.
+        groups: as in `convolve_all`.
+        algorithms: algorithm for each kernel.
     """
-    return convolve_all(x, (kernel,), stride, (groups,), (algorithm,))[0]
+    gradients: dict[int, jax.Array] = {}
+    for i, algorithm in enumerate(algorithms):
+        if algorithm.name in DIRECT:
+            by_image = algorithm.name == 'by_image'
+            gradients[i] = direct.weight_gradient(x, dys[i], windows[i], groups[i], shapes[i][:2], by_image)
+    rest = [i for i in range(len(shapes)) if i not in gradients]
+    if rest:
+        kernels = [_like(x, shapes[i]) for i in rest]
+        settings = [[values[i] for i in rest] for values in (windows, groups, algorithms)]
+        pull = jax.linear_transpose(lambda kernels: convolve_all(x, kernels, *settings), kernels)
+        gradients.update(zip(rest, pull(tuple(dys[i] for i in rest))[0], strict=True))
+    return [gradients[i] for i in range(len(shapes))]
 
 
-def _convolve(x, by_phase, kernel, stride, groups, algorithm):
+def _like(a: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """Returns an array that varies over the same mesh axes as `a`: JAX sums gradients of others over devices."""
+    return lax.full_like(a, 0, shape=tuple(shape))
+
+
+def _convolve(x, by_phase, kernel, window, groups, algorithm):
     if algorithm.name == 'matmul':
-        return rewrites.matmul(x, kernel, stride)
+        return rewrites.matmul(x, kernel, window, groups)
     if algorithm.name == 'stock':
-        return rewrites.stock(x, kernel, stride, groups)
+        return rewrites.stock(x, kernel, window, groups)
+    if algorithm.name in DIRECT:
+        return direct.forward(x, kernel, window, groups, algorithm.name == 'by_image')
+    kernels = _merge(kernel, groups, algorithm.merge)  # [kh, kw, I, B, O]
+    if algorithm.name == 'merged' and not algorithm.phases:
+        return rewrites.merged(x, kernels, window, algorithm.split)
+    if window.dilation != (1, 1):
+        again = functools.partial(convolve, kernel=kernel, groups=groups, algorithm=algorithm)
+        return rewrites.without_dilation(x, kernel, window, lambda x, window: again(x, window=window))
     if algorithm.name == 'banded':
         kernel = _merge(kernel, groups, groups)[:, :, :, 0]
-        return rewrites.banded(x, kernel, stride, algorithm.tile[1])
-    kernels = _merge(kernel, groups, algorithm.merge)  # [k, k, I, B, O]
+        return rewrites.banded(x, kernel, window, algorithm.tile[1])
     if algorithm.phases:
-        return rewrites.phases(by_phase, kernels, stride)
-    if algorithm.name == 'merged':
-        return rewrites.merged(x, kernels, stride, algorithm.split)
-    fold = algorithm.name == 'folded'
-    return rewrites.tiled(x, kernels, stride, algorithm.tile, algorithm.split, fold)
+        by_phase = rewrites.split_phases(x, window.strides) if by_phase is None else by_phase
+        return rewrites.phases(by_phase, kernels, window, window.outputs(x.shape[1:3], kernel.shape))
+    if algorithm.name == 'joint':
+        return rewrites.merged(x, kernels, window, split=False)
+    return rewrites.tiled(x, kernels, window, algorithm.tile, algorithm.split, algorithm.name == 'folded')
 
 
-def _joint(x, by_phase, kernels, stride):
-    """Convolves with several kernels [k, k, I, B, O], whose k and O may differ, in one convolution."""
-    size = max(k.shape[0] for k in kernels)
+def _joint(x, by_phase, kernels, windows):
+    """Convolves with several kernels [kh, kw, I, B, O], which differ in size and O, in one convolution."""
     blocks, widths = kernels[0].shape[3], [k.shape[4] for k in kernels]
-    margins = [(size - k.shape[0]) // 2 for k in kernels]
+    strides, out = windows[0].strides, windows[0].outputs(x.shape[1:3], kernels[0].shape)
+    # Kernels get zeros before their first value where others begin earlier, and then up to the same size.
+    lows = [max(w.padding[axis][0] for w in windows) for axis in (0, 1)]
+    before = [[lows[axis] - w.padding[axis][0] for axis in (0, 1)] for w in windows]
+    each = list(zip(kernels, before, strict=True))
+    size = [max(k.shape[axis] + b[axis] for k, b in each) for axis in (0, 1)]
     padded = [
-        rewrites.pad(k, ((m, m), (m, m), *(((0, 0),) * 3))) for k, m in zip(kernels, margins, strict=True)
+        rewrites.pad(k, (*((b[i], size[i] - k.shape[i] - b[i]) for i in (0, 1)), *(((0, 0),) * 3)))
+        for k, b in each
     ]
     kernel = jnp.concatenate(padded, axis=4)
+    rows, columns = (
+        (low, (o - 1) * stride + k - low - n)
+        for low, o, stride, k, n in zip(lows, out, strides, size, x.shape[1:3], strict=True)
+    )
+    window = Window(strides, (rows, columns))
     if by_phase is not None:
-        y = rewrites.phases(by_phase, kernel, stride)
+        y = rewrites.phases(by_phase, kernel, window, out)
     else:
-        y = rewrites.merged(x, kernel, stride, split=False)
+        y = rewrites.merged(x, kernel, window, split=False)
     y = y.reshape(*y.shape[:3], blocks, sum(widths))
     parts = jnp.split(y, list(itertools.accumulate(widths))[:-1], axis=4)
     return [part.reshape(*y.shape[:3], blocks * width) for part, width in zip(parts, widths, strict=True)]

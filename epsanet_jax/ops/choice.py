@@ -1,36 +1,49 @@
-"""The fastest algorithm for a platform and shape, from a table of measurements.
+"""The fastest algorithm for a platform and shape, from a table of measurements and a rule for other shapes.
 
 `choices.json` is written by `benchmarks/grouped_conv.py` and, for TPUs, by `benchmarks/tpu_choices.py`. A
-shape that is not in the table uses the algorithms of the most similar shape in it.
+shape that is near to one in the table uses its algorithms. For others a rule estimates the time of each algorithm
+on a CPU; other platforms use XLA's own lowering.
 """
 
 import functools
 import json
 import math
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from typing import Any, NamedTuple
 
 import jax
 
-from epsanet_jax.ops.algorithms import Algorithm, divisors
+from epsanet_jax.ops.algorithms import DIRECT, MOST_TERMS, Algorithm, divisors
+from epsanet_jax.ops.rewrites import Window
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 DIRECTIONS = ('forward', 'input_gradient', 'weight_gradient')
 TABLE = 'choices.json'
 MOST_SPLIT = 32  # separate convolutions for one; more take long to compile, and none were measured
+NEAR = 5.0  # distance, in octaves, up to which the algorithms of a measured convolution are used for another
+LANES = 8  # values of a vector register
 
 
 class Problem(NamedTuple):
-    """A convolution of [batch, size, size, channels] with a square kernel."""
+    """A convolution of images with as many rows as columns; `of` gives the most similar one for others."""
 
     kernel: int  # height and width of the kernel
     stride: int  # step in both directions
     groups: int  # number of groups
     channels: int  # input channels of all groups together
     features: int  # output channels of all groups together
-    size: int  # height or width of the images, the larger one
-    batch: int  # number of images; a symbolic size, as in an export, is ignored
+    size: int  # height and width of the images; 0 if symbolic, as in an export
+    batch: int  # number of images; a symbolic size is ignored
     dtype: str  # name of the images' type
+
+    @classmethod
+    def of(cls, x: Any, kernel: Sequence[int], window: Window, groups: int) -> 'Problem':
+        """Returns the problem for images like `x` [N, H, W, C] and a kernel of shape [kh, kw, I, O]."""
+        n, h, w, channels = x.shape
+        size = round(math.sqrt(h * w)) if isinstance(h, int) and isinstance(w, int) else 0
+        area, stride = kernel[0] * kernel[1], max(window.strides)
+        return cls(math.ceil(math.sqrt(area)), stride, groups, channels, kernel[3], size, n, x.dtype.name)
 
 
 class Choice(NamedTuple):
@@ -43,15 +56,63 @@ class Choice(NamedTuple):
 
 @functools.cache
 def choose(platform: str, problem: Problem) -> Choice:
-    """Returns the algorithms that 'auto' uses on a platform: those of the most similar measured convolution.
-
-    Platforms without measurements use XLA's own lowering.
-    """
+    """Returns the algorithms that 'auto' uses on a platform."""
     rows = _table().get(platform, ())
-    if not rows:
+    if rows and problem.size:
+        known, choice = min(rows, key=lambda row: _distance(row[0], problem))
+        if problem.groups == 1 or _distance(known, problem) <= NEAR:
+            return Choice(*(_fit(algorithm, known, problem) for algorithm in choice))
+    if platform != 'cpu' or problem.groups == 1:
         return Choice(*(Algorithm('stock'),) * 3)
-    known, choice = min(rows, key=lambda row: _distance(row[0], problem))
-    return Choice(*(_fit(algorithm, known, problem) for algorithm in choice))
+    candidates = list(_candidates(problem))
+    return Choice(*(min(candidates, key=lambda a, d=d: milliseconds(a, problem, d)) for d in DIRECTIONS))
+
+
+def _candidates(p: Problem) -> Iterator[Algorithm]:
+    """Yields the algorithms that the rule compares on a CPU, for more than one group."""
+    yield Algorithm('stock')
+    if p.kernel == 1 and p.groups <= MOST_SPLIT:
+        yield Algorithm('matmul')
+    if p.kernel**2 * max(p.channels, p.features) // p.groups <= MOST_TERMS:
+        if p.size or p.stride == 1:
+            yield Algorithm('by_channel')
+        if p.size:
+            yield Algorithm('by_image')
+    for merge in divisors(p.groups):
+        if p.groups // merge <= MOST_SPLIT:
+            yield Algorithm('merged', merge, split=merge < p.groups)
+
+
+def milliseconds(algorithm: Algorithm, p: Problem, direction: str) -> float:
+    """Returns about the time of a grouped convolution in one direction on two CPU cores.
+
+    The constants, in nanoseconds for one product or value, are fitted to measurements of float32.
+    """
+    size, batch = p.size or 56, p.batch if isinstance(p.batch, int) else LANES
+    pixels, inputs = batch * (size / p.stride) ** 2, p.channels / p.groups
+    products = pixels * p.features * inputs * p.kernel**2
+    values = batch * size**2 * p.channels + pixels * p.features  # read and written
+    gradient, weight = direction != 'forward', direction == 'weight_gradient'
+    if algorithm.name == 'stock':
+        # XLA rewrites the gradients of few channels with zeros, or computes them one product at a time.
+        each = (0.4 if p.kernel == 1 else 7) if gradient else (0.15 if inputs >= 16 else 1.3)
+        time = each * products
+    elif algorithm.name == 'matmul':
+        time = (1 + weight) * (products / 45 + 0.5 * values)
+    elif algorithm.name in DIRECT:
+        by_image = algorithm.name == 'by_image'
+        time = (0.2 if weight else 0.075) * products + (0.5 + 0.5 * weight) * values
+        if by_image:
+            time *= 1.2 * -(-batch // LANES) * LANES / max(batch, 1) * (1 if p.stride == 1 else 2)
+        elif p.groups < max(p.channels, p.features):
+            # Inputs are repeated; for the input gradient these are the outputs.
+            time += 2.3 * batch * size**2 * p.features * inputs
+    else:
+        convolutions = p.groups // algorithm.merge
+        narrow = max(1, 2 * LANES * convolutions / p.features)  # fewer outputs than two vectors
+        unfolded = 0.5 * pixels * p.kernel**2 * p.channels + 0.5 * values
+        time = (1 + weight) * (algorithm.merge * narrow * products / 45 + unfolded + 5e4 * convolutions)
+    return time / 1e6
 
 
 def _distance(known: Problem, problem: Problem) -> float:
@@ -79,8 +140,11 @@ def _distance(known: Problem, problem: Problem) -> float:
 
 def _fit(algorithm: Algorithm, known: Problem, problem: Problem) -> Algorithm:
     """Adapts an algorithm measured on `known` to another convolution."""
-    if algorithm.name == 'matmul' and (problem.kernel, problem.groups) != (1, 1):
+    if algorithm.name == 'matmul' and (problem.kernel != 1 or problem.groups > MOST_SPLIT):
         return Algorithm('stock')
+    if algorithm.name in DIRECT:
+        terms = problem.kernel**2 * max(problem.channels, problem.features) // problem.groups
+        return algorithm if terms <= MOST_TERMS else Algorithm('stock')
     merge = max(d for d in divisors(problem.groups) if d <= algorithm.merge)
     if algorithm.split:
         merge = next(d for d in divisors(problem.groups) if d >= max(merge, problem.groups / MOST_SPLIT))

@@ -1,53 +1,60 @@
 """Grouped 2-D convolutions whose algorithm is chosen for the target platform at compile time.
 
 The forward pass, the input gradient and the weight gradient each have their own algorithm (`algorithms`). It
-is chosen by platform, shape, batch and dtype from a table of measurements (`choice`).
+is chosen by platform, shape, batch and dtype from a table of measurements (`choice`). `bilinear` makes the three
+primitives of JAX.
 """
 
-import functools
 import numbers
 from collections.abc import Sequence
+from typing import Literal
 
 import jax
+import jax.numpy as jnp
 from jax import lax
+from jax.sharding import AxisType, PartitionSpec
 
 from epsanet_jax.errors import InputError
-from epsanet_jax.ops import algorithms, choice, rewrites
-from epsanet_jax.ops.materialize import materialize
+from epsanet_jax.ops import algorithms, bilinear
+from epsanet_jax.ops.rewrites import Window, stock
+
+Pair = int | Sequence[int]
+Padding = Literal['SAME', 'VALID'] | int | Sequence[int | tuple[int, int]] | None
 
 
 def grouped_conv(
     x: jax.Array,
     kernel: jax.Array,
     *,
-    stride: int = 1,
+    stride: Pair = 1,
     groups: int = 1,
-    dilation: int = 1,
+    dilation: Pair = 1,
+    padding: Padding = None,
     algorithm: str = 'auto',
 ) -> jax.Array:
     """Convolves images with a kernel whose input channels are split into groups.
 
-    Padding is `dilation * (k // 2)` zeros on both sides, as PyTorch's `padding=k // 2`; at stride 2 this
-    differs from XLA's 'SAME'.
-
     Args:
-        x: images, [N, H, W, C_in].
-        kernel: [k, k, C_in / groups, C_out] with odd k, of the same dtype as `x`; output channel j reads
-            the input channels of group `j // (C_out / groups)`.
-        stride: step in both directions.
+        x: images, [N, H, W, C_in], floating point.
+        kernel: [kh, kw, C_in / groups, C_out], of the same dtype as `x`; output channel j reads the input
+            channels of group `j // (C_out / groups)`.
+        stride: pixels between two outputs, or a pair for rows and columns.
         groups: number of groups; divides C_in and C_out.
-        dilation: distance in pixels between neighbouring values of the kernel; with more than 1 the
-            convolution is XLA's own and `algorithm` has no effect.
+        dilation: pixels between neighbouring values of the kernel, or a pair.
+        padding: zeros around the images: a number for all sides; a number or a pair (before, after) for the rows
+            and one for the columns; 'SAME' or 'VALID' as in XLA. By default `dilation * (k // 2)` on both
+            sides, as PyTorch's `padding=k // 2`; with strides this differs from 'SAME'.
         algorithm: 'auto', or one of `algorithms.NAMES` for all directions (`algorithms.by_name`).
 
     Returns:
-        [N, ceil(H / stride), ceil(W / stride), C_out], with the dtype of `x`.
+        [N, rows, columns, C_out] with the dtype of `x`; by default, and for an odd kernel,
+        [N, ceil(H / stride), ceil(W / stride), C_out].
 
     Raises:
-        InputError: the shapes do not fit together, the stride or the dilation is not a positive integer, or
-            the algorithm is unknown.
+        InputError: the shapes or dtypes do not fit together, the stride, the dilation or the padding is not
+            valid, or the algorithm is unknown.
     """
-    kwargs = {'stride': stride, 'dilation': dilation, 'algorithm': algorithm}
+    kwargs = {'stride': stride, 'dilation': dilation, 'padding': padding, 'algorithm': algorithm}
     return pyramid_conv(x, (kernel,), groups=(groups,), **kwargs)[0]
 
 
@@ -56,8 +63,9 @@ def pyramid_conv(
     kernels: Sequence[jax.Array],
     *,
     groups: Sequence[int],
-    stride: int = 1,
-    dilation: int = 1,
+    stride: Pair = 1,
+    dilation: Pair = 1,
+    padding: Padding = None,
     algorithm: str = 'auto',
 ) -> tuple[jax.Array, ...]:
     """Convolves the same images with several kernels.
@@ -65,106 +73,124 @@ def pyramid_conv(
     The results equal those of `grouped_conv` with each kernel. Computing them together can be faster.
 
     Args:
-        x: images, [N, H, W, C_in].
-        kernels: arrays [k, k, C_in / groups, C_out]; k, groups and C_out may differ.
+        x: images, [N, H, W, C_in], floating point.
+        kernels: arrays [kh, kw, C_in / groups, C_out]; all but C_in may differ.
         groups: number of groups for each kernel.
-        stride: step in both directions, for all kernels.
-        dilation: distance in pixels between neighbouring values of each kernel.
+        stride: as in `grouped_conv`, for all kernels.
+        dilation: as in `grouped_conv`, for all kernels.
+        padding: as in `grouped_conv`, for all kernels.
         algorithm: as in `grouped_conv`.
 
     Returns:
-        [N, ceil(H / stride), ceil(W / stride), C_out] for each kernel.
+        [N, rows, columns, C_out] for each kernel.
 
     Raises:
-        InputError: the shapes do not fit together, the stride or the dilation is not a positive integer, or
-            the algorithm is unknown.
+        InputError: as `grouped_conv`, or there are not as many groups as kernels.
     """
     if len(kernels) != len(groups):
         raise InputError(f'pyramid_conv: {len(kernels)} kernels need as many groups, got {len(groups)}')
-    for name, value in {'stride': stride, 'dilation': dilation}.items():
-        if not isinstance(value, numbers.Integral) or value < 1:
-            raise InputError(f'grouped_conv: {name} must be a positive integer, got {value!r}')
-    for kernel, g in zip(kernels, groups, strict=True):
-        _check(x, kernel, g, algorithm)
-    if dilation > 1 and any(kernel.shape[0] > 1 for kernel in kernels):
-        each = zip(kernels, groups, strict=True)
-        return tuple(rewrites.dilated(x, kernel, stride, g, dilation) for kernel, g in each)
-    kernels, groups = tuple(kernels), tuple(groups)
-    if algorithm == 'auto':
-        return _auto(x, kernels, stride, groups)
-    chosen = [algorithms.by_name(algorithm, k.shape, g) for k, g in zip(kernels, groups, strict=True)]
-    return algorithms.convolve_all(x, kernels, stride, groups, chosen)
-
-
-# jit, so that equal layers are traced once. inline, because XLA:CPU rewrites the convolutions of gradients to
-# the form that its fast path needs only if they are part of the main computation.
-@functools.partial(jax.jit, static_argnums=(2, 3, 4), inline=True)
-def _for_platform(
-    x: jax.Array, kernels: tuple[jax.Array, ...], stride: int, groups: tuple[int, ...], direction: str
-) -> tuple[jax.Array, ...]:
-    """Computes the convolutions with the algorithms chosen for `direction` on the target platform."""
-    n, h, w, channels = x.shape
-    problems = [
-        choice.Problem(k.shape[0], stride, g, channels, k.shape[3], max(h, w), n, x.dtype.name)
-        for k, g in zip(kernels, groups, strict=True)
-    ]
-    by_platform = {
-        platform: tuple(getattr(choice.choose(platform, problem), direction) for problem in problems)
-        for platform in choice.PLATFORMS
-    }
-
-    def run(chosen):
-        return functools.partial(algorithms.convolve_all, stride=stride, groups=groups, algorithms=chosen)
-
-    if len(set(by_platform.values())) == 1:
-        return run(by_platform['cpu'])(x, kernels)
-    # Other platforms, and exports to several platforms at once, use the lowering that all of them support.
-    default = run((algorithms.Algorithm('stock'),) * len(kernels))
-    branches = {platform: run(chosen) for platform, chosen in by_platform.items()}
-    return lax.platform_dependent(x, kernels, default=default, **branches)
-
-
-# A custom JVP instead of a custom VJP: the convolution is linear in each argument, so each tangent can be
-# computed by the algorithm whose *transpose* is the wanted gradient. Every mode of differentiation (jvp, vjp,
-# jacfwd, Hessian-vector products, vmap of them) keeps working. The only residuals are x and the kernels:
-# differentiating through platform_dependent would store those of every platform's branch.
-@functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
-def _auto(
-    x: jax.Array, kernels: tuple[jax.Array, ...], stride: int, groups: tuple[int, ...]
-) -> tuple[jax.Array, ...]:
-    return _for_platform(x, kernels, stride, groups, 'forward')
-
-
-@_auto.defjvp
-def _auto_jvp(stride, groups, primals, tangents):
-    x, kernels = primals
-    dx, dkernels = tangents
-    y = _auto(x, kernels, stride, groups)
-    dy_x = _for_platform(dx, kernels, stride, groups, 'input_gradient')
-    if any(kernel.shape[0] > 1 for kernel in kernels):
-        x = lax.platform_dependent(x, cpu=_images_last, default=lambda x: x)
-    dy_kernels = _for_platform(x, dkernels, stride, groups, 'weight_gradient')
-    # The transpose of `materialize` is itself: every group of every branch reads this gradient.
-    return y, tuple(materialize(a + b) for a, b in zip(dy_x, dy_kernels, strict=True))
-
-
-def _images_last(x: jax.Array) -> jax.Array:
-    """Returns x, stored once in the order [C, H, W, N] that all weight gradients of XLA:CPU read."""
-    return materialize(x.transpose(3, 1, 2, 0)).transpose(3, 1, 2, 0)
-
-
-def _check(x: jax.Array, kernel: jax.Array, groups: int, algorithm: str) -> None:
     algorithms.check_name(algorithm)
+    x, kernels = jnp.asarray(x), tuple(jnp.asarray(kernel) for kernel in kernels)
+    for kernel, g in zip(kernels, groups, strict=True):
+        _check(x, kernel, g)
+    if not kernels:
+        return ()
+    strides, dilations = _pair('stride', stride), _pair('dilation', dilation)
+    windows = tuple(_window(x, kernel, strides, dilations, padding) for kernel in kernels)
+    spec = bilinear.Spec(windows, tuple(int(g) for g in groups), algorithm)
+    if any(
+        isinstance(n, int) and n < 1
+        for k, w in zip(kernels, windows, strict=True)
+        for n in (*x.shape, *w.outputs(x.shape[1:3], k.shape))
+    ):
+        each = zip(kernels, windows, groups, strict=True)
+        return tuple(stock(x, kernel, window, g) for kernel, window, g in each)
+    return _on_mesh(x, kernels, spec)
+
+
+def _on_mesh(x: jax.Array, kernels: tuple[jax.Array, ...], spec: bilinear.Spec) -> tuple[jax.Array, ...]:
+    """Convolves; each device its own images, where the mesh of x has axes of type Explicit."""
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return _local(x, kernels, spec)
+    placed = [sharding.spec[1:], *(jax.typeof(kernel).sharding.spec for kernel in kernels)]
+    if any(axes is not None for spec_of in placed for axes in spec_of):
+        # Rows, columns, channels or kernels on several devices: what XLA does with them, or its error.
+        each = zip(kernels, spec.windows, spec.groups, strict=True)
+        return tuple(stock(x, kernel, window, g) for kernel, window, g in each)
+    names, kinds = sharding.mesh.axis_names, sharding.mesh.axis_types
+    explicit = {name for name, kind in zip(names, kinds, strict=True) if kind == AxisType.Explicit}
+    batch = PartitionSpec(sharding.spec[0])
+    local = jax.shard_map(
+        lambda x, kernels: _local(x, kernels, spec),
+        in_specs=(batch, PartitionSpec()),
+        out_specs=batch,
+        axis_names=explicit,
+    )
+    return local(x, kernels)
+
+
+def _local(x: jax.Array, kernels: tuple[jax.Array, ...], spec: bilinear.Spec) -> tuple[jax.Array, ...]:
+    if AxisType.Manual in jax.typeof(x).sharding.mesh.axis_types:
+        # In a shard_map all arguments must vary over the same axes. Joining with nothing is a public way to get
+        # this; its transpose sums the gradients of a kernel that all devices share.
+        nothing = lax.concatenate([a[:0].reshape(0) for a in (x, *kernels)], 0)
+        x, *kernels = (lax.concatenate([a, nothing.reshape(0, *a.shape[1:])], 0) for a in (x, *kernels))
+    return tuple(bilinear.forward(x, kernels, spec))
+
+
+def _check(x: jax.Array, kernel: jax.Array, groups: int) -> None:
     if x.ndim != 4 or kernel.ndim != 4:
         raise InputError(
-            'grouped_conv: expected x [N, H, W, C] and kernel [k, k, C / groups, O], '
+            'grouped_conv: expected x [N, H, W, C] and kernel [kh, kw, C / groups, O], '
             f'got shapes {x.shape} and {kernel.shape}'
         )
-    kh, kw, inputs, outputs = kernel.shape
-    if kh != kw or kh % 2 == 0:
-        raise InputError(f'grouped_conv: the kernel must be square with odd size, got {kh}x{kw}')
+    if x.dtype != kernel.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise InputError(
+            'grouped_conv: x and kernel must have the same floating-point dtype, '
+            f'got {x.dtype.name} and {kernel.dtype.name}'
+        )
+    rows, columns, inputs, outputs = kernel.shape
+    if not rows or not columns:
+        raise InputError(f'grouped_conv: the kernel has no values: {rows}x{columns}')
     if groups < 1 or x.shape[3] != inputs * groups or outputs % groups or not inputs or not outputs:
         raise InputError(
             f'grouped_conv: {groups} groups do not fit {x.shape[3]} input channels and a kernel of '
             f'{inputs} inputs per group and {outputs} outputs'
         )
+
+
+def _pair(name: str, value: Pair) -> tuple[int, int]:
+    """Returns a positive integer for rows and one for columns."""
+    pair = (value, value) if isinstance(value, numbers.Number) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(v, numbers.Integral) and v >= 1 for v in pair):
+        raise InputError(f'grouped_conv: {name} must be a positive integer or two of them, got {value!r}')
+    return int(pair[0]), int(pair[1])
+
+
+def _window(
+    x: jax.Array, kernel: jax.Array, strides: tuple[int, int], dilations: tuple[int, int], padding: Padding
+) -> Window:
+    """Returns the window with the padding as numbers, and no dilation along an axis with a single value."""
+    rows, columns = (d if size > 1 else 1 for d, size in zip(dilations, kernel.shape[:2], strict=True))
+    window = Window(strides, dilation=(rows, columns))
+    if padding is None:
+        pairs = [(d * (k // 2),) * 2 for d, k in zip(window.dilation, kernel.shape[:2], strict=True)]
+    elif padding in ('SAME', 'VALID'):
+        pairs = lax.padtype_to_pads(x.shape[1:3], window.extents(kernel.shape), strides, padding)
+    else:
+        each = (padding, padding) if isinstance(padding, numbers.Number) else padding
+        pairs = (
+            [(p, p) if isinstance(p, numbers.Number) else p for p in each]
+            if not isinstance(each, str)
+            else ()
+        )
+        if len(pairs) != 2 or not all(
+            len(p) == 2 and all(isinstance(n, numbers.Integral) for n in p) for p in pairs
+        ):
+            raise InputError(
+                "grouped_conv: padding must be 'SAME', 'VALID', an integer, or an integer or a pair for rows "
+                f'and columns, got {padding!r}'
+            )
+        pairs = [(int(low), int(high)) for low, high in pairs]
+    return window._replace(padding=((pairs[0][0], pairs[0][1]), (pairs[1][0], pairs[1][1])))

@@ -3,7 +3,9 @@
 Kernels have the shape [kh, kw, I, B, O]: B groups, each with I input and O output channels.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +14,36 @@ from jax import lax
 Phases = Mapping[tuple[int, int], jax.Array]  # (first row, first column) -> every stride-th row and column
 
 
+class Window(NamedTuple):
+    """How a kernel moves over images. Each field has a value for rows and one for columns.
+
+    Attributes:
+        strides: pixels between two outputs.
+        padding: rows or columns of zeros before the first and after the last of the images.
+        dilation: pixels between neighbouring values of the kernel.
+    """
+
+    strides: tuple[int, int] = (1, 1)
+    padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
+    dilation: tuple[int, int] = (1, 1)
+
+    def extents(self, kernel: Sequence[int]) -> list[int]:
+        """Returns the rows and columns that a kernel [kh, kw, ..] covers."""
+        return [(size - 1) * d + 1 for size, d in zip(kernel[:2], self.dilation, strict=True)]
+
+    def outputs(self, size: Sequence[int], kernel: Sequence[int]) -> list[int]:
+        """Returns the rows and columns of the result for images of H rows and W columns."""
+        each = zip(size, self.padding, self.extents(kernel), self.strides, strict=True)
+        return [(n + low + high - extent + stride) // stride for n, (low, high), extent, stride in each]
+
+
 def conv(
     x: jax.Array,
     kernel: jax.Array,
     strides: Sequence[int],
     padding: Sequence[tuple[int, int]],
     groups: int = 1,
-    dilation: int = 1,
+    dilation: Sequence[int] = (1, 1),
 ) -> jax.Array:
     """Returns XLA's convolution of [N, H, W, C_in] with [kh, kw, C_in / groups, C_out]."""
     return lax.conv_general_dilated(
@@ -28,7 +53,7 @@ def conv(
         padding=padding,
         dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
         feature_group_count=groups,
-        rhs_dilation=(dilation, dilation),
+        rhs_dilation=dilation,
     )
 
 
@@ -37,144 +62,196 @@ def pad(x: jax.Array, padding: Sequence[tuple[int, int]]) -> jax.Array:
     return lax.pad(x, jnp.zeros((), x.dtype), [(low, high, 0) for low, high in padding])
 
 
-def stock(x: jax.Array, kernel: jax.Array, stride: int, groups: int) -> jax.Array:
-    """Convolves by XLA's own lowering, with `k // 2` zeros of padding on every side."""
-    return dilated(x, kernel, stride, groups, 1)
+def stock(x: jax.Array, kernel: jax.Array, window: Window, groups: int) -> jax.Array:
+    """Convolves by XLA's own lowering."""
+    return conv(x, kernel, window.strides, window.padding, groups, window.dilation)
 
 
-def dilated(x: jax.Array, kernel: jax.Array, stride: int, groups: int, dilation: int) -> jax.Array:
-    """Convolves with a dilated kernel and `dilation * (k // 2)` zeros of padding on every side."""
-    margin = dilation * (kernel.shape[0] // 2)
-    return conv(x, kernel, (stride, stride), ((margin, margin),) * 2, groups, dilation)
-
-
-def matmul(x: jax.Array, kernel: jax.Array, stride: int) -> jax.Array:
-    """Convolves with a 1x1 kernel by one matrix product."""
-    x = x[:, ::stride, ::stride]
+def matmul(x: jax.Array, kernel: jax.Array, window: Window, groups: int) -> jax.Array:
+    """Convolves with a 1x1 kernel by a matrix product for each group."""
+    (rows, columns), outputs = window.strides, kernel.shape[3]
+    x = pad(x, ((0, 0), *window.padding, (0, 0)))[:, ::rows, ::columns]
     n, h, w, inputs = x.shape
-    return (x.reshape(n * h * w, inputs) @ kernel[0, 0]).reshape(n, h, w, kernel.shape[-1])
+    parts = jnp.split(x.reshape(n * h * w, inputs), groups, axis=1)
+    kernels = jnp.split(kernel[0, 0], groups, axis=1)
+    products = [part @ k for part, k in zip(parts, kernels, strict=True)]
+    y = products[0] if groups == 1 else jnp.concatenate(products, axis=1)
+    return y.reshape(n, h, w, outputs)
 
 
-def merged(x: jax.Array, kernels: jax.Array, stride: int, split: bool) -> jax.Array:
+def without_dilation(
+    x: jax.Array, kernel: jax.Array, window: Window, convolve: Callable[[jax.Array, Window], jax.Array]
+) -> jax.Array:
+    """Convolves with a dilated kernel by convolving more and smaller images without dilation.
+
+    Outputs whose distance is the dilation read the same rows and columns: every d-th. These become images of
+    their own.
+
+    Args:
+        x: images, [N, H, W, C].
+        kernel: [kh, kw, ..].
+        window: with any dilation.
+        convolve: function that convolves the new images with the kernel and a window without dilation.
+    """
+    n, h, w, channels = x.shape
+    out = window.outputs((h, w), kernel.shape)
+    steps = [d // math.gcd(s, d) for s, d in zip(window.strides, window.dilation, strict=True)]
+    strides = [s // math.gcd(s, d) for s, d in zip(window.strides, window.dilation, strict=True)]
+    counts = [-(-size // step) for size, step in zip(out, steps, strict=True)]
+    lengths = [(c - 1) * s + k for c, s, k in zip(counts, strides, kernel.shape[:2], strict=True)]
+    padding = []
+    for axis, (low, _) in enumerate(window.padding):
+        last = (steps[axis] - 1) * window.strides[axis] + (lengths[axis] - 1) * window.dilation[axis]
+        padding.append((low, last + 1 - low - x.shape[1 + axis]))
+    x = pad(x, ((0, 0), *padding, (0, 0)))
+    for axis in (0, 1):
+        x = jnp.stack(
+            [
+                lax.slice_in_dim(x, i * s, i * s + (length - 1) * d + 1, d, axis=1 + 2 * axis)
+                for s, d, length in [(window.strides[axis], window.dilation[axis], lengths[axis])]
+                for i in range(steps[axis])
+            ],
+            axis=1 + 2 * axis,
+        )  # [N, steps, rows, W, C], then [N, steps, rows, steps, columns, C]
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(n * steps[0] * steps[1], *lengths, channels)
+    y = convolve(x, Window((strides[0], strides[1])))
+    y = y.reshape(n, *steps, *counts, y.shape[3]).transpose(0, 3, 1, 4, 2, 5)
+    return y.reshape(n, counts[0] * steps[0], counts[1] * steps[1], -1)[:, : out[0], : out[1]]
+
+
+def merged(x: jax.Array, kernels: jax.Array, window: Window, split: bool) -> jax.Array:
     """Convolves with merged kernels: by one convolution or, with `split`, by one for each group."""
-    size = kernels.shape[0]
-    margin = size // 2
-    _, h, w, _ = x.shape
-    # XLA's fast path on the CPU needs images at least as large as the kernel, for the gradient too.
-    grown = max(h, size), max(w, size)
-    if split and grown != (h, w):
-        x = jnp.pad(x, ((0, 0), (0, grown[0] - h), (0, grown[1] - w), (0, 0)))
-    y = _conv_groups(x, kernels, (stride, stride), ((margin, margin),) * 2, split)
-    return y[:, : -(-h // stride), : -(-w // stride)]
+    size = x.shape[1:3]
+    out = window.outputs(size, kernels.shape)
+    if split and all(isinstance(n, int) for n in size):
+        # XLA's fast path on the CPU needs images at least as large as the kernel, for the gradient too.
+        missing = [max(0, e - n) for e, n in zip(window.extents(kernels.shape), size, strict=True)]
+        if any(missing):
+            x = pad(x, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)))
+    y = _conv_groups(x, kernels, window.strides, window.padding, split, window.dilation)
+    return y[:, : out[0], : out[1]]
 
 
-def split_phases(x: jax.Array, stride: int) -> Phases:
+def split_phases(x: jax.Array, strides: tuple[int, int]) -> Phases:
     """Returns the images with every stride-th row and column, by the first row and column."""
     _, h, w, _ = x.shape
-    rows, columns = (max(1, min(stride, size)) for size in (h, w))
+    rows, columns = (max(1, min(stride, size)) for stride, size in zip(strides, (h, w), strict=True))
     firsts = [(a, b) for a in range(rows) for b in range(columns)]
-    return {(a, b): x[:, a::stride, b::stride] for a, b in firsts}
+    return {(a, b): x[:, a :: strides[0], b :: strides[1]] for a, b in firsts}
 
 
-def phases(by_phase: Phases, kernels: jax.Array, stride: int) -> jax.Array:
-    """Convolves the images from `split_phases` and adds the results.
+def phases(by_phase: Phases, kernels: jax.Array, window: Window, out: Sequence[int]) -> jax.Array:
+    """Convolves the images from `split_phases` and adds the results; `out` has the rows and columns.
 
     Each result is rounded before the addition, so outputs in bfloat16 have twice the rounding error. Input
     gradients do not, because each input pixel belongs to one phase only.
     """
     kh, kw, inputs, blocks, outputs = kernels.shape
     kernel = kernels.reshape(kh, kw, inputs, blocks * outputs)
-    out = by_phase[0, 0].shape[1:3]  # ceil(H / stride), ceil(W / stride)
     y = None
     for firsts, x in by_phase.items():
-        # The kernel's value u meets row i * stride + u - kh // 2, which has phase (u - kh // 2) % stride.
-        begins = [(size // 2 + first) % stride for size, first in zip((kh, kw), firsts, strict=True)]
-        part = kernel[begins[0] :: stride, begins[1] :: stride]
+        # The kernel's value u meets row i * stride + u - low, which has phase (u - low) % stride.
+        each = list(zip(firsts, window.padding, window.strides, strict=True))
+        begins = [(low + first) % stride for first, (low, _), stride in each]
+        part = kernel[begins[0] :: window.strides[0], begins[1] :: window.strides[1]]
         if 0 in part.shape[:2]:
             continue
         padding = []
-        for axis, (size, first, begin) in enumerate(zip((kh, kw), firsts, begins, strict=True)):
-            low = (size // 2 + first - begin) // stride
-            padding.append((low, out[axis] - 1 + part.shape[axis] - low - x.shape[1 + axis]))
+        for axis, (first, (low, _), stride) in enumerate(each):
+            before = (low + first - begins[axis]) // stride
+            padding.append((before, out[axis] - 1 + part.shape[axis] - before - x.shape[1 + axis]))
         term = conv(x, part, (1, 1), padding, blocks)
         y = term if y is None else y + term
-    assert y is not None  # the phase of the first row and column always exists
+    if y is None:  # no row or no column of the kernel meets the images
+        images = next(iter(by_phase.values())).shape[0]
+        return jnp.zeros((images, *out, blocks * outputs), kernels.dtype)
     return y
 
 
-def bands(kernel_size: int, stride: int, columns: int) -> tuple[int, int]:
-    """Returns how many bands to the left and to the right the outputs of a band read, in `banded`."""
-    margin, step = kernel_size // 2, columns * stride
-    return -(-margin // step), (kernel_size - 1 - margin + step - stride) // step
+def bands(size: int, stride: int, low: int, columns: int) -> tuple[int, int]:
+    """Returns how many bands to the left and to the right the outputs of a band read, in `banded`.
+
+    Args:
+        size: width of the kernel.
+        stride: columns between two outputs.
+        low: columns of padding on the left.
+        columns: columns of outputs in a band.
+    """
+    step = columns * stride
+    return max(0, -(-low // step)), max(0, (size - 1 - low + step - stride) // step)
 
 
-def banded(x: jax.Array, kernel: jax.Array, stride: int, columns: int) -> jax.Array:
-    """Convolves with [k, k, C_in, C_out], computing `columns` columns of outputs at once as channels.
+def banded(x: jax.Array, kernel: jax.Array, window: Window, columns: int) -> jax.Array:
+    """Convolves with [kh, kw, C_in, C_out], computing `columns` columns of outputs at once as channels.
 
-    The kernel becomes [k, bands that these outputs read, columns * stride * C_in, columns * C_out]. Images
+    The kernel becomes [kh, bands that these outputs read, columns * stride * C_in, columns * C_out]. Images
     are copied only if their width is not a multiple of the width of a band.
     """
-    size, _, inputs, outputs = kernel.shape
+    kh, kw, inputs, outputs = kernel.shape
     n, h, w, _ = x.shape
-    margin, step = size // 2, columns * stride  # input columns in a band
-    before, after = bands(size, stride, columns)
-    window = (before + 1 + after) * step
-    lows = [before * step + j * stride - margin for j in range(columns)]
-    shifted = [pad(kernel, ((0, 0), (low, window - size - low), (0, 0), (0, 0))) for low in lows]
-    kernel = jnp.stack(shifted, axis=3).reshape(size, window // step, step * inputs, columns * outputs)
+    out = window.outputs((h, w), kernel.shape)
+    (down, stride), (rows, (low, _)) = window.strides, window.padding
+    step = columns * stride  # input columns in a band
+    before, after = bands(kw, stride, low, columns)
+    width = before + 1 + after
+    lows = [before * step + j * stride - low for j in range(columns)]
+    shifted = [pad(kernel, ((0, 0), (i, width * step - kw - i), (0, 0), (0, 0))) for i in lows]
+    kernel = jnp.stack(shifted, axis=3).reshape(kh, width, step * inputs, columns * outputs)
     across = -(-w // step)
     if across * step > w:
         x = pad(x, ((0, 0), (0, 0), (0, across * step - w), (0, 0)))
     x = x.reshape(n, h, across, step * inputs)
-    y = conv(x, kernel, (stride, 1), ((margin, margin), (before, after)))
-    return y.reshape(n, y.shape[1], across * columns, outputs)[:, :, : -(-w // stride)]
+    missing = -(-out[1] // columns) - 1 + width - before - across
+    y = conv(x, kernel, (down, 1), (rows, (before, missing)))
+    return y.reshape(n, y.shape[1], -1, outputs)[:, :, : out[1]]
 
 
 def tiled(
-    x: jax.Array, kernels: jax.Array, stride: int, tile: tuple[int, int], split: bool, fold: bool
+    x: jax.Array, kernels: jax.Array, window: Window, tile: tuple[int, int], split: bool, fold: bool
 ) -> jax.Array:
     """Convolves with the stride of a tile: its outputs and, with `fold`, its input pixels are channels."""
-    size, _, inputs, blocks, outputs = kernels.shape
+    outputs, blocks = kernels.shape[4], kernels.shape[3]
     n, h, w, _ = x.shape
-    margin = size // 2
-    (rows, columns), step = tile, (tile[0] * stride, tile[1] * stride)
-    down, across = -(-h // step[0]), -(-w // step[1])  # tiles
-    kernels = _tile_kernels(kernels, stride, tile)
+    out = window.outputs((h, w), kernels.shape)
+    (rows, columns), step = tile, (tile[0] * window.strides[0], tile[1] * window.strides[1])
+    down, across = -(-out[0] // rows), -(-out[1] // columns)  # tiles
+    lows = window.padding[0][0], window.padding[1][0]
+    kernels = _tile_kernels(kernels, window.strides, tile)
     if fold:
-        x, kernels = _fold(x, kernels, margin, step, (down, across))
+        x, kernels = _fold(x, kernels, lows, step, (down, across))
         step, padding = (1, 1), ((0, 0), (0, 0))
     else:
-        kh, kw = kernels.shape[:2]
+        kh, kw, inputs = kernels.shape[:3]
         kernels = kernels.reshape(kh, kw, inputs, blocks, -1)
         padding = (
-            (margin, (down - 1) * step[0] + kh - h - margin),
-            (margin, (across - 1) * step[1] + kw - w - margin),
+            (lows[0], (down - 1) * step[0] + kh - h - lows[0]),
+            (lows[1], (across - 1) * step[1] + kw - w - lows[1]),
         )
     y = _conv_groups(x, kernels, step, padding, split)
     y = y.reshape(n, down, across, blocks, columns, rows, outputs).transpose(0, 1, 5, 2, 4, 3, 6)
     y = y.reshape(n, down * rows, across * columns, blocks * outputs)
-    return y[:, : -(-h // stride), : -(-w // stride)]
+    return y[:, : out[0], : out[1]]
 
 
-def _tile_kernels(kernels: jax.Array, stride: int, tile: tuple[int, int]) -> jax.Array:
+def _tile_kernels(kernels: jax.Array, strides: tuple[int, int], tile: tuple[int, int]) -> jax.Array:
     """Returns [kh, kw, I, B, columns, rows, O]: the kernel of each tile pixel in the window of the tile."""
     for axis in (0, 1):
         shifted = []
         for i in range(tile[axis]):
             padding = [(0, 0)] * kernels.ndim
-            padding[axis] = (i * stride, (tile[axis] - 1 - i) * stride)
+            padding[axis] = (i * strides[axis], (tile[axis] - 1 - i) * strides[axis])
             shifted.append(pad(kernels, padding))
         kernels = jnp.stack(shifted, axis=4)
     return kernels
 
 
-def _fold(x, kernels, margin, step, tiles):
+def _fold(x, kernels, lows, step, tiles):
     """Moves the pixels of each input tile into channels, in the images and in the tile kernels."""
     n, h, w, channels = x.shape
     kh, kw, inputs, blocks = kernels.shape[:4]
     th, tw = -(-kh // step[0]), -(-kw // step[1])  # the window, in tiles of the input
     hh, ww = (tiles[0] + th - 1) * step[0], (tiles[1] + tw - 1) * step[1]
-    x = pad(x, ((0, 0), (margin, hh - h - margin), (margin, ww - w - margin), (0, 0)))
+    x = pad(x, ((0, 0), (lows[0], hh - h - lows[0]), (lows[1], ww - w - lows[1]), (0, 0)))
     x = x.reshape(n, hh // step[0], step[0], ww // step[1], step[1], channels)
     x = x.transpose(0, 1, 3, 5, 2, 4).reshape(n, hh // step[0], ww // step[1], channels * step[0] * step[1])
     k = pad(kernels, ((0, th * step[0] - kh), (0, tw * step[1] - kw), *(((0, 0),) * 5)))
@@ -182,11 +259,12 @@ def _fold(x, kernels, margin, step, tiles):
     return x, k.reshape(th, tw, inputs * step[0] * step[1], blocks, -1)
 
 
-def _conv_groups(x, kernels, strides, padding, split):
+def _conv_groups(x, kernels, strides, padding, split, dilation=(1, 1)):
     kh, kw, inputs, blocks, outputs = kernels.shape
     if not split:
-        return conv(x, kernels.reshape(kh, kw, inputs, blocks * outputs), strides, padding, blocks)
+        kernel = kernels.reshape(kh, kw, inputs, blocks * outputs)
+        return conv(x, kernel, strides, padding, blocks, dilation)
     # `split` instead of slices, whose gradient would be a sum of padded arrays.
     each = zip(jnp.split(x, blocks, axis=3), jnp.split(kernels, blocks, axis=3), strict=True)
-    parts = [conv(x_i, k_i[:, :, :, 0], strides, padding) for x_i, k_i in each]
+    parts = [conv(x_i, k_i[:, :, :, 0], strides, padding, 1, dilation) for x_i, k_i in each]
     return parts[0] if blocks == 1 else jnp.concatenate(parts, axis=3)

@@ -1,10 +1,15 @@
+import jax
+import jax.numpy as jnp
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from epsanet_jax.models import create_model, list_models
 from epsanet_jax.models.settings import pyconv_widths, pyramid_of
 from epsanet_jax.ops import choice
-from epsanet_jax.ops.algorithms import NAMES, Algorithm
+from epsanet_jax.ops.algorithms import DIRECT, MOST_TERMS, NAMES, Algorithm
 from epsanet_jax.ops.choice import Choice, Problem, choose
+from epsanet_jax.ops.rewrites import Window
 
 STOCK = Choice(*(Algorithm('stock'),) * 3)
 SMALL = Problem(9, 1, 16, 64, 16, 56, 8, 'float32')
@@ -41,7 +46,7 @@ def test_a_platform_without_measurements_uses_stock():
         ({'batch': 32}, TILED),
         ({'size': 48}, TILED),
         ({'dtype': 'float64'}, TILED),
-        ({'kernel': 7, 'groups': 8}, TILED),
+        ({'groups': 32, 'channels': 128, 'features': 32}, TILED),
         ({'channels': 512, 'features': 128, 'size': 14}, STOCK),
     ],
 )
@@ -54,8 +59,8 @@ def test_the_most_similar_measured_convolution_decides(changes, expected):
 def test_merges_are_reduced_to_divisors_of_the_groups():
     chosen = choose('cpu', SMALL._replace(groups=6, channels=24, features=6))
     assert [a.merge for a in chosen] == [2, 1, 6]
-    chosen = choose('cpu', SMALL._replace(groups=3, channels=12, features=3))
-    assert [a.merge for a in chosen] == [1, 1, 3]
+    chosen = choose('cpu', SMALL._replace(groups=9, channels=36, features=9))
+    assert [a.merge for a in chosen] == [1, 1, 9]
 
 
 @pytest.mark.parametrize('name', [n for n in list_models() if n.startswith('pyconv') and n.endswith('50')])
@@ -72,10 +77,78 @@ def test_at_most_32_separate_convolutions_for_one(name):
 
 
 @pytest.mark.usefixtures('table')
-def test_only_dense_1x1_kernels_use_a_matrix_product():
+def test_1x1_kernels_use_a_matrix_product_for_each_of_at_most_32_groups():
     assert choose('cpu', POINT._replace(size=7)) == MATMUL
     assert 'matmul' not in {a.name for a in choose('cpu', POINT._replace(kernel=3, stride=1))}
-    assert choose('cpu', POINT._replace(groups=4)) != MATMUL
+    assert choose('cpu', POINT._replace(groups=4)) == MATMUL
+    assert 'matmul' not in {a.name for a in choose('cpu', POINT._replace(groups=64))}
+
+
+def shapes():
+    """Draws convolutions of any size with groups of up to 64 channels."""
+    return st.builds(
+        lambda kernel, stride, groups, inputs, outputs, size, batch, dtype: Problem(
+            kernel, stride, groups, groups * inputs, groups * outputs, size, batch, dtype
+        ),
+        st.integers(1, 15),
+        st.integers(1, 4),
+        st.integers(2, 512),
+        st.integers(1, 64),
+        st.integers(1, 64),
+        st.integers(1, 224),
+        st.integers(1, 256),
+        st.sampled_from(['float32', 'bfloat16', 'float16', 'float64']),
+    )
+
+
+@given(problem=shapes(), platform=st.sampled_from(choice.PLATFORMS))
+@settings(max_examples=300, deadline=None)
+def test_every_choice_is_bounded(problem, platform):
+    for algorithm in choose(platform, problem):
+        assert problem.groups % algorithm.merge == 0
+        assert not algorithm.split or problem.groups // algorithm.merge <= choice.MOST_SPLIT
+        assert algorithm.name != 'matmul' or (problem.kernel == 1 and problem.groups <= choice.MOST_SPLIT)
+        if algorithm.name in DIRECT:
+            each = max(problem.channels, problem.features) // problem.groups
+            assert problem.kernel**2 * each <= MOST_TERMS
+
+
+@given(problem=shapes())
+@settings(max_examples=100, deadline=None)
+def test_by_the_rule_no_choice_is_slower_than_stock(problem):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, '_table', dict)
+        choose.cache_clear()
+        chosen = choose('cpu', problem)
+    choose.cache_clear()
+    for algorithm, direction in zip(chosen, choice.DIRECTIONS, strict=True):
+        limit = choice.milliseconds(Algorithm('stock'), problem, direction)
+        assert choice.milliseconds(algorithm, problem, direction) <= limit
+
+
+@pytest.mark.parametrize('kernel', [3, 5, 7])
+@pytest.mark.parametrize('channels', [96, 384, 960])
+@pytest.mark.parametrize('stride', [1, 2])
+def test_depthwise_convolutions_are_multiply_adds_on_a_cpu(kernel, channels, stride):
+    chosen = choose('cpu', Problem(kernel, stride, channels, channels, channels, 28, 8, 'float32'))
+    assert {algorithm.name for algorithm in chosen} <= set(DIRECT)
+
+
+def test_one_image_is_not_convolved_in_vectors_of_images():
+    assert 'by_image' not in {a.name for a in choose('cpu', Problem(3, 1, 32, 256, 256, 28, 1, 'float32'))}
+
+
+@pytest.mark.parametrize('platform', choice.PLATFORMS)
+def test_symbolic_sizes_use_algorithms_that_need_no_numbers(platform):
+    batch, size = jax.export.symbolic_shape('b,h')
+    for groups, kernel in ((1, 7), (16, 9), (64, 3)):
+        x = jax.ShapeDtypeStruct((batch, size, size, 64), jnp.float32)
+        window = Window((2, 2), ((kernel // 2,) * 2,) * 2)
+        problem = Problem.of(x, (kernel, kernel, 64 // groups, 64), window, groups)
+        assert problem.size == 0
+        for algorithm in choose(platform, problem):
+            assert algorithm.name in ('stock', 'merged')
+            assert not algorithm.phases
 
 
 @pytest.mark.parametrize(

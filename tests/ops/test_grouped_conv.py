@@ -6,9 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from epsanet_jax import InputError
 from epsanet_jax.ops import ALGORITHMS, grouped_conv
+from epsanet_jax.ops.choice import MOST_SPLIT
 
 OTHERS = ('auto', *(name for name in ALGORITHMS if name != 'stock'))
 
@@ -190,7 +193,7 @@ def test_bfloat16_results_are_within_the_rounding_error_of_the_type(rng, algorit
         ((2, 8, 8), (3, 3, 4, 4), 1, r'got shapes \(2, 8, 8\)'),
         ((2, 8, 8, 8), (3, 3, 4, 4), 3, '3 groups do not fit 8 input channels'),
         ((2, 8, 8, 8), (3, 3, 4, 5), 2, '5 outputs'),
-        ((2, 8, 8, 8), (4, 4, 8, 4), 1, 'odd size, got 4x4'),
+        ((2, 8, 8, 8), (0, 3, 8, 4), 1, 'no values: 0x3'),
         ((2, 8, 8, 0), (3, 3, 0, 4), 1, '1 groups do not fit 0 input channels'),
         ((2, 8, 8, 8), (3, 3, 4, 0), 2, '0 outputs'),
     ],
@@ -201,10 +204,129 @@ def test_shapes_that_do_not_fit_are_refused(x_shape, k_shape, groups, message):
 
 
 @pytest.mark.parametrize('field', ['stride', 'dilation'])
-@pytest.mark.parametrize('value', [0, -1, 1.5])
+@pytest.mark.parametrize('value', [0, -1, 1.5, (1, 0), (1, 2, 3), (1, 1.5)])
 def test_stride_and_dilation_must_be_positive_integers(field, value):
-    with pytest.raises(InputError, match=f'{field} must be a positive integer, got {value}'):
+    message = f'{field} must be a positive integer or two of them, got {re.escape(repr(value))}'
+    with pytest.raises(InputError, match=message):
         grouped_conv(jnp.zeros((1, 8, 8, 8)), jnp.zeros((3, 3, 8, 8)), **{field: value})
+
+
+@pytest.mark.parametrize('value', ['same', 1.5, (1, 2, 3), ((1, 2),), ((1, 2, 3), 1), (1.5, 1)])
+def test_padding_that_is_none_is_refused(value):
+    with pytest.raises(InputError, match=f"padding must be 'SAME', .* got {re.escape(repr(value))}"):
+        grouped_conv(jnp.zeros((1, 8, 8, 8)), jnp.zeros((3, 3, 8, 8)), padding=value)
+
+
+@pytest.mark.parametrize('dtypes', [('float32', 'bfloat16'), ('int32', 'int32')])
+def test_dtypes_that_do_not_fit_are_refused(dtypes):
+    x, k = jnp.zeros((1, 8, 8, 8), dtypes[0]), jnp.zeros((3, 3, 8, 8), dtypes[1])
+    with pytest.raises(InputError, match=f'same floating-point dtype, got {dtypes[0]} and {dtypes[1]}'):
+        grouped_conv(x, k)
+
+
+@pytest.mark.parametrize(
+    'padding', [None, 'SAME', 'VALID', 2, (1, 0), ((1, 2), 0), [[0, 3], [2, 1]], ((-1, 0), (0, -2))]
+)
+def test_every_form_of_padding(rng, padding):
+    x, k = jnp.asarray(rng.standard_normal((2, 9, 8, 4))), jnp.asarray(rng.standard_normal((2, 5, 2, 6)))
+    pairs = {
+        None: ((1, 1), (4, 4)),
+        2: ((2, 2),) * 2,
+        (1, 0): ((1, 1), (0, 0)),
+        ((1, 2), 0): ((1, 2), (0, 0)),
+    }
+    pads = padding if isinstance(padding, (list, str)) else pairs.get(padding, padding)
+    expected = jax.lax.conv_general_dilated(
+        x,
+        k,
+        (2, 1),
+        pads,
+        rhs_dilation=(1, 2),
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        feature_group_count=2,
+    )
+    for algorithm in ('stock', *OTHERS):
+        actual = grouped_conv(
+            x, k, stride=(2, 1), dilation=(1, 2), groups=2, padding=padding, algorithm=algorithm
+        )
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-10)
+
+
+@st.composite
+def convolutions_of_any_kind(draw):
+    """Draws images, a kernel, and the arguments of `lax.conv_general_dilated`; the result has pixels."""
+    pair = st.tuples(st.integers(1, 3), st.integers(1, 3))
+    kernel, strides, dilation = draw(st.tuples(*[st.integers(1, 7)] * 2)), draw(pair), draw(pair)
+    pads = [draw(st.tuples(*[st.integers(0, 6)] * 2)) for _ in range(2)]
+    needed = [max(1, (k - 1) * d + 1 - sum(p)) for k, d, p in zip(kernel, dilation, pads, strict=True)]
+    size = [n + draw(st.integers(0, 9)) for n in needed]
+    groups, inputs, outputs = (
+        draw(st.sampled_from([1, 2, 3, 5, 8, 48])),
+        draw(st.integers(1, 4)),
+        draw(st.integers(1, 3)),
+    )
+    shapes = (draw(st.integers(1, 9)), *size, groups * inputs), (*kernel, inputs, groups * outputs)
+    return shapes, strides, pads, dilation, groups
+
+
+def check_convolution(case, algorithm):
+    shapes, strides, pads, dilation, groups = case
+    x, k = (jnp.asarray(np.random.default_rng(i).standard_normal(shape)) for i, shape in enumerate(shapes))
+
+    def plain(x, k):
+        return jax.lax.conv_general_dilated(
+            x,
+            k,
+            strides,
+            pads,
+            rhs_dilation=dilation,
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+            feature_group_count=groups,
+        )
+
+    def ours(x, k):
+        arguments = {'stride': strides, 'padding': pads, 'dilation': dilation, 'groups': groups}
+        return grouped_conv(x, k, algorithm=algorithm, **arguments)
+
+    def results(conv):
+        y, pull = jax.vjp(conv, x, k)
+        return y, pull(jnp.cos(jnp.arange(y.size)).reshape(y.shape))
+
+    chex.assert_trees_all_close(results(ours), results(plain), rtol=1e-10, atol=1e-10)
+    if algorithm == 'auto':
+        pull = jax.jit(lambda x, k, dy: jax.vjp(ours, x, k)[1](dy))
+        y = jax.eval_shape(plain, x, k)
+        for function, arguments in ((ours, (x, k)), (pull, (x, k, y))):
+            text = jax.jit(function).lower(*arguments).as_text()
+            emitted = len(re.findall(r'stablehlo\.(?:convolution|dot_general)', text))
+            assert emitted <= MOST_SPLIT * (1 if function is ours else 2)
+
+
+@given(case=convolutions_of_any_kind())
+@settings(max_examples=12, deadline=None)
+def test_any_convolution_equals_stock(case):
+    check_convolution(case, 'auto')
+
+
+@pytest.mark.slow
+@given(case=convolutions_of_any_kind(), algorithm=st.sampled_from(OTHERS))
+@settings(max_examples=300, deadline=None)
+def test_any_convolution_by_any_algorithm_equals_stock(case, algorithm):
+    check_convolution(case, algorithm)
+
+
+@pytest.mark.parametrize('sizes', ['b,32*h,32*w', 'b,h,h', '2,h,w'])
+@pytest.mark.parametrize(('groups', 'kernel', 'stride'), [(16, 9, 1), (32, 3, 2), (1, 7, 2), (8, 1, 1)])
+def test_an_export_takes_any_batch_height_and_width(rng, sizes, groups, kernel, stride):
+    symbols = jax.export.symbolic_shape(sizes, constraints=['h >= 16'] if sizes == 'b,h,h' else [])
+    k = jnp.asarray(rng.standard_normal((kernel, kernel, 32 // groups, 32)), jnp.float32)
+
+    def conv(x, algorithm='auto'):
+        return grouped_conv(x, k, groups=groups, stride=stride, algorithm=algorithm)
+
+    exported = jax.export.export(jax.jit(conv))(jax.ShapeDtypeStruct((*symbols, 32), jnp.float32))
+    x = jnp.asarray(rng.standard_normal((2, 32, 32, 32)), jnp.float32)
+    np.testing.assert_allclose(exported.call(x), conv(x, 'stock'), rtol=0, atol=1e-4)
 
 
 def test_an_unknown_algorithm_is_refused_with_a_suggestion():
