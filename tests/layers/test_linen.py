@@ -1,4 +1,4 @@
-"""`GroupedConv` against flax.linen's Conv."""
+"""`GroupedConv` and the interceptor `fast_convs` against flax.linen's Conv."""
 
 import functools
 import subprocess
@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import serialization
 from jax.sharding import AxisType, PartitionSpec
 
-from epsanet_jax.layers import conv_general
-from epsanet_jax.layers.linen import GroupedConv
+from epsanet_jax.layers.linen import GroupedConv, fast_convs
 
 # Input shape and arguments of the layer: first those that `grouped_conv` computes, then the others.
 SUPPORTED = {
@@ -42,20 +42,6 @@ OTHERS = {
     '3-D': ((2, 5, 5, 5, 4), {'kernel_size': (3, 3, 3)}),
 }
 CASES = SUPPORTED | OTHERS
-
-
-@pytest.fixture
-def calls(monkeypatch):
-    """Counts the calls of `grouped_conv`."""
-    counted = []
-
-    def watched(*args, **kwargs):
-        counted.append(args)
-        return grouped_conv(*args, **kwargs)
-
-    grouped_conv = conv_general.grouped_conv
-    monkeypatch.setattr(conv_general, 'grouped_conv', watched)
-    return counted
 
 
 def value_and_gradients(layer, variables, x):
@@ -139,6 +125,115 @@ def test_explicit_sharding_takes_xlas_own(calls):
     with jax.set_mesh(mesh):
         y = jax.jit(layer.apply)(variables, jax.device_put(x, PartitionSpec('data')))
     assert not calls
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+class ResNeXtBlock(nn.Module):
+    conv: type[nn.Module] = nn.Conv
+    channels: int = 8
+
+    @nn.compact
+    def __call__(self, x, _=None):
+        y = nn.relu(self.conv(self.channels, (1, 1), use_bias=False)(x))
+        y = nn.relu(self.conv(self.channels, (3, 3), feature_group_count=4)(y))
+        return x + self.conv(x.shape[-1], (1, 1))(y), None
+
+
+class ResNeXt(nn.Module):
+    conv: type[nn.Module] = nn.Conv
+    block: type[nn.Module] = ResNeXtBlock
+
+    @nn.compact
+    def __call__(self, x):
+        x = self.conv(8, (3, 3), strides=2, padding=1, name='stem')(x)
+        x, _ = self.block(self.conv)(x)
+        return nn.Dense(3)(x.mean((1, 2)))
+
+
+IMAGES = np.random.default_rng(1).standard_normal((2, 8, 8, 3)).astype(np.float32)
+WRAPPED = {
+    'plain': ResNeXtBlock,
+    'remat': nn.remat(ResNeXtBlock),
+    'scan': nn.scan(ResNeXtBlock, variable_axes={'params': 0}, split_rngs={'params': True}, length=2),
+}
+
+
+def test_checkpoints_load_in_both_directions():
+    ours, flax = ResNeXt(GroupedConv), ResNeXt()
+    saved = [jax.jit(net.init)(jax.random.key(i), IMAGES) for i, net in enumerate((ours, flax))]
+    into_flax, into_ours = (
+        serialization.from_bytes(target, serialization.to_bytes(source))
+        for source, target in (saved, reversed(saved))
+    )
+    chex.assert_trees_all_equal([into_flax, into_ours], saved)
+    for variables in (into_flax, into_ours):
+        y, expected = (jax.jit(net.apply)(variables, IMAGES) for net in (ours, flax))
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', WRAPPED)
+def test_interceptor_switches_a_whole_model(calls, kind):
+    net = ResNeXt(block=WRAPPED[kind])
+
+    def value_and_gradient(variables):
+        return jax.jit(jax.value_and_grad(lambda v: jnp.square(net.apply(v, IMAGES)).sum()))(variables)
+
+    variables = net.init(jax.random.key(0), IMAGES)
+    expected = value_and_gradient(variables)
+    assert not calls
+    with nn.intercept_methods(fast_convs):
+        chex.assert_trees_all_equal(net.init(jax.random.key(0), IMAGES), variables)
+        calls.clear()
+        actual = value_and_gradient(variables)
+    assert {kernel.shape for _, kernel in calls} == {(3, 3, 3, 8), (1, 1, 8, 8), (3, 3, 2, 8)}
+    chex.assert_trees_all_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_interceptor_ends_with_its_context(calls):
+    layer = nn.Conv(4, (3, 3)).bind({'params': {'kernel': jnp.ones((3, 3, 3, 4)), 'bias': jnp.ones(4)}})
+    with nn.intercept_methods(fast_convs):
+        expected = layer(IMAGES)
+        with pytest.raises(ValueError, match='Mask'):
+            layer.clone(mask=jnp.ones(3), parent=layer.scope)(IMAGES)
+    assert len(calls) == 1
+    np.testing.assert_allclose(layer(IMAGES), expected, rtol=1e-5)
+    assert len(calls) == 1
+
+
+class Standardized(nn.Conv):
+    """A subclass that changes the parameters and calls the method of its parent."""
+
+    def param(self, name, *args, **kwargs):
+        value = super().param(name, *args, **kwargs)
+        return value - value.mean() if name == 'kernel' else value
+
+    @nn.compact
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+@pytest.mark.parametrize(
+    ('layer', 'switched'),
+    [
+        (nn.remat(nn.Conv)(4, (3, 3)), True),
+        (Standardized(4, (3, 3)), True),
+        (GroupedConv(4, (3, 3)), True),  # once
+        (nn.Conv(4, (3, 3), conv_general_dilated_cls=lambda: jax.lax.conv_general_dilated), False),
+        (nn.Conv(4, (3,)), False),
+        (nn.Conv(4, (3, 3, 3)), False),
+        (nn.ConvLocal(4, (3, 3)), False),
+        (nn.ConvTranspose(4, (3, 3)), False),
+    ],
+    ids=lambda value: str(type(value).__name__),
+)
+def test_interceptor_changes_2d_convolutions_alone(calls, layer, switched):
+    x = IMAGES[None] if layer.kernel_size == (3, 3, 3) else IMAGES
+    variables = layer.init(jax.random.key(0), x)
+    expected = layer.apply(variables, x)
+    calls.clear()
+    with nn.intercept_methods(fast_convs):
+        y = layer.apply(variables, x)
+    assert len(calls) == switched
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
