@@ -158,7 +158,7 @@ def convolve_all(
 
 
 def convolve(x: jax.Array, kernel: jax.Array, window: Window, groups: int, algorithm: Algorithm) -> jax.Array:
-    """Convolves images [N, H, W, C_in] with one kernel, as `convolve_all`; returns [N, rows, columns, C_out]."""
+    """Convolves images with one kernel, as `convolve_all`; returns [N, rows, columns, C_out]."""
     return convolve_all(x, (kernel,), (window,), (groups,), (algorithm,))[0]
 
 
@@ -226,7 +226,7 @@ def weight_gradient(
 
 
 def _like(a: jax.Array, shape: Sequence[int]) -> jax.Array:
-    """Returns an array that varies over the same mesh axes as `a`: JAX sums gradients of others over devices."""
+    """Returns zeros that vary over the same mesh axes as `a`; JAX sums other gradients over the devices."""
     return lax.full_like(a, 0, shape=tuple(shape))
 
 

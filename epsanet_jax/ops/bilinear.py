@@ -1,8 +1,8 @@
 """The convolution and its two gradients as primitives of JAX, each with algorithms for every platform.
 
-A convolution is linear in the images and in the kernels. So are its gradients, and the derivatives of all three
-are these three again: every order and mode of differentiation uses the algorithms that were chosen for its
-direction. They are chosen when the program is lowered for a platform. Several kernels may read the same images.
+A convolution is linear in the images and in the kernels. So are its gradients, and the derivatives of all
+three are these three again. Every order and mode of differentiation therefore uses the algorithms of its
+direction. They are chosen when a program is lowered for a platform. Several kernels may read the same images.
 """
 
 import functools
@@ -15,7 +15,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from epsanet_jax.ops import algorithms, choice
-from epsanet_jax.ops.algorithms import Algorithm
+from epsanet_jax.ops.algorithms import DIRECT
 from epsanet_jax.ops.materialize import materialize
 from epsanet_jax.ops.rewrites import Window
 
@@ -99,7 +99,7 @@ def _(x, *dys, spec, sizes):
 
 
 def _choose(platform: str, direction: str, x: Any, kernels: Sequence[tuple[int, ...]], spec: Spec):
-    """Returns the algorithm for each kernel shape in one direction, for images of the shape and type of `x`."""
+    """Returns the algorithm for each kernel shape in one direction; x has the images' shape and type."""
     each = zip(kernels, spec.windows, spec.groups, strict=True)
     if spec.algorithm != 'auto':
         return [algorithms.by_name(spec.algorithm, shape, g) for shape, _, g in each]
@@ -124,7 +124,8 @@ def _lower_weight_gradient(x, *dys, spec, sizes, platform):
     each = zip(sizes, spec.groups, dys, strict=True)
     shapes = [(*size, x.shape[3] // g, dy.shape[3]) for size, g, dy in each]
     chosen = _choose(platform, 'weight_gradient', x, shapes, spec)
-    if platform == 'cpu' and any(size != (1, 1) for size in sizes):
+    unfolds = [size for size, a in zip(sizes, chosen, strict=True) if size != (1, 1) and a.name not in DIRECT]
+    if platform == 'cpu' and unfolds:
         # Stored once in the order [C, H, W, N] that all weight gradients of XLA:CPU read.
         x = materialize(x.transpose(3, 1, 2, 0)).transpose(3, 1, 2, 0)
     return algorithms.weight_gradient(x, dys, shapes, spec.windows, spec.groups, chosen)
@@ -140,8 +141,8 @@ for _rule, _primitive_of in (
         mlir.register_lowering(_primitive_of, _lowering, platform=_platform)
 
 
-# Derivatives. A bilinear function has two sides; the tangent is the sum over the sides of the function with that
-# side replaced by its tangent.
+# Derivatives. A bilinear function has two sides. Its tangent is a sum over the sides: the function, with the
+# arguments of that side replaced by their tangents.
 
 
 def _jvp(primitive, left, primals, tangents, **params):
@@ -222,8 +223,8 @@ ad.primitive_transposes[_input_gradient] = _transpose_input_gradient
 ad.primitive_transposes[_weight_gradient] = _transpose_weight_gradient
 
 
-# vmap. With the same kernels, examples become images. Otherwise each gets groups of its own, or, where all read
-# the same images, outputs of its own in each group.
+# vmap. With the same kernels, examples become images. Otherwise each example gets groups of its own or, if all
+# read the same images, outputs of its own in each group.
 
 
 def _to_images(a: jax.Array, dim: int | None, size: int) -> jax.Array:
@@ -233,7 +234,7 @@ def _to_images(a: jax.Array, dim: int | None, size: int) -> jax.Array:
 
 
 def _to_channels(a: jax.Array, dim: int | None, size: int, groups: int = 1) -> jax.Array:
-    """Returns [.., groups * B * C] from [.., groups * C] with examples along `dim`, or repeated if it is None."""
+    """Returns [.., groups * B * C] from [.., groups * C]; `dim` is as in `_to_images`."""
     a = jnp.broadcast_to(a, (size, *a.shape)) if dim is None else jnp.moveaxis(a, dim, 0)
     a = a.reshape(*a.shape[:-1], groups, a.shape[-1] // groups)
     a = jnp.moveaxis(a, 0, -2)

@@ -1,8 +1,8 @@
 """The fastest algorithm for a platform and shape, from a table of measurements and a rule for other shapes.
 
 `choices.json` is written by `benchmarks/grouped_conv.py` and, for TPUs, by `benchmarks/tpu_choices.py`. A
-shape that is near to one in the table uses its algorithms. For others a rule estimates the time of each algorithm
-on a CPU; other platforms use XLA's own lowering.
+shape that is near to one in the table uses its algorithms. For others a rule estimates the time of each
+algorithm on a CPU; other platforms use XLA's own lowering.
 """
 
 import functools
@@ -60,7 +60,7 @@ def choose(platform: str, problem: Problem) -> Choice:
     rows = _table().get(platform, ())
     if rows and problem.size:
         known, choice = min(rows, key=lambda row: _distance(row[0], problem))
-        if problem.groups == 1 or _distance(known, problem) <= NEAR:
+        if problem.kernel * problem.groups == 1 or _distance(known, problem) <= NEAR:
             return Choice(*(_fit(algorithm, known, problem) for algorithm in choice))
     if platform != 'cpu' or problem.groups == 1:
         return Choice(*(Algorithm('stock'),) * 3)

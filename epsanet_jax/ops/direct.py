@@ -1,7 +1,7 @@
 """Grouped convolutions as multiply-adds of shifted images, for groups of few channels on a CPU.
 
-A matrix product has too little to do in a group of a few channels. These functions instead add up, for each
-value of the kernel, the shifted images times that value. XLA:CPU compiles such a sum to one loop over vectors:
+A matrix product has too little to do in a group of a few channels. These functions instead add up, for
+each value of the kernel, the shifted images times that value. XLA:CPU makes the sum one loop over vectors:
 
     by channel  A vector holds channels. Inputs are repeated for each output of their group.
     by image    A vector holds the same pixel of several images. This needs two transpositions, but no
@@ -12,7 +12,7 @@ Every direction is written out, because the transpose of a slice is a padded arr
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,10 @@ from jax import lax
 from epsanet_jax.ops.materialize import materialize
 from epsanet_jax.ops.rewrites import Window, pad
 
+CHAINS = 2  # sums that are added up side by side, because an addition waits for the one before it
 TERMS = 28  # multiply-adds in one loop: fewer write the sum too often, more need too many registers
-LANES = (
-    2  # images whose weight gradients are summed side by side; at least the devices, which share the batch
-)
+# Images whose weight gradients are summed side by side, if there are no more devices. Each device needs one.
+LANES = 2
 
 Tap = tuple[int, int, int, jax.Array]  # row, column, input of the group; kernel values, [C_out]
 
@@ -123,24 +123,31 @@ def weight_gradient(
     def add(total: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
         part, i = i // (counts[0] * counts[1]), i % (counts[0] * counts[1])
         first = i // counts[1] * block[0], i % counts[1] * block[1]
+        products = []
         for row, column in itertools.product(*map(range, block)):
             place = first[0] + row, first[1] + column
             seen = take(x, part, (place[0] * window.strides[0], place[1] * window.strides[1]), extents)
             seen = _window(seen, (0, 0), kernel, window.dilation, rows)
             pixel = jnp.expand_dims(take(dy, part, place, (1, 1)), rows + 2)
-            total = total + seen.astype(total.dtype) * pixel.astype(total.dtype)
-        return total, None
+            products.append(seen.astype(total.dtype) * pixel.astype(total.dtype))
+        return total + _add(products), None
 
-    shape = (inputs, groups, each, n) if by_image else (inputs, outputs)
-    total = lax.full_like(x, 0, _wide(x.dtype), (*(() if by_image else (lanes,)), *kernel[:2], *shape))
+    lanes_of = (inputs, groups, each, n) if by_image else (inputs, outputs)
+    total = lax.full_like(x, 0, _wide(x.dtype), (*(() if by_image else (lanes,)), *kernel[:2], *lanes_of))
     total, _ = lax.scan(add, total, jnp.arange(parts * counts[0] * counts[1]))
     total = total.sum(-1 if by_image else 0)
     return total.reshape(*kernel[:2], inputs, outputs).astype(x.dtype)
 
 
+def _add(terms: Sequence[jax.Array]) -> jax.Array:
+    """Returns the sum of the terms."""
+    sums = [sum(terms[i + CHAINS :: CHAINS], terms[i]) for i in range(min(CHAINS, len(terms)))]
+    return sum(sums[1:], sums[0])
+
+
 def _sum(
     arrays: Sequence[jax.Array],
-    taps: Iterable[Tap],
+    taps: Sequence[Tap],
     out: Sequence[int],
     strides: Sequence[int],
     groups: int,
@@ -149,12 +156,13 @@ def _sum(
 ) -> jax.Array:
     """Adds up the shifted inputs times their kernel values: [N, H, W, C] or, by image, [H, W, B, O, N]."""
     first, total, wide = 1 - by_image, None, _wide(arrays[0].dtype)
-    for count, (row, column, i, values) in enumerate(taps, start=1):
-        values = values.reshape(1, 1, groups, -1, 1) if by_image else values.reshape(1, 1, 1, -1)
-        term = _window(arrays[i], (row, column), out, strides, first).astype(wide) * values.astype(wide)
-        total = term if total is None else total + term
-        if count % TERMS == 0:
-            total = materialize(total)
+    for begin in range(0, len(taps), TERMS):
+        terms = [] if total is None else [materialize(total)]
+        for row, column, i, values in taps[begin : begin + TERMS]:
+            values = values.reshape(1, 1, groups, -1, 1) if by_image else values.reshape(1, 1, 1, -1)
+            seen = _window(arrays[i], (row, column), out, strides, first)
+            terms.append(seen.astype(wide) * values.astype(wide))
+        total = _add(terms)
     if total is None:  # no value of the kernel meets these pixels
         images = arrays[0].shape[-1 if by_image else 0]
         shape = (*out, groups, each, images) if by_image else (images, *out, groups * each)
@@ -163,7 +171,7 @@ def _sum(
 
 
 def _inputs(x: jax.Array, groups: int, each: int, by_image: bool) -> list[jax.Array]:
-    """Returns the i-th input of every group, once for each of its outputs or broadcastable to them, for all i."""
+    """Returns, for all i, the i-th input of every group, in a shape that fits the outputs of the group."""
     n, h, w, channels = x.shape
     inputs = channels // groups
     if by_image:
@@ -202,7 +210,7 @@ def _pad(x: jax.Array, window: Window, extents: Sequence[int], out: Sequence[int
 
 
 def _block(rows: int, columns: int, by_image: bool) -> tuple[int, int]:
-    """Returns rows and columns of a block of about `TERMS` pixels; blocks of this size cover the images evenly."""
+    """Returns rows and columns of a block of about `TERMS` pixels, of which many cover the images evenly."""
     width = -(-columns // -(-columns // (TERMS // 2 if by_image else TERMS)))
     height = min(rows, -(-TERMS // width))
     return -(-rows // -(-rows // height)), width

@@ -1,8 +1,8 @@
 """Grouped 2-D convolutions whose algorithm is chosen for the target platform at compile time.
 
 The forward pass, the input gradient and the weight gradient each have their own algorithm (`algorithms`). It
-is chosen by platform, shape, batch and dtype from a table of measurements (`choice`). `bilinear` makes the three
-primitives of JAX.
+is chosen by platform, shape, batch and dtype (`choice`). `bilinear` makes the three directions primitives of
+JAX.
 """
 
 import numbers
@@ -41,9 +41,9 @@ def grouped_conv(
         stride: pixels between two outputs, or a pair for rows and columns.
         groups: number of groups; divides C_in and C_out.
         dilation: pixels between neighbouring values of the kernel, or a pair.
-        padding: zeros around the images: a number for all sides; a number or a pair (before, after) for the rows
-            and one for the columns; 'SAME' or 'VALID' as in XLA. By default `dilation * (k // 2)` on both
-            sides, as PyTorch's `padding=k // 2`; with strides this differs from 'SAME'.
+        padding: zeros around the images: a number for all sides; a number or a pair (before, after) for the
+            rows and one for the columns; 'SAME' or 'VALID' as in XLA. By default `dilation * (k // 2)` on
+            both sides, as PyTorch's `padding=k // 2`; with strides this differs from 'SAME'.
         algorithm: 'auto', or one of `algorithms.NAMES` for all directions (`algorithms.by_name`).
 
     Returns:
@@ -132,8 +132,8 @@ def _on_mesh(x: jax.Array, kernels: tuple[jax.Array, ...], spec: bilinear.Spec) 
 
 def _local(x: jax.Array, kernels: tuple[jax.Array, ...], spec: bilinear.Spec) -> tuple[jax.Array, ...]:
     if AxisType.Manual in jax.typeof(x).sharding.mesh.axis_types:
-        # In a shard_map all arguments must vary over the same axes. Joining with nothing is a public way to get
-        # this; its transpose sums the gradients of a kernel that all devices share.
+        # In a shard_map, the arguments of a primitive must vary over the same axes. Appending nothing of the
+        # other arguments achieves it; the transpose sums the gradients of a kernel that all devices share.
         nothing = lax.concatenate([a[:0].reshape(0) for a in (x, *kernels)], 0)
         x, *kernels = (lax.concatenate([a, nothing.reshape(0, *a.shape[1:])], 0) for a in (x, *kernels))
     return tuple(bilinear.forward(x, kernels, spec))

@@ -17,7 +17,7 @@ CASES = {
     'grouped': (8, {'kernel_size': (5, 5), 'feature_group_count': 4}, True),
     'depthwise': (8, {'kernel_size': (7, 7), 'feature_group_count': 8, 'use_bias': False}, True),
     'stride 2': (8, {'kernel_size': (3, 3), 'strides': 2, 'padding': 1, 'feature_group_count': 2}, True),
-    'VALID': (8, {'kernel_size': (3, 3), 'padding': 'VALID', 'feature_group_count': 2}, False),
+    'VALID': (8, {'kernel_size': (3, 3), 'padding': 'VALID', 'feature_group_count': 2}, True),
     '1-D': (8, {'kernel_size': 3, 'feature_group_count': 2}, False),
     'result type': (8, {'kernel_size': (3, 3), 'preferred_element_type': jnp.float32}, False),
 }
