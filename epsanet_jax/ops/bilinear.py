@@ -223,8 +223,8 @@ ad.primitive_transposes[_input_gradient] = _transpose_input_gradient
 ad.primitive_transposes[_weight_gradient] = _transpose_weight_gradient
 
 
-# vmap. With the same kernels, examples become images. Otherwise each gets groups of its own or, if all read the
-# same images, outputs of its own in each group.
+# vmap. With the same kernels, examples become images. Otherwise each gets groups of its own or, if all read
+# the same images, outputs of its own in each group.
 
 
 def _to_images(a: jax.Array, dim: int | None, size: int) -> jax.Array:

@@ -46,6 +46,10 @@ def conv(
     dilation: Sequence[int] = (1, 1),
 ) -> jax.Array:
     """Returns XLA's convolution of [N, H, W, C_in] with [kh, kw, C_in / groups, C_out]."""
+    # XLA:CPU has no fast path for negative padding.
+    if any(isinstance(n, int) and n < 0 for sides in padding for n in sides):
+        x = pad(x, ((0, 0), *((min(low, 0), min(high, 0)) for low, high in padding), (0, 0)))
+        padding = [(max(low, 0), max(high, 0)) for low, high in padding]
     return lax.conv_general_dilated(
         x,
         kernel,
