@@ -219,7 +219,7 @@ def weight_gradient(
     rest = [i for i in range(len(shapes)) if i not in gradients]
     if rest:
         kernels = [_like(x, shapes[i]) for i in rest]
-        settings = [[values[i] for i in rest] for values in (windows, groups, algorithms)]
+        settings = [windows[i] for i in rest], [groups[i] for i in rest], [algorithms[i] for i in rest]
         pull = jax.linear_transpose(lambda kernels: convolve_all(x, kernels, *settings), kernels)
         gradients.update(zip(rest, pull(tuple(dys[i] for i in rest))[0], strict=True))
     return [gradients[i] for i in range(len(shapes))]

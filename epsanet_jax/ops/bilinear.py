@@ -6,6 +6,7 @@ direction. They are chosen when a program is lowered for a platform. Several ker
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -59,8 +60,14 @@ def weight_gradient(
 def _primitive(name: str) -> Primitive:
     primitive = Primitive(name)
     primitive.multiple_results = True
-    primitive.def_impl(lambda *args, **params: _compiled(primitive, tuple(params.items()))(*args))
+    primitive.def_impl(functools.partial(_run, primitive))
     return primitive
+
+
+def _run(primitive: Primitive, *args: jax.Array, **params: Any) -> list[jax.Array]:
+    """Computes the primitive outside `jit`, also while `jax.disable_jit` is in force, as JAX's own do."""
+    with jax.disable_jit(False):
+        return _compiled(primitive, tuple(params.items()))(*args)
 
 
 @functools.cache
@@ -155,7 +162,7 @@ def _jvp(primitive, left, primals, tangents, **params):
         mixed = [ad.instantiate_zeros(tangents[i]) if i in side else p for i, p in enumerate(primals)]
         terms.append(primitive.bind(*mixed, **params))
     # The transpose of `materialize` is itself: each output's gradient is read by many convolutions.
-    return outputs, [materialize(sum(term[1:], term[0])) for term in zip(*terms, strict=True)]
+    return outputs, [materialize(functools.reduce(operator.add, term)) for term in zip(*terms, strict=True)]
 
 
 ad.primitive_jvps[_forward] = functools.partial(_jvp, _forward, lambda n: 1)

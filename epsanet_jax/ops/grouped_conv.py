@@ -7,7 +7,7 @@ JAX.
 
 import numbers
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +135,8 @@ def _local(x: jax.Array, kernels: tuple[jax.Array, ...], spec: bilinear.Spec) ->
         # In a shard_map, the arguments of a primitive must vary over the same axes. Appending nothing of the
         # other arguments achieves it; the transpose sums the gradients of a kernel that all devices share.
         nothing = lax.concatenate([a[:0].reshape(0) for a in (x, *kernels)], 0)
-        x, *kernels = (lax.concatenate([a, nothing.reshape(0, *a.shape[1:])], 0) for a in (x, *kernels))
+        x, *rest = (lax.concatenate([a, nothing.reshape(0, *a.shape[1:])], 0) for a in (x, *kernels))
+        kernels = tuple(rest)
     return tuple(bilinear.forward(x, kernels, spec))
 
 
@@ -160,12 +161,20 @@ def _check(x: jax.Array, kernel: jax.Array, groups: int) -> None:
         )
 
 
+def _integers(value: Any) -> tuple[int, int] | None:
+    """Returns a pair of integers as it is and a single one twice; None for anything else."""
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(pair) != 2 or not all(isinstance(v, numbers.Integral) for v in pair):
+        return None
+    return int(pair[0]), int(pair[1])
+
+
 def _pair(name: str, value: Pair) -> tuple[int, int]:
     """Returns a positive integer for rows and one for columns."""
-    pair = (value, value) if isinstance(value, numbers.Number) else tuple(value)
-    if len(pair) != 2 or not all(isinstance(v, numbers.Integral) and v >= 1 for v in pair):
+    pair = _integers(value)
+    if pair is None or min(pair) < 1:
         raise InputError(f'grouped_conv: {name} must be a positive integer or two of them, got {value!r}')
-    return int(pair[0]), int(pair[1])
+    return pair
 
 
 def _window(
@@ -175,22 +184,21 @@ def _window(
     rows, columns = (d if size > 1 else 1 for d, size in zip(dilations, kernel.shape[:2], strict=True))
     window = Window(strides, dilation=(rows, columns))
     if padding is None:
-        pairs = [(d * (k // 2),) * 2 for d, k in zip(window.dilation, kernel.shape[:2], strict=True)]
-    elif padding in ('SAME', 'VALID'):
-        pairs = lax.padtype_to_pads(x.shape[1:3], window.extents(kernel.shape), strides, padding)
-    else:
-        each = (padding, padding) if isinstance(padding, numbers.Number) else padding
-        pairs = (
-            [(p, p) if isinstance(p, numbers.Number) else p for p in each]
-            if not isinstance(each, str)
-            else ()
+        vertical, horizontal = (
+            (d * (k // 2),) * 2 for d, k in zip(window.dilation, kernel.shape[:2], strict=True)
         )
-        if len(pairs) != 2 or not all(
-            len(p) == 2 and all(isinstance(n, numbers.Integral) for n in p) for p in pairs
-        ):
+    elif isinstance(padding, str) and padding in ('SAME', 'VALID'):
+        vertical, horizontal = lax.padtype_to_pads(
+            x.shape[1:3], window.extents(kernel.shape), strides, padding
+        )
+    else:
+        each = (
+            padding if isinstance(padding, Sequence) and not isinstance(padding, str) else (padding, padding)
+        )
+        vertical, horizontal = map(_integers, each) if len(each) == 2 else (None, None)
+        if vertical is None or horizontal is None:
             raise InputError(
                 "grouped_conv: padding must be 'SAME', 'VALID', an integer, or an integer or a pair for rows "
                 f'and columns, got {padding!r}'
             )
-        pairs = [(int(low), int(high)) for low, high in pairs]
-    return window._replace(padding=((pairs[0][0], pairs[0][1]), (pairs[1][0], pairs[1][1])))
+    return window._replace(padding=(tuple(vertical), tuple(horizontal)))

@@ -88,6 +88,14 @@ def test_a_gradient_of_some_kernels_computes_no_others(rng):
     np.testing.assert_allclose(jax.grad(loss)(*kernels), expected, rtol=1e-10, atol=1e-10)
 
 
+def test_it_runs_without_jit(rng):
+    x, kernel = draw(rng)
+    expected = jax.grad(lambda x, k: conv(x, k).sum(), (0, 1))(x, kernel)
+    with jax.disable_jit():
+        actual = jax.grad(lambda x, k: conv(x, k).sum(), (0, 1))(x, kernel)
+    chex.assert_trees_all_close(actual, expected, rtol=1e-12)
+
+
 def test_rematerialisation_gives_the_same_gradients(rng):
     def loss(x, kernel):
         return (jnp.sin(conv(x, kernel)) ** 2).sum()

@@ -32,11 +32,11 @@ CASES = [
     # size, stride, kernel, groups, channels, outputs
     ((8, 8), 1, 3, 1, 4, 4),
     ((9, 7), 2, 3, 4, 8, 8),
-    ((3, 2), 1, 9, 4, 8, 8),
     ((7, 8), 2, 1, 1, 8, 6),
     ((5, 6), 1, 1, 2, 8, 6),
 ]
 LONG_CASES = [
+    ((3, 2), 1, 9, 4, 8, 8),
     ((8, 8), 2, 5, 4, 8, 4),
     ((7, 7), 1, 7, 8, 16, 8),
     ((6, 9), 2, 7, 2, 4, 2),
@@ -308,7 +308,7 @@ def check_convolution(case, algorithm):
 
 
 @given(case=convolutions_of_any_kind())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 def test_any_convolution_equals_stock(case):
     check_convolution(case, 'auto')
 

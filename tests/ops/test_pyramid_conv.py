@@ -8,7 +8,7 @@ import pytest
 
 from epsanet_jax import InputError
 from epsanet_jax.ops import ALGORITHMS, choice, grouped_conv, pyramid_conv
-from epsanet_jax.ops.algorithms import Algorithm
+from epsanet_jax.ops.algorithms import DIRECT, Algorithm
 
 KERNELS, GROUPS = (3, 5, 7, 9), (1, 4, 8, 16)
 
@@ -29,7 +29,10 @@ def value_and_gradients(pyramid, x, kernels):
     return outputs, pull(tuple(jnp.cos(jnp.arange(y.size)).reshape(y.shape) for y in outputs))
 
 
-@pytest.mark.parametrize('algorithm', ['auto', *ALGORITHMS])
+@pytest.mark.parametrize(
+    'algorithm',
+    ['auto', *(pytest.param(n, marks=pytest.mark.slow) if n in DIRECT else n for n in ALGORITHMS)],
+)
 @pytest.mark.parametrize(
     ('stride', 'dilation'), [(2, 1), *(pytest.param(*n, marks=pytest.mark.slow) for n in ((1, 1), (1, 2)))]
 )
