@@ -22,6 +22,7 @@ DIRECTIONS = ('forward', 'input_gradient', 'weight_gradient')
 TABLE = 'choices.json'
 MOST_SPLIT = 32  # separate convolutions for one; more take long to compile, and none were measured
 NEAR = 5.0  # distance, in octaves, up to which the algorithms of a measured convolution are used for another
+TRIVIAL = 0.3  # ms that are not worth the time to compile more than one dense convolution
 LANES = 8  # values of a vector register
 
 
@@ -65,7 +66,15 @@ def choose(platform: str, problem: Problem) -> Choice:
     if platform != 'cpu' or problem.groups == 1:
         return Choice(*(Algorithm('stock'),) * 3)
     candidates = list(_candidates(problem))
-    return Choice(*(min(candidates, key=lambda a, d=d: milliseconds(a, problem, d)) for d in DIRECTIONS))
+    return Choice(*(_fastest(candidates, problem, direction) for direction in DIRECTIONS))
+
+
+def _fastest(candidates: Sequence[Algorithm], problem: Problem, direction: str) -> Algorithm:
+    """Returns the fastest candidate, or one dense convolution where that takes next to no time."""
+    dense = Algorithm('merged', problem.groups)
+    if problem.size and milliseconds(dense, problem, direction) <= TRIVIAL:
+        return dense
+    return min(candidates, key=lambda algorithm: milliseconds(algorithm, problem, direction))
 
 
 def _candidates(p: Problem) -> Iterator[Algorithm]:

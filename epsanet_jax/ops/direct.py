@@ -235,4 +235,4 @@ def _images_first(y: jax.Array, by_image: bool) -> jax.Array:
 
 def _wide(dtype: jnp.dtype) -> jnp.dtype:
     """Returns the type in which products are added up."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype(dtype if dtype.itemsize >= 4 else jnp.float32)

@@ -44,6 +44,17 @@ def test_all_directions_equal_stock(rng, case, by_image, images):
         np.testing.assert_allclose(actual, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.usefixtures('strict')
+@pytest.mark.parametrize('dtype', ['float16', 'float32', 'float64'])
+@pytest.mark.parametrize('by_image', [False, True])
+def test_no_type_is_promoted_implicitly(by_image, dtype):
+    x, kernel, window = jnp.ones((2, 4, 4, 4), dtype), jnp.ones((3, 3, 2, 4), dtype), Window()
+    y = direct.forward(x, kernel, window, 2, by_image)
+    dx = direct.input_gradient(y, kernel, window, 2, (4, 4), by_image)
+    dkernel = direct.weight_gradient(x, y, window, 2, (3, 3), by_image)
+    assert {a.dtype for a in (y, dx, dkernel)} == {jnp.dtype(dtype)}
+
+
 @pytest.mark.parametrize('by_image', [False, True])
 def test_half_precision_is_added_up_in_float32(rng, by_image):
     x, kernel = (

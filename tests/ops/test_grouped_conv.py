@@ -315,7 +315,7 @@ def test_any_convolution_equals_stock(case):
 
 @pytest.mark.slow
 @given(case=convolutions_of_any_kind(), algorithm=st.sampled_from(OTHERS))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_convolution_by_any_algorithm_equals_stock(case, algorithm):
     check_convolution(case, algorithm)
 
