@@ -234,15 +234,20 @@ ad.primitive_transposes[_weight_gradient] = _transpose_weight_gradient
 # the same images, outputs of its own in each group.
 
 
+def _examples_first(a: jax.Array, dim: int | None, size: int) -> jax.Array:
+    """Returns the array with examples along axis 0 instead of `dim`, or repeated if `dim` is None."""
+    return jnp.broadcast_to(a, (size, *a.shape)) if dim is None else jnp.moveaxis(a, dim, 0)
+
+
 def _to_images(a: jax.Array, dim: int | None, size: int) -> jax.Array:
     """Returns [B * N, ..] from [N, ..] with examples along axis `dim`, or repeated if it is None."""
-    a = jnp.broadcast_to(a, (size, *a.shape)) if dim is None else jnp.moveaxis(a, dim, 0)
+    a = _examples_first(a, dim, size)
     return a.reshape(-1, *a.shape[2:])
 
 
 def _to_channels(a: jax.Array, dim: int | None, size: int, groups: int = 1) -> jax.Array:
     """Returns [.., groups * B * C] from [.., groups * C]; `dim` is as in `_to_images`."""
-    a = jnp.broadcast_to(a, (size, *a.shape)) if dim is None else jnp.moveaxis(a, dim, 0)
+    a = _examples_first(a, dim, size)
     a = a.reshape(*a.shape[:-1], groups, a.shape[-1] // groups)
     a = jnp.moveaxis(a, 0, -2)
     return a.reshape(*a.shape[:-3], -1)

@@ -103,9 +103,13 @@ def pyramid_conv(
         for k, w in zip(kernels, windows, strict=True)
         for n in (*x.shape, *w.outputs(x.shape[1:3], k.shape))
     ):
-        each = zip(kernels, windows, groups, strict=True)
-        return tuple(stock(x, kernel, window, g) for kernel, window, g in each)
+        return _stock(x, kernels, spec)
     return _on_mesh(x, kernels, spec)
+
+
+def _stock(x: jax.Array, kernels: tuple[jax.Array, ...], spec: bilinear.Spec) -> tuple[jax.Array, ...]:
+    each = zip(kernels, spec.windows, spec.groups, strict=True)
+    return tuple(stock(x, kernel, window, g) for kernel, window, g in each)
 
 
 def _on_mesh(x: jax.Array, kernels: tuple[jax.Array, ...], spec: bilinear.Spec) -> tuple[jax.Array, ...]:
@@ -116,8 +120,7 @@ def _on_mesh(x: jax.Array, kernels: tuple[jax.Array, ...], spec: bilinear.Spec) 
     placed = [sharding.spec[1:], *(jax.typeof(kernel).sharding.spec for kernel in kernels)]
     if any(axes is not None for spec_of in placed for axes in spec_of):
         # Rows, columns, channels or kernels on several devices: what XLA does with them, or its error.
-        each = zip(kernels, spec.windows, spec.groups, strict=True)
-        return tuple(stock(x, kernel, window, g) for kernel, window, g in each)
+        return _stock(x, kernels, spec)
     names, kinds = sharding.mesh.axis_names, sharding.mesh.axis_types
     explicit = {name for name, kind in zip(names, kinds, strict=True) if kind == AxisType.Explicit}
     batch = PartitionSpec(sharding.spec[0])
