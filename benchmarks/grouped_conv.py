@@ -202,9 +202,10 @@ def table_key(device: jax.Device) -> str:
     return 'rocm' if 'rocm' in device.client.platform_version.lower() else 'cuda'
 
 
-def write(platform: str, problem: Problem, best: dict[str, Algorithm]) -> None:
-    """Replaces this convolution's row of the table."""
-    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+def write(platform: str, problem: Problem, best: dict[str, Algorithm], path: Path | None = None) -> None:
+    """Replaces this convolution's row of the table, by default of the package's."""
+    path = path or TABLE
+    table = json.loads(path.read_text()) if path.exists() else {}
     rows = {tuple(row[f] for f in Problem._fields): row for row in table.get(platform, [])}
     rows[tuple(problem)] = {**problem._asdict(), **{d: shorten(best[d]) for d in DIRECTIONS}}
     table[platform] = [rows[key] for key in sorted(rows)]
@@ -212,7 +213,7 @@ def write(platform: str, problem: Problem, best: dict[str, Algorithm]) -> None:
         f' {json.dumps(name)}: [\n' + ',\n'.join('  ' + json.dumps(row) for row in rows) + '\n ]'
         for name, rows in sorted(table.items())
     )
-    TABLE.write_text('{\n' + ',\n'.join(lines) + '\n}\n')
+    path.write_text('{\n' + ',\n'.join(lines) + '\n}\n')
 
 
 def shorten(algorithm: Algorithm) -> dict[str, Any]:
