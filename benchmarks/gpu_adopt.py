@@ -210,6 +210,6 @@ def _others(lines: Lines) -> Iterator[str]:
     if golden:
         equal = sum(difference == 0 for difference in golden)
         yield f'- {equal} of {len(golden)} transforms equal torchvision; largest difference {max(golden)}.'
-    for line in lines:
-        if line.get('status') not in (None, 'done'):
-            yield f'- Part "{line["part"]}": {line["status"]}.'
+    for part, status in {line['part']: line['status'] for line in lines if 'status' in line}.items():
+        if status != 'done':
+            yield f'- Part "{part}": {status}.'
