@@ -127,36 +127,33 @@ def write_golden(args: argparse.Namespace) -> None:
     arrays: dict[str, np.ndarray] = {}
     about = {'benchmark': 'gpu_golden', 'torchvision': torchvision.__version__}
 
-    def compare(name: str, given: np.ndarray, theirs: Any, ours: Callable[[], Any]) -> None:
-        arrays[f'{name}/input'], arrays[f'{name}/output'] = given, np.asarray(theirs)
+    def compare(name: str, theirs: Any, ours: Callable[[], Any]) -> None:
+        arrays[name] = np.asarray(theirs)
         try:
-            difference = np.abs(np.asarray(ours()).astype(int) - arrays[f'{name}/output'].astype(int))
+            difference = np.abs(np.asarray(ours()).astype(int) - arrays[name].astype(int))
             common.emit({**about, 'transform': name, 'largest_difference': int(difference.max())}, None)
         except Exception as e:  # the golden output is kept
             common.emit({**about, 'transform': name, 'failed': f'{type(e).__name__}: {e}'[:300]}, None)
 
     for width, height in ((60, 45), (33, 70), (24, 24), (101, 26)):
-        pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
-        image = Image.fromarray(pixels)
+        size = f'{width}x{height}'
+        arrays[f'{size} pixels'] = rng.integers(0, 256, (height, width, 3), np.uint8)
+        image = Image.fromarray(arrays[f'{size} pixels'])
         theirs = F.center_crop(F.resize(image, 32, InterpolationMode.BILINEAR), [24, 24])
-        compare(f'centre_crop_{width}x{height}', pixels, theirs, lambda i=image: CentreCrop(24, 32)(i))
-    pixels = np.asarray(Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).resize((40, 32)))
-    image = Image.fromarray(pixels)
+        compare(f'CentreCrop {size}', theirs, lambda i=image: CentreCrop(24, 32)(i))
+    image = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize((24, 16))
+    arrays['pixels'] = np.asarray(image)
     for turn in (-0.5, -0.1, 0.03, 0.4):
-        compare(f'hue_{turn}', pixels, F.adjust_hue(image, turn), lambda t=turn: adjust_hue(image, t))
-    space = randaugment.augmentation_space(31, 40, 32)
-    for name, (magnitudes, signed) in space.items():
-        for magnitude in {magnitudes[9], magnitudes[30]} | ({-magnitudes[9]} if signed else set()):
+        compare(f'hue {turn}', F.adjust_hue(image, turn), lambda t=turn: adjust_hue(image, t))
+    for name, (magnitudes, signed) in randaugment.augmentation_space(31, *image.size).items():
+        signs = (1, -1) if signed else (1,)
+        for magnitude in dict.fromkeys(sign * magnitudes[i] for i in (9, 30) for sign in signs):
             # torchvision's own function applies an operation of its RandAugment.
             theirs = autoaugment._apply_op(image, name, magnitude, InterpolationMode.NEAREST, None)
             compare(
-                f'{name}_{magnitude:.4f}',
-                pixels,
-                theirs,
-                lambda n=name, m=magnitude: randaugment.apply_op(image, n, m),
+                f'{name} {magnitude!r}', theirs, lambda n=name, m=magnitude: randaugment.apply_op(image, n, m)
             )
     np.savez_compressed(args.write, **arrays)
-    common.emit({**about, 'file': args.write.name, 'transforms': len(arrays) // 2}, None)
 
 
 if __name__ == '__main__':

@@ -33,7 +33,9 @@ def plain(x, kernel, groups):
     return grouped_conv(x, kernel, groups=groups, algorithm='stock')
 
 
-@pytest.mark.parametrize(('size', 'inputs', 'outputs'), [(3, 2, 1), (5, 1, 2)])
+@pytest.mark.parametrize(
+    ('size', 'inputs', 'outputs'), [(5, 1, 2), pytest.param(3, 2, 1, marks=pytest.mark.slow)]
+)
 def test_the_kernel_for_thin_groups_computes_a_convolution_and_its_input_gradient(size, inputs, outputs, rng):
     import gpu_triton
 
