@@ -29,6 +29,8 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout is enough
+
 import common
 import gpu_adopt
 import numpy as np
@@ -235,7 +237,7 @@ def start(part: Part, out: Path, record: Recorder, limit: float, rehearse: bool)
             for line in process.stdout or ():
                 try:
                     record({'part': part.name, 'rehearsal': rehearse, **json.loads(line)})
-                except ValueError:
+                except (TypeError, ValueError):
                     log.write(line)  # not one of ours
             code = process.wait()
             timer.cancel()

@@ -128,7 +128,7 @@ def measure(members: Sequence[Problem], about: dict[str, Any]) -> None:
     jobs = [(way, d) for way in ways(members) for d in way.directions]
     about |= members[0]._asdict() if len(members) == 1 else {}
     references: dict[str, list[jax.Array]] = {}
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # all before the first measurement
+    with ThreadPoolExecutor(min(12, os.cpu_count() or 1)) as pool:  # all before the first measurement
         programs = list(pool.map(lambda job: compiled(job[0].directions[job[1]], given[job[1]]), jobs))
     for (way, direction), program in zip(jobs, programs, strict=True):
         record = {**about, 'direction': direction, **way.label}
