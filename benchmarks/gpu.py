@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # a checkout is enough
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # a checkout is enough
 
 import common
 import gpu_adopt

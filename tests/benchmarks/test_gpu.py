@@ -85,7 +85,7 @@ def test_the_plan_takes_twelve_minutes_and_begins_with_the_op_and_the_step():
 
 
 SCRIPTS = {
-    'good.py': 'print(\'{"value": 1}\'); print("not a record")',
+    'good.py': 'print(\'{"value": 1}\'); print("not a record"); print(1)',
     'bad.py': 'import sys; print(\'{"value": 2}\'); sys.exit("out of memory")',
     'slow.py': 'import time; print(\'{"value": 3}\', flush=True); time.sleep(600)',
 }
