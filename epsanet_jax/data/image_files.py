@@ -8,7 +8,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from epsanet_jax.data import formats
 from epsanet_jax.data.decode import BadImageError, decode, reason_of
+from epsanet_jax.data.labelled import Images
 from epsanet_jax.data.planes import pixel_dtype
 from epsanet_jax.data.transforms import CentreCrop
 from epsanet_jax.data.walk import is_there, no_image, read_file, skipped_line, walk
@@ -24,12 +26,21 @@ class ImageFile:
     Attributes:
         path: path of the file.
         argument: index of the given path by which the file was found.
-        below: path relative to the given folder, or the file's name if the file itself was given.
+        below: path relative to the given folder, or the file's name if the file itself was given; a number
+            for an image of `images`.
+        images: the given file's images if it holds or lists several, see `formats`.
+        index: index in `images`.
     """
 
     path: str
     argument: int
     below: str
+    images: Images | None = None
+    index: int = 0
+
+    def read(self) -> bytes:
+        """Returns the bytes of the image; raises BadImageError or OSError if it cannot be read."""
+        return read_file(self.path) if self.images is None else self.images.read(self.index)
 
 
 def stop_at_bad(message: str) -> None:
@@ -46,14 +57,19 @@ def check_paths(paths: Sequence[str], without: str | None = None) -> None:
     for path in paths:
         if not is_there(path):
             raise InputError(f'no such image or folder: {path}')
-        if os.path.isdir(path) and next(find_images([path], without=without), None) is None:
+        found = next(find_images([path], without=without), None)
+        if found is None and os.path.isdir(path):
             raise InputError(no_image(path, path, _skipped(path, without)))
+        if found is None:
+            raise InputError(f'{path} holds no image')
 
 
 def find_images(
     paths: Sequence[str], on_bad: OnBad = lambda message: None, without: str | None = None
 ) -> Iterator[ImageFile]:
-    """Yields the given files, with any extension, and the images in and below the given folders.
+    """Yields the given files, with any extension, and the images in them and in and below the given folders.
+
+    Images in files are those of parquet files, WebDataset shards, .csv and .jsonl tables.
 
     Args:
         paths: files and folders. The order within a folder, and what is skipped, are those of `walk.walk`.
@@ -61,6 +77,11 @@ def find_images(
         without: path of a folder to leave out, for example the folder of the results.
     """
     for argument, path in enumerate(paths):
+        if os.path.isfile(path) and (found := formats.find(path, '.')) is not None:
+            images = formats.open_images(found, with_labels=False)
+            for i in range(len(images)):
+                yield ImageFile(images.name_of(i), argument, f'{i:06d}', images, i)
+            continue
         if not os.path.isdir(path):
             yield ImageFile(path, argument, os.path.basename(path))
             continue
@@ -108,7 +129,7 @@ def read_batches(
 
     def read(file: ImageFile) -> np.ndarray | str:
         try:
-            return crop(decode(read_file(file.path), exif_orientation, channels))
+            return crop(decode(file.read(), exif_orientation, channels))
         except (BadImageError, OSError) as e:
             return reason_of(e)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
-from epsanet_jax.data import decode
+from epsanet_jax.data import decode, formats, parquet, tars
 from epsanet_jax.data.decode import BadImageError
 from epsanet_jax.data.planes import NPY
 from epsanet_jax.data.prepare.archives import Item
@@ -177,11 +177,8 @@ def _read(item: Item) -> bytes:
     try:
         if item.offset < 0:
             return read_file(os.path.join(item.container, item.name))
-        with open(item.container, 'rb') as tar:
-            tar.seek(item.offset)
-            image = tar.read(item.size)
+        if formats.kind_of(item.container) == formats.PARQUET:
+            return parquet.read_row(item.container, item.offset)
+        return tars.read_member(item.container, item.offset, item.size)
     except OSError as e:
         raise BadImageError(decode.reason_of(e)) from e
-    if len(image) < item.size:
-        raise BadImageError('cannot read the image: the tar ends within it')
-    return image
