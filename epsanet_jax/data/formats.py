@@ -98,9 +98,10 @@ def _in_file(path: str, split: str) -> Found | None:
 
 def _files(folder: str) -> list[str]:
     """Returns the sorted files of the known kinds in a folder; of tars, only shards."""
-    if not os.path.isdir(folder):
+    try:
+        names = [name for name in sorted(os.listdir(folder)) if kind_of(name) and not litter(name)]
+    except OSError:
         return []
-    names = [name for name in _listed(folder) if kind_of(name) and not litter(name)]
     paths = [path for path in (os.path.join(folder, name) for name in names) if os.path.isfile(path)]
     tars = [path for path in paths if kind_of(path) == SHARDS]
     if tars and not webdataset.is_shard(tars[0]):
@@ -109,13 +110,10 @@ def _files(folder: str) -> list[str]:
 
 
 def _folders(folder: str) -> list[str]:
-    return [n for n in _listed(folder) if os.path.isdir(os.path.join(folder, n)) and not litter(n)]
-
-
-def _listed(folder: str) -> list[str]:
     try:
-        return sorted(os.listdir(folder))
-    except OSError:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not litter(entry.name))
+    except OSError:  # `ImageFolder` names the reason
         return []
 
 
@@ -159,9 +157,11 @@ def open_labelled(found: Found, column: str = '') -> tuple[Labelled, str]:
     Raises:
         InputError: a file or a label cannot be used.
     """
-    images = open_images(found, column)
-    source = Labelled(images)
     files = found.files[0]
     if len(found.files) > 1:
         files += f' ... {os.path.basename(found.files[-1])} ({len(found.files)} files)'
+    images = open_images(found, column)
+    if not len(images):
+        raise InputError(f'{files} holds no image; {images.about}')
+    source = Labelled(images)
     return source, f'{files}: {len(source)} images of {len(source.class_names)} classes; {images.about}'

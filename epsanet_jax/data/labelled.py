@@ -66,14 +66,12 @@ class Labelled:
         labels: label of each image, int32 [N].
 
     Raises:
-        InputError: there is no image; a label is missing, is neither a name nor a number, or is not declared;
+        InputError: a label is missing, is neither a name nor a number, or is not declared;
             or some labels are names and others are numbers.
     """
 
     def __init__(self, images: Images):
         self._images = images
-        if not len(images):
-            raise InputError(f'no image: {images.about}')
         declared = images.class_names
         found = list(_declared(images) if declared else _by_name(images))
         self.class_names = declared or classes.in_order([*set(found)])

@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from epsanet_jax.data.labelled import Label, Place, label_column
 from epsanet_jax.errors import InputError, one_line, some
 
 _IMAGE_COLUMNS = ('image', 'img', 'jpg', 'png', 'jpeg', 'webp')
+_LABEL_TYPE = re.compile(r'u?int\d+|(large_)?string(_view)?|dictionary<values=(large_)?string,.*')
 _LARGE_GROUP = 256 * 2**20  # bytes of a row group, all of which is read for one image
 
 
@@ -208,7 +210,7 @@ def _label_of(path: str, file: _Opened, column: str) -> tuple[str, tuple[str, ..
     others = [name for name in file.schema.names if name != file.image.split('.')[0]]
     column = label_column(others if column or not declared else declared, column, path)
     kind = str(file.schema.field(column).type)
-    if not (kind.startswith(('int', 'uint')) or 'string' in kind) or kind.startswith(('list', 'struct')):
+    if not _LABEL_TYPE.fullmatch(kind):
         raise InputError(f'{path}: the column {column!r} is {kind}, not a class number or a class name')
     names = kinds.get(column, {}).get('names') if column in declared else ()
     return column, tuple(map(str, names or ()))

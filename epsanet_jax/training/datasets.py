@@ -136,6 +136,8 @@ def evaluation_data(
     change = functools.partial(change, label_column=label_column or '')
     folder = _on_a_disk(data, '--data')
     if folder.is_file():
+        if data_dir:
+            raise InputError(f'--data-dir is for TFDS datasets, but {data} is a file')
         return change(source='folder', dir=str(folder), eval_split=split or '.')
     if folder.is_dir():
         if data_dir:
@@ -147,7 +149,7 @@ def evaluation_data(
         usual = [s for s in (trained_on.eval_split, 'val', 'test') if find_split(s, there, data)]
         return change(source='folder', dir=str(folder), eval_split=split or (usual or ['.'])[0])
     if data.startswith(('/', './', '../', '~')) or formats.kind_of(data):
-        raise InputError(f'no such file or data directory: {data}')
+        raise InputError(f'no such data directory: {data}')
     return change(source='tfds', name=data, dir=data_dir or '', eval_split=split or 'test')
 
 
