@@ -121,7 +121,7 @@ class Places:
     def of(self, file: 'ImageFile') -> str:
         """Returns the path of the drawing of an image."""
         name = self._names[file.argument]
-        if os.path.isdir(self._images[file.argument]) or file.images is not None:
+        if os.path.isdir(self._images[file.argument]) or file.place is not None:
             name = file.below if len(self._images) == 1 else os.path.join(name, file.below)
         folder, last = os.path.split(f'{name}.png')
         if len(os.fsencode(last)) > _LONGEST:

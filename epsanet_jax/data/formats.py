@@ -6,8 +6,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from epsanet_jax.data import tables, webdataset
-from epsanet_jax.data.labelled import Images, Labelled
-from epsanet_jax.data.parquet import ParquetImages
+from epsanet_jax.data.contents import Contents
+from epsanet_jax.data.labelled import Labelled
+from epsanet_jax.data.parquet import list_parquet
 from epsanet_jax.data.splits import find_split, split_of
 from epsanet_jax.data.walk import litter
 from epsanet_jax.errors import InputError, some
@@ -135,17 +136,17 @@ def _one_kind(where: str, paths: Iterable[str]) -> Found | None:
     return Found(next(iter(kinds)), paths) if kinds else None
 
 
-def open_images(found: Found, column: str = '', with_labels: bool = True) -> Images:
-    """Opens the images of files; their labels are read only if needed.
+def contents_of(found: Found, column: str = '', with_labels: bool = True) -> Contents:
+    """Lists the images of files; their labels are read only if needed.
 
     Raises:
         InputError: a file cannot be used.
     """
     if found.kind == PARQUET:
-        return ParquetImages(found.files, column, with_labels)
+        return list_parquet(found.files, column, with_labels)
     if found.kind == SHARDS:
-        return webdataset.ShardImages(found.files, column, with_labels)
-    return tables.TableImages(found.files[0], column, with_labels, found.split)
+        return webdataset.list_shards(found.files, column, with_labels)
+    return tables.list_table(found.files[0], column, with_labels, found.split)
 
 
 def open_labelled(found: Found, column: str = '') -> tuple[Labelled, str]:
@@ -160,8 +161,8 @@ def open_labelled(found: Found, column: str = '') -> tuple[Labelled, str]:
     files = found.files[0]
     if len(found.files) > 1:
         files += f' ... {os.path.basename(found.files[-1])} ({len(found.files)} files)'
-    images = open_images(found, column)
-    if not len(images):
-        raise InputError(f'{files} holds no image; {images.about}')
-    source = Labelled(images)
-    return source, f'{files}: {len(source)} images of {len(source.class_names)} classes; {images.about}'
+    contents = contents_of(found, column)
+    if not len(contents):
+        raise InputError(f'{files} holds no image; {contents.about}')
+    source = Labelled(contents)
+    return source, f'{files}: {len(source)} images of {len(source.class_names)} classes; {contents.about}'

@@ -9,8 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from epsanet_jax.data import formats
+from epsanet_jax.data.contents import Place
 from epsanet_jax.data.decode import BadImageError, decode, reason_of
-from epsanet_jax.data.labelled import Images
+from epsanet_jax.data.labelled import read_place
 from epsanet_jax.data.planes import pixel_dtype
 from epsanet_jax.data.transforms import CentreCrop
 from epsanet_jax.data.walk import is_there, no_image, read_file, skipped_line, walk
@@ -27,20 +28,14 @@ class ImageFile:
         path: path of the file.
         argument: index of the given path by which the file was found.
         below: path relative to the given folder, or the file's name if the file itself was given; a number
-            for an image of `images`.
-        images: the given file's images if it holds or lists several, see `formats`.
-        index: index in `images`.
+            for an image at a `place`.
+        place: where the image is if the given file holds or lists several, see `formats`.
     """
 
     path: str
     argument: int
     below: str
-    images: Images | None = None
-    index: int = 0
-
-    def read(self) -> bytes:
-        """Returns the bytes of the image; raises BadImageError or OSError if it cannot be read."""
-        return read_file(self.path) if self.images is None else self.images.read(self.index)
+    place: Place | None = None
 
 
 def stop_at_bad(message: str) -> None:
@@ -78,9 +73,9 @@ def find_images(
     """
     for argument, path in enumerate(paths):
         if os.path.isfile(path) and (found := formats.find(path, '.')) is not None:
-            images = formats.open_images(found, with_labels=False)
-            for i in range(len(images)):
-                yield ImageFile(images.name_of(i), argument, f'{i:06d}', images, i)
+            contents = formats.contents_of(found, with_labels=False)
+            for i in range(len(contents)):
+                yield ImageFile(contents.name_of(i), argument, f'{i:06d}', contents.place_of(i))
             continue
         if not os.path.isdir(path):
             yield ImageFile(path, argument, os.path.basename(path))
@@ -129,7 +124,8 @@ def read_batches(
 
     def read(file: ImageFile) -> np.ndarray | str:
         try:
-            return crop(decode(file.read(), exif_orientation, channels))
+            image = read_place(file.place) if file.place else read_file(file.path)
+            return crop(decode(image, exif_orientation, channels))
         except (BadImageError, OSError) as e:
             return reason_of(e)
 

@@ -7,11 +7,11 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from epsanet_jax.data.contents import Contents, Label, Part, label_column
 from epsanet_jax.data.decode import BadImageError
-from epsanet_jax.data.labelled import Label, Place, label_column
 from epsanet_jax.errors import InputError, one_line, some
 
 _IMAGE_COLUMNS = ('image', 'img', 'jpg', 'png', 'jpeg', 'webp')
@@ -43,8 +43,8 @@ class _Opened(NamedTuple):
     status: tuple[int, int]  # size in bytes and time of the last change in nanoseconds
 
 
-class ParquetImages:
-    """The rows of parquet files, in order; see `labelled.Images`.
+def list_parquet(paths: Sequence[str], column: str = '', with_labels: bool = True) -> Contents:
+    """Lists the rows of parquet files.
 
     Args:
         paths: the files.
@@ -54,63 +54,32 @@ class ParquetImages:
     Raises:
         InputError: pyarrow is missing; a file is damaged, or has other columns than needed or than the first.
     """
-
-    def __init__(self, paths: Sequence[str], column: str = '', with_labels: bool = True):
-        self._paths = list(paths)
-        opened = [_open(path) for path in paths]
-        self._ends = list(itertools.accumulate(file.ends[-1] if file.ends else 0 for file in opened))
-        self.labels: Sequence[Label] = ()
-        self.class_names: tuple[str, ...] = ()
-        self.about = f'images in the column {opened[0].image.removesuffix(".bytes")!r}'
-        if with_labels:
-            labels: list[Label] = []
-            for path, file in zip(paths, opened, strict=True):
-                chosen, names = _label_of(path, file, column)
-                if path == paths[0]:
-                    column, self.class_names = chosen, names
-                elif names != self.class_names:
-                    raise InputError(f'{path} declares other classes of {chosen!r} than {paths[0]}')
-                labels += _read_labels(path, file, chosen)
-            self.labels = labels
-            self.about += f', labels in {column!r}'
-            self.about += ', named by the schema' if self.class_names else ''
-        groups = [file.metadata.row_group(i) for file in opened for i in range(len(file.ends))]
-        largest = max((group.total_byte_size for group in groups), default=0)
-        if largest > _LARGE_GROUP:
-            self.about += (
-                f'; each image read at random reads a row group of up to {largest / 2**20:,.0f} MiB: convert '
-                'it once with `epsanet prepare`'
-            )
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def _find(self, index: int) -> tuple[str, int]:
-        """Returns the file and the row in it."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        which = bisect.bisect_right(self._ends, index)
-        return self._paths[which], index - (self._ends[which - 1] if which else 0)
-
-    def read(self, index: int) -> bytes:
-        """Returns the bytes of the image, see `read_row`."""
-        return read_row(*self._find(index))
-
-    def name_of(self, index: int) -> str:
-        """Returns the file and the row, counted from 0."""
-        path, row = self._find(index)
-        return f'{path} row {row}'
-
-    def place_of(self, index: int) -> Place:
-        """Returns where the image is; the size is the mean of its file."""
-        path, row = self._find(index)
-        file = _open(path)
-        size, mtime = file.status
-        return Place(path, f'row {row}', size // file.ends[-1], mtime, row)
-
-    def identity(self) -> Iterable[str]:
-        """Returns the names and sizes of the files."""
-        return [f'{os.path.basename(path)} {_open(path).status[0]}' for path in self._paths]
+    opened = [(path, _open(path)) for path in paths]
+    parts = []
+    for path, file in opened:
+        rows = file.ends[-1] if file.ends else 0
+        parts.append(Part(path, (), range(rows), [file.status[0] // max(1, rows)] * rows))
+    contents = Contents(parts, f'images in the column {opened[0][1].image.removesuffix(".bytes")!r}')
+    if with_labels:
+        labels: list[Label] = []
+        for path, file in opened:
+            column, names = _label_of(path, file, column)
+            if path == paths[0]:
+                contents.class_names = names
+            elif names != contents.class_names:
+                raise InputError(f'{path} declares other classes of {column!r} than {paths[0]}')
+            labels += _read_labels(path, file, column)
+        contents.labels = labels
+        named = ', named by the schema' if contents.class_names else ''
+        contents.about += f', labels in {column!r}{named}'
+    groups = [file.metadata.row_group(i) for _, file in opened for i in range(len(file.ends))]
+    largest = max((group.total_byte_size for group in groups), default=0)
+    if largest > _LARGE_GROUP:
+        contents.about += (
+            f'; each image read at random reads a row group of up to {largest / 2**20:,.0f} MiB: convert '
+            'them once with `epsanet prepare`'
+        )
+    return contents
 
 
 def read_row(path: str, row: int) -> bytes:

@@ -1,14 +1,15 @@
 """Tables of image files and their labels: CSV with a header or without one, and JSON lines."""
 
 import csv
+import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-from epsanet_jax.data.labelled import LABEL_COLUMNS, Label, Place, label_column
+from epsanet_jax.data.contents import LABEL_COLUMNS, Contents, Label, Part, checked_label, label_column
 from epsanet_jax.data.splits import find_split, split_of
-from epsanet_jax.data.walk import is_image_name, read_file
+from epsanet_jax.data.walk import is_image_name
 from epsanet_jax.errors import InputError, one_line, some
 
 _PATH_COLUMNS = (
@@ -23,10 +24,11 @@ _PATH_COLUMNS = (
     'img',
 )
 _Row = tuple[int, dict[str, Any]]  # number of the line from 1, values by column
+_Kept = tuple[int, str, Label]  # number of the line, path, label
 
 
-class TableImages:
-    """The images that a table lists, in its order; see `labelled.Images`.
+def list_table(path: str, column: str = '', with_labels: bool = True, split: str = '') -> Contents:
+    """Lists the images that a table lists.
 
     Paths are relative to the folder of the table or, if the first image is not there, to a folder beside it:
     the one with the name of the table, 'images', or the only one.
@@ -41,91 +43,65 @@ class TableImages:
         InputError: the table is damaged, lacks a column, or holds no row of the split; an image does not
             exist, or is listed twice.
     """
+    rows = _rows(path)
+    first = next(rows, None)
+    if first is None:
+        raise InputError(f'{path} has no row')
+    file, label = _columns(path, [*first[1]], column, with_labels)
+    kept = [
+        _checked(path, line, row.get(file), row.get(label)) for line, row in itertools.chain([first], rows)
+    ]
+    kept = _of_split(split, kept, path) if split else kept
+    names = [name for _, name, _ in kept]
+    root = _find_root(path, names[0])
+    contents = Contents([Part(root, names, table=path, lines=[line for line, _, _ in kept])], '')
+    contents.about = f'images in {root!r} by the column {file!r}'
+    if with_labels:
+        contents.about += f', labels in {label!r}'
+        contents.labels = [value for _, _, value in kept]
+    _check_files(root, names, contents)
+    return contents
 
-    def __init__(self, path: str, column: str = '', with_labels: bool = True, split: str = ''):
-        self._path = path
-        rows = _rows(path)
-        first = next(rows, None)
-        if first is None:
-            raise InputError(f'{path} has no row')
-        file, self._label = _columns(path, [*first[1]], column, with_labels)
-        self._files: list[str] = []
-        self._lines: list[int] = []
-        labels: list[Label] = []
-        for line, row in (first, *rows):
-            if not isinstance(name := row.get(file), str) or not name:
-                raise InputError(f'{path} line {line}: {file!r} must be the path of an image, got {name!r}')
-            self._files.append(os.path.normpath(name))
-            self._lines.append(line)
-            if with_labels:
-                labels.append(_checked(row.get(self._label), path, line))
-        self.labels: Sequence[Label] = labels
-        self.class_names: tuple[str, ...] = ()
-        if split:
-            self._keep(split)
-        self._root = self._find_root()
-        self._check_files()
-        self.about = f'images in {self._root!r} by the column {file!r}'
-        self.about += f', labels in {self._label!r}' if with_labels else ''
 
-    def _keep(self, split: str) -> None:
-        """Leaves out the rows of other splits."""
-        tops = [name.split(os.sep)[0] for name in self._files]
-        found = find_split(split, {top for top in tops if split_of(top) or top == split}, self._path)
-        if found is None:
-            raise InputError(
-                f'{self._path} has no path that begins with {split}/: give its folder as config.data.dir '
-                'and a table for each split as config.data.train_split and config.data.eval_split'
-            )
-        kept = [i for i, top in enumerate(tops) if top == found]
-        self._files, self._lines = [self._files[i] for i in kept], [self._lines[i] for i in kept]
-        self.labels = [self.labels[i] for i in kept] if self.labels else ()
+def _checked(path: str, line: int, name: Any, label: Any) -> _Kept:
+    if not isinstance(name, str) or not name:
+        raise InputError(f'{path} line {line}: expected the path of an image, got {name!r}')
+    return line, os.path.normpath(name), checked_label(label, f'{path} line {line}')
 
-    def _find_root(self) -> str:
-        folder = os.path.dirname(os.path.abspath(self._path))
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-        stem = os.path.splitext(os.path.basename(self._path))[0]
-        beside = [name for name in dict.fromkeys((stem, 'images', *names)) if name in names]
-        for name in ('', *(beside if len(names) == 1 else [n for n in beside if n in (stem, 'images')])):
-            root = os.path.join(folder, name) if name else folder
-            if os.path.exists(os.path.join(root, self._files[0])):
-                return root
-        return folder
 
-    def _check_files(self) -> None:
-        seen: dict[str, int] = {}
-        folders: dict[str, set[str]] = {}  # listing them is faster than looking for each file
-        for i, name in enumerate(self._files):
-            if name in seen:
-                raise InputError(
-                    f'{self.name_of(i)} is listed twice, first in line {self._lines[seen[name]]}'
-                )
-            seen[name] = i
-            folder, last = os.path.split(os.path.join(self._root, name))
-            if folder not in folders:
-                folders[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
-            if last not in folders[folder]:
-                raise InputError(f'{self.name_of(i)} does not exist in {folder}: correct or remove the row')
+def _of_split(split: str, rows: list[_Kept], path: str) -> list[_Kept]:
+    """Returns the rows whose paths begin with a split."""
+    tops = [name.split(os.sep)[0] for _, name, _ in rows]
+    found = find_split(split, {top for top in tops if split_of(top) or top == split}, path)
+    if found is None:
+        raise InputError(
+            f'{path} has no path that begins with {split}/: give its folder as config.data.dir and a table '
+            'for each split as config.data.train_split and config.data.eval_split'
+        )
+    return [row for row, top in zip(rows, tops, strict=True) if top == found]
 
-    def __len__(self) -> int:
-        return len(self._files)
 
-    def read(self, index: int) -> bytes:
-        """Returns the bytes of the file, see `walk.read_file`."""
-        return read_file(os.path.join(self._root, self._files[index]))
+def _find_root(path: str, first: str) -> str:
+    """Returns the folder that paths are relative to; the one of the table if the first image is nowhere."""
+    folder = os.path.dirname(os.path.abspath(path))
+    names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    stem = os.path.splitext(os.path.basename(path))[0]
+    beside = [name for name in (stem, 'images') if name in names] + (names if len(names) == 1 else [])
+    roots = [folder, *(os.path.join(folder, name) for name in beside)]
+    return next((root for root in roots if os.path.exists(os.path.join(root, first))), folder)
 
-    def name_of(self, index: int) -> str:
-        """Returns the table, the line and the path."""
-        return f'{self._path} line {self._lines[index]}: {self._files[index]}'
 
-    def place_of(self, index: int) -> Place:
-        """Returns where the image is."""
-        status = os.stat(os.path.join(self._root, self._files[index]))
-        return Place(self._root, self._files[index], status.st_size, status.st_mtime_ns, -1)
-
-    def identity(self) -> Iterable[str]:
-        """Returns the paths."""
-        return self._files
+def _check_files(root: str, names: list[str], contents: Contents) -> None:
+    seen: dict[str, int] = {}
+    folders: dict[str, set[str]] = {}  # listing them is faster than looking for each file
+    for i, name in enumerate(names):
+        if (before := seen.setdefault(name, i)) != i:
+            raise InputError(f'{contents.name_of(i)} is listed twice, first as {contents.name_of(before)}')
+        folder, last = os.path.split(os.path.join(root, name))
+        if folder not in folders:
+            folders[folder] = set(os.listdir(folder)) if os.path.isdir(folder) else set()
+        if last not in folders[folder]:
+            raise InputError(f'{contents.name_of(i)} does not exist in {folder}: correct or remove the row')
 
 
 def has_labels(path: str, column: str) -> bool:
@@ -146,14 +122,6 @@ def _columns(path: str, names: list[str], column: str, with_labels: bool) -> tup
     if not column and len(others) == 1:
         column = others[0]
     return file, label_column(others, column, path)
-
-
-def _checked(label: Any, path: str, line: int) -> Label:
-    if isinstance(label, bool) or not isinstance(label, str | int | None):
-        raise InputError(
-            f'{path} line {line}: the label {label!r} is neither a class name nor a class number'
-        )
-    return label
 
 
 def _rows(path: str) -> Iterator[_Row]:

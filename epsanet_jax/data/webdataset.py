@@ -4,16 +4,15 @@ A key is the path of a member up to the first dot of its file name, as WebDatase
 indexed when it is first used; the index is kept in the user's cache folder until the shard changes.
 """
 
-import bisect
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from epsanet_jax.data import tars
-from epsanet_jax.data.labelled import Label, Place, label_column
+from epsanet_jax.data.contents import Contents, Label, Part, checked_label, label_column
 from epsanet_jax.errors import InputError, one_line
 from epsanet_jax.paths import replacing
 
@@ -56,8 +55,8 @@ def _split(name: str) -> tuple[str, str]:
     return os.path.join(folder, stem), kind.lower()
 
 
-class ShardImages:
-    """The images of shards, in order; see `labelled.Images`.
+def list_shards(paths: Sequence[str], column: str = '', with_labels: bool = True) -> Contents:
+    """Lists the images of shards.
 
     Args:
         paths: the shards.
@@ -67,59 +66,23 @@ class ShardImages:
     Raises:
         InputError: a shard is damaged, holds two images with one key, or its labels are of several kinds.
     """
-
-    def __init__(self, paths: Sequence[str], column: str = '', with_labels: bool = True):
-        self._paths = list(paths)
-        self._parts = [_read_index(path, column if with_labels else None) for path in paths]
-        self._ends = list(itertools.accumulate(len(part.names) for part in self._parts))
-        self.labels: Sequence[Label] = ()
-        self.class_names: tuple[str, ...] = ()
-        self.about = 'images'
-        if with_labels:
-            self._check_kinds()
-            self.labels = [label for part in self._parts for label in part.labels]
-        self._parts = [part._replace(labels=[], kinds=[]) for part in self._parts]
-
-    def _check_kinds(self) -> None:
-        first: dict[str, int] = {}
-        for index, kind in enumerate(kind for part in self._parts for kind in part.kinds):
-            first.setdefault(kind, index)
-        for index in (first[''],) if '' in first else ():
-            raise InputError(f'{self.name_of(index)} has no label: .cls, .json or .txt is missing beside it')
-        if len(first) > 1:
-            places = [f'{self.name_of(index)} has its label in .{kind}' for kind, index in first.items()]
-            raise InputError(f'{" and ".join(places[:2])}: use one kind for all images')
-        self.about += ''.join(f', labels in KEY.{kind}' for kind in first)
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def _find(self, index: int) -> tuple[str, _Index, int]:
-        """Returns the shard, its index, and the place of the image in it."""
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        which = bisect.bisect_right(self._ends, index)
-        return self._paths[which], self._parts[which], index - (self._ends[which - 1] if which else 0)
-
-    def read(self, index: int) -> bytes:
-        """Returns the bytes of the image, see `tars.read_member`."""
-        path, part, i = self._find(index)
-        return tars.read_member(path, part.offsets[i], part.sizes[i])
-
-    def name_of(self, index: int) -> str:
-        """Returns the shard and the member."""
-        path, part, i = self._find(index)
-        return f'{path}: {part.names[i]}'
-
-    def place_of(self, index: int) -> Place:
-        """Returns where the image is."""
-        path, part, i = self._find(index)
-        return Place(path, part.names[i], part.sizes[i], os.stat(path).st_mtime_ns, part.offsets[i])
-
-    def identity(self) -> Iterable[str]:
-        """Returns the names and sizes of the images."""
-        for part in self._parts:
-            yield from (f'{name} {size}' for name, size in zip(part.names, part.sizes, strict=True))
+    indices = [_read_index(path, column if with_labels else None) for path in paths]
+    parts = [Part(path, i.names, i.offsets, i.sizes) for path, i in zip(paths, indices, strict=True)]
+    contents = Contents(parts, 'images')
+    if not with_labels:
+        return contents
+    first: dict[str, str] = {}  # the first image with each kind of label
+    for number, kind in enumerate(kind for index in indices for kind in index.kinds):
+        if kind not in first:
+            first[kind] = contents.name_of(number)
+    if '' in first:
+        raise InputError(f'{first[""]} has no label: .cls, .json or .txt is missing beside it')
+    if len(first) > 1:
+        places = [f'{name} has its label in .{kind}' for kind, name in first.items()]
+        raise InputError(f'{" and ".join(places[:2])}: use one kind for all images')
+    contents.labels = [label for index in indices for label in index.labels]
+    contents.about += ''.join(f', labels in KEY.{kind}' for kind in first)
+    return contents
 
 
 def _read_index(path: str, column: str | None) -> _Index:
@@ -193,6 +156,4 @@ def _label_of(content: bytes, kind: str, column: str, where: str) -> Label:
         raise InputError(f'{where} is not {expected}: {one_line(e)}') from e
     if isinstance(value, dict):
         value = value.get(label_column([*value], column, where))
-    if isinstance(value, bool) or not isinstance(value, str | int | None):
-        raise InputError(f'{where}: the label {value!r} is neither a class name nor a class number')
-    return value
+    return checked_label(value, where)

@@ -38,7 +38,7 @@ def test_rows_have_their_images_and_labels(tmp_path, image_type, labels, names, 
     found = [rows[i] for i in (*range(12), 0, 11, 5)]
     assert [r['image'] for r in found] == [IMAGES[i] for i in (*range(12), 0, 11, 5)]
     assert [r['label'] for r in found[:4]] == [1, 0, 1, 2]
-    assert rows.name_of(8) == f'{tmp_path}/y.parquet row 1'
+    assert rows.name_of(8) == f'{tmp_path}/y.parquet: row 1'
     with pytest.raises(IndexError):
         rows[12]
 
@@ -56,14 +56,18 @@ def test_file_that_changes_is_read_again(tmp_path):
         (
             [0, 1, -1, 0],
             ['a', 'b'],
-            r'x.parquet row 2: the label -1 is not one of the 2 declared classes \(a, b\)',
+            r'x.parquet: row 2: the label -1 is not one of the 2 declared classes \(a, b\)',
         ),
-        ([0, 1, 2, 0], ['a', 'b'], r'x.parquet row 2: the label 2 is not one of the 2 declared classes'),
-        ([0, 1, -1, 0], None, r'x.parquet row 2: the label -1 is neither a class name nor a class number'),
-        ([0, 1, None, 0], None, r'x.parquet row 2 has no label: add it, or remove the image'),
-        ([0, 1, None, 0], ['a', 'b'], r'x.parquet row 2 has no label'),
-        (['a', '', 'b', 'a'], None, r'x.parquet row 1 has no label'),
-        (['a', 'b', '7', 'a'], None, "x.parquet row 0 has the label 'a' and .* row 2 has the label '7': use"),
+        ([0, 1, 2, 0], ['a', 'b'], r'x.parquet: row 2: the label 2 is not one of the 2 declared classes'),
+        ([0, 1, -1, 0], None, r'x.parquet: row 2: the label -1 is neither a class name nor a class number'),
+        ([0, 1, None, 0], None, r'x.parquet: row 2 has no label: add it, or remove the image'),
+        ([0, 1, None, 0], ['a', 'b'], r'x.parquet: row 2 has no label'),
+        (['a', '', 'b', 'a'], None, r'x.parquet: row 1 has no label'),
+        (
+            ['a', 'b', '7', 'a'],
+            None,
+            "x.parquet: row 0 has the label 'a' and .* row 2 has .* '7': use",
+        ),
         (
             [0.0, 1.0, 1.0, 0.0],
             None,
@@ -86,7 +90,7 @@ def test_files_must_agree(tmp_path):
         source(tmp_path / 'x.parquet', tmp_path / 'y.parquet')
     write_parquet(tmp_path / 'x.parquet', IMAGES[:2], [0, 1])
     write_parquet(tmp_path / 'y.parquet', IMAGES[:2], ['a', 'b'])
-    with pytest.raises(InputError, match=r"x.parquet row 0 has the label 0 and .*y.parquet row 0 has .*'a'"):
+    with pytest.raises(InputError, match=r"x.parquet: row 0 has .* 0 and .*y.parquet: row 0 has .*'a'"):
         source(tmp_path / 'x.parquet', tmp_path / 'y.parquet')
 
 

@@ -95,14 +95,17 @@ def test_one_table_of_several_splits(tmp_path):
             'path,label\na.jpg,cat\nno.jpg,cat\n',
             r'labels.csv line 3: no.jpg does not exist in .*: correct or',
         ),
-        ('path,label\na.jpg,cat\n./a.jpg,ape\n', 'labels.csv line 3: a.jpg is listed twice, first in line 2'),
+        (
+            'path,label\na.jpg,cat\n./a.jpg,ape\n',
+            'line 3: a.jpg is listed twice, first as .* line 2: a.jpg',
+        ),
         ('path,label\na.jpg,cat\nc.png,\n', 'labels.csv line 3: c.png has no label'),
         (
             'path,label\na.jpg,cat\nc.png,3\n',
             "line 2: a.jpg has the label 'cat' and .* line 3: c.png .* '3': use",
         ),
         ('path,label\na.jpg,cat\nc.png\n', 'labels.csv line 3: 1 values for 2 columns'),
-        ('path,label\na.jpg,cat\n,ape\n', "labels.csv line 3: 'path' must be the path of an image, got ''"),
+        ('path,label\na.jpg,cat\n,ape\n', "labels.csv line 3: expected the path of an image, got ''"),
         ('path,label\n"a.jpg,cat\n', r'labels.csv line \d is not CSV'),
         (
             'path,path\na.jpg,cat\n',
@@ -137,7 +140,7 @@ def test_wrong_rows_of_csv_are_named(folder, text, message):
         ('{"file_name": "a.jpg", "label": true}', 'labels.jsonl line 1: the label True is neither'),
         (
             '{"file_name": 3, "label": 1}',
-            "labels.jsonl line 1: 'file_name' must be the path of an image, got 3",
+            'labels.jsonl line 1: expected the path of an image, got 3',
         ),
         ('\xff', 'labels.jsonl is not UTF-8 text'),
     ],

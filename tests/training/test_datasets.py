@@ -86,8 +86,8 @@ def test_the_data_of_an_evaluation_are_those_of_the_run_or_of_the_option(tmp_pat
     assert chosen(str(tmp_path), trained_on=folder) == ('folder', str(tmp_path), 'val')
     (tmp_path / 'val').rmdir()
     assert chosen(str(tmp_path), trained_on=folder) == ('folder', str(tmp_path), 'test')
-    assert chosen(table) == ('folder', table, '.')
-    assert chosen(table, 'val') == ('folder', table, 'val')
+    assert chosen(table, trained_on=folder) == ('folder', table, '.')
+    assert chosen(table, 'val', trained_on=folder) == ('folder', table, 'val')
     for arguments, message in (
         ((table, None, 'datasets'), '--data-dir is for TFDS datasets, but .* is a file'),
         (('no.parquet',), 'no such data directory: no.parquet'),

@@ -5,6 +5,7 @@ import os
 import re
 
 from epsanet_jax.data import classes, formats, webdataset
+from epsanet_jax.data.contents import Place
 from epsanet_jax.data.prepare import archives, imagenet
 from epsanet_jax.data.prepare.archives import Item, Notes
 from epsanet_jax.data.prepare.imagenet import TRAIN_TAR, VALIDATION_TAR
@@ -99,7 +100,7 @@ def _list_labelled(root: str, label_column: str) -> Listing | None:
     found = {split: formats.find(root, name, label_column) for split, name in names.items()}
     if not found:
         found = {'train': formats.find(root, '.', label_column)}
-    if not any(found.values()):
+    if next(iter(found.values())) is None:  # of the training split, if there is one
         return None
     notes, listed, declared = Notes(), {}, ()
     for split, files in found.items():
@@ -109,16 +110,19 @@ def _list_labelled(root: str, label_column: str) -> Listing | None:
             )
         source, line = formats.open_labelled(files, label_column)
         notes.remarks.append(line)
-        if split in ('train', next(iter(found))):
-            declared = source.class_names
-        listed[split] = [
-            Item(place.container, place.name, source.class_names[label], *place[2:], number=number)
-            for number, label in enumerate(source.labels.tolist())
-            for place in (source.place_of(number),)
-        ]
+        declared = declared or source.class_names
+        class_of = [source.class_names[label] for label in source.labels.tolist()]
+        listed[split] = [_item(source.place_of(i), name, i) for i, name in enumerate(class_of)]
     class_names = _class_names(listed, notes, declared)
     folder = root if os.path.isdir(root) else os.path.dirname(root)
     return Listing(folder, 'image_folder', class_names, listed, tuple(notes.remarks))
+
+
+def _item(place: Place, class_name: str, number: int) -> Item:
+    file = place.container if place.offset >= 0 else os.path.join(place.container, place.name)
+    status = os.stat(file)
+    size = place.size if place.offset >= 0 else status.st_size
+    return Item(place.container, place.name, class_name, size, status.st_mtime_ns, place.offset, number)
 
 
 def _find_splits(root: str, names: list[str]) -> dict[str, str]:

@@ -170,6 +170,14 @@ def test_file_that_is_no_source_is_refused(tmp_path, capsys, place):
     assert 'expected the folder that holds the tar' in line or 'is not UTF-8 text' in line
 
 
+def test_tables_beside_class_folders_are_not_used(folder, tmp_path, capsys):
+    for name in ('train.csv', 'test.csv', 'labels.csv'):
+        write(folder / name, b'file,label\n')
+    _, err = prepared(capsys, folder, tmp_path / 'out')
+    assert 'not used: labels.csv, test.csv, train.csv' in err
+    assert len(records(tmp_path / 'out', 'train')) == len(TRAIN)
+
+
 def test_splits_of_two_kinds_are_refused(tmp_path, capsys):
     write(tmp_path / 'in/train.csv', b'a.jpg,cat\n')
     write(tmp_path / 'in/a.jpg', jpeg(0))
