@@ -16,10 +16,11 @@ def add_parser(subcommands: Any) -> None:
         epilog='example: epsanet evaluate runs/digits --data digits --split test',
     )
     common.add_checkpoint(parser)
-    text = "image folder or TFDS dataset (default: the run's)"
-    parser.add_argument('--data', metavar='DIR_OR_NAME', help=text)
+    text = "folder or file of images, or TFDS dataset (default: the run's)"
+    parser.add_argument('--data', metavar='PATH_OR_NAME', help=text)
     parser.add_argument('--split', help="folder or TFDS split (default: the run's, else val or test)")
     parser.add_argument('--data-dir', metavar='DIR', help='folder that holds TFDS datasets')
+    common.add_label_column(parser)
     common.add_batch_size(parser, 64)
     common.add_on_bad(parser)
     common.add_json(parser)
@@ -34,7 +35,8 @@ def run(args: argparse.Namespace) -> None:
     common.use_persistent_cache()
     network = common.load_network(args)
     dataset = (args.data, args.split, args.data_dir)
-    means = evaluate(network, *dataset, args.batch_size, args.on_bad, report=common.to_stderr)
+    options = (args.batch_size, args.on_bad, common.to_stderr, args.label_column)
+    means = evaluate(network, *dataset, *options)
     source = network.source
     if args.json:
         about = {'checkpoint': args.checkpoint, 'step': source.step, 'averaged': source.averaged}
