@@ -28,7 +28,8 @@ from epsanet_jax.models.conv import Conv
 from epsanet_jax.ops import algorithms, choice
 from epsanet_jax.ops.algorithms import DIRECT, Algorithm, by_name, convolve, divisors
 from epsanet_jax.ops.choice import DIRECTIONS, MOST_SPLIT, Problem
-from epsanet_jax.ops.rewrites import Window, bands
+from epsanet_jax.ops.plain import Window
+from epsanet_jax.ops.rewrites import bands
 
 TILES = ((1, 2), (2, 2), (1, 4), (2, 4), (4, 4), (2, 8))
 TABLE = Path(choice.__file__).with_name(choice.TABLE)
@@ -109,10 +110,8 @@ def candidates(problem: Problem, platform: str, limit: float) -> Iterator[Algori
         shape = (problem.kernel, problem.kernel, problem.channels // problem.groups, problem.features)
         yield from (a for a in (by_name(name, shape, problem.groups) for name in DIRECT) if a.name in DIRECT)
     for merge in divisors(problem.groups):
-        if split and problem.groups // merge > MOST_SPLIT:
-            continue
         if problem.groups > 1 and (merge <= 2 * limit or merge == problem.groups):
-            yield Algorithm('merged', merge, split=split and merge < problem.groups)
+            yield Algorithm('merged', merge, split=split)
         if problem.stride > 1 and not split and merge <= 2 * limit:
             yield Algorithm('merged', merge, phases=True)
         if problem.groups == 1 and problem.channels > 3:
