@@ -165,6 +165,8 @@ class Config:
             memory. Each must hold whole BatchNorm groups; the update is the same.
         epochs: length of the training, possibly a fraction.
         steps: length in steps instead of epochs; 0: use `epochs`.
+        balance_classes: whether the batches hold the classes of unbalanced data in equal shares; see
+            `data.order.balanced`. An epoch still has as many images as the data.
         label_smoothing: label smoothing in training and evaluation.
         mixup_alpha: parameter of mixup's Beta distribution; 0: no mixup.
         cutmix_alpha: parameter of cutmix's Beta distribution; 0: no cutmix. With both, each image gets one of
@@ -192,6 +194,7 @@ class Config:
     gradient_accumulation_steps: int = 1
     epochs: float = 120.0
     steps: int = 0
+    balance_classes: bool = False
     label_smoothing: float = 0.1
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0

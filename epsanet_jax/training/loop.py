@@ -186,7 +186,7 @@ def _evaluate(
     means = evaluate(state.variables, report.warn)
     if state.ema is not None:
         averaged = evaluate(state.ema, lambda text: None)  # the same warnings again
-        means |= {f'ema_{name}': averaged[name] for name in ('loss', 'top1', 'top5')}
+        means |= {f'ema_{name}': averaged[name] for name in ('loss', 'top1', 'top5', 'mean_class_accuracy')}
     if not math.isfinite(means['loss']):
         raise TrainingError(f'the loss of the evaluation at step {int(state.step)} is {means["loss"]}')
     report.evaluation(int(state.step), means, time.perf_counter() - began)

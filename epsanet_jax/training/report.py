@@ -104,7 +104,7 @@ class Report:
         log(text)
 
     def evaluation(self, step: int, means: dict[str, float], seconds: float) -> None:
-        """Records an evaluation: 'loss', 'top1', 'top5', 'examples' and further values."""
+        """Records an evaluation: the values of `evaluation.evaluate`, and those of moving averages."""
         self._write({'split': 'eval', 'step': step, **means})
         self.flush()
         log(f'step {step}/{self._total} | {describe(means)} in {seconds:.1f} s')
@@ -152,8 +152,11 @@ class Report:
 def describe(means: dict[str, float]) -> str:
     """Returns an evaluation as text."""
     skipped = f', {means["skipped"]} skipped' if means.get('skipped') else ''
+    classes = ''
+    if 'mean_class_accuracy' in means:  # not in old workdirs
+        classes = f' | mean per class {means["mean_class_accuracy"]:.2%}'
     averaged = f' | EMA top-1 {means["ema_top1"]:.2%}' if 'ema_top1' in means else ''
     return (
         f'evaluation: loss {means["loss"]:.4f} | top-1 {means["top1"]:.2%} | top-5 {means["top5"]:.2%} '
-        f'of {means["examples"]} images{skipped}{averaged}'
+        f'of {means["examples"]} images{skipped}{classes}{averaged}'
     )
