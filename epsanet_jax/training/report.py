@@ -5,6 +5,7 @@ import dataclasses
 import datetime
 import json
 import sys
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +15,9 @@ from tqdm import tqdm
 
 from epsanet_jax.errors import TrainingError, one_line
 from epsanet_jax.paths import is_remote, replacing
+from epsanet_jax.training.clock import Clock
 from epsanet_jax.training.tensorboard import Events
-from epsanet_jax.workdir import METRICS_FILE, evaluations, read_metrics
+from epsanet_jax.workdir import METRICS_FILE, evaluations, read_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +54,19 @@ class Report:
         workdir: folder of the run.
         step: step at which the run starts or continues. Lines of later steps, which run again, are removed.
         total: number of steps of the whole run.
+        clock: measures the times of this process.
         tensorboard: whether to write events for TensorBoard too; only on a local disk.
     """
 
-    def __init__(self, workdir: epath.Path, step: int, total: int, tensorboard: bool = False):
+    def __init__(self, workdir: epath.Path, step: int, total: int, clock: Clock, tensorboard: bool = False):
         self._path, self._total = workdir / METRICS_FILE, total
         self._active = jax.process_index() == 0
         self._local = not is_remote(workdir)
-        self.lines = [line for line in read_metrics(workdir) if line['step'] <= step]
+        # Times stay: those of later steps are lost, see `analysis.goodput`.
+        lines = read_lines(workdir)
+        self.lines = [line for line in lines if line['step'] <= step or line['split'] == 'time']
+        self.clock = clock
+        self.lines.append(self._time(step, began=round(clock.began, 3)))
         self._events = Events(workdir, step) if tensorboard and self._active and self._local else None
         if tensorboard and not self._local:
             log(f'no events for TensorBoard: {workdir} is not on a local disk')
@@ -109,6 +116,13 @@ class Report:
         self.flush()
         log(f'step {step}/{self._total} | {describe(means)} in {seconds:.1f} s')
 
+    def time(self, step: int) -> None:
+        """Records what the time since the last call was spent on, up to this step."""
+        self._write(self._time(step))
+
+    def _time(self, step: int, **more: float) -> dict[str, Any]:
+        return {'split': 'time', 'step': step, 'at': round(time.time(), 3), **more, **self.clock.take()}
+
     def flush(self) -> None:
         """Writes the whole metrics.jsonl."""
         if self._active:
@@ -120,10 +134,11 @@ class Report:
         if not self._local:
             self.flush()
 
-    def close(self) -> None:
-        """Ends the progress bar and writes what is left, without an error if that fails."""
+    def close(self, step: int) -> None:
+        """Ends the progress bar and writes what is left at this step, without an error if that fails."""
         self._bar.close()
         with contextlib.suppress(TrainingError):
+            self.time(step)
             self.flush()
         if self._events is not None:
             with contextlib.suppress(OSError):
@@ -142,7 +157,7 @@ class Report:
     def _write(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
         with self._writing():
-            if self._events is not None:
+            if self._events is not None and line['split'] != 'time':
                 self._events.write(line)
             if self._active and self._local:
                 with self._path.open('a') as f:
