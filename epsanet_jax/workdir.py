@@ -11,6 +11,7 @@ CHECKPOINTS = 'checkpoints'
 DAMAGED_CHECKPOINTS = 'checkpoints-damaged'
 LOCK_FILE = 'lock.json'
 TENSORBOARD = 'tensorboard'
+TRACKER_FILE = 'tracker.json'
 PROFILE = 'profile'
 
 

@@ -187,6 +187,8 @@ class Config:
             change, nor do the statistics of BatchNorms that match. Examples: '^conv1|^bn1|^layer[12]', or
             '^(?!fc)' for everything but the classifier.
         tensorboard: whether to write events for TensorBoard into the workdir, if it is on a local disk.
+        tracker: 'wandb' (Weights & Biases), 'trackio' or '': where to send metrics and configuration too.
+        tracker_project: name of the project there.
     """
 
     seed: int = 0
@@ -208,6 +210,8 @@ class Config:
     init_optimizer: bool = False
     freeze: str = ''
     tensorboard: bool = True
+    tracker: str = ''
+    tracker_project: str = 'epsanet_jax'
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -233,8 +237,8 @@ def mixing(config: Config) -> Mixing | None:
 # Fields that may change when a run is continued; all others, and the data's fingerprint, identify the run.
 _FREE = (
     'epochs', 'steps', 'gradient_accumulation_steps', 'log_every_steps', 'eval_every_epochs',
-    'eval_batch_size', 'checkpoint.', 'profile.', 'tensorboard', 'data.dir', 'data.workers', 'data.threads',
-    'data.on_bad', 'data.max_bad_images',
+    'eval_batch_size', 'checkpoint.', 'profile.', 'tensorboard', 'tracker', 'data.dir', 'data.workers',
+    'data.threads', 'data.on_bad', 'data.max_bad_images',
 )  # fmt: skip
 
 

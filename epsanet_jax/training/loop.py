@@ -25,6 +25,7 @@ from epsanet_jax.training.run import Run, prepare
 from epsanet_jax.training.signals import StopSignals
 from epsanet_jax.training.state import TrainState, create_state
 from epsanet_jax.training.tracing import trace_eval_step, trace_train_step
+from epsanet_jax.training.tracker import Tracker
 from epsanet_jax.weights import Network
 from epsanet_jax.workdir import evaluations, read_metrics
 
@@ -66,7 +67,7 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals, lock: Lock, c
     config = run.config
     state, sums = _initial_state(run, checkpoints)
     step = int(state.step)
-    report = Report(run.workdir, step, run.total_steps, clock, config.tensorboard)
+    report = Report(run.workdir, step, run.total_steps, clock, config.tensorboard, _tracker(run))
     profiler = Profiler(config.profile, run.workdir, step)
     saving = _SaveSchedule(config.checkpoint)
     batches = inputs.train_batches(config, run.train_source, step)
@@ -172,6 +173,14 @@ def _initial_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict
         sums = metadata.get('window', {})
     # A computed copy: the train step reuses the state's memory, which restored arrays may share with numpy.
     return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=placement)(state), sums
+
+
+def _tracker(run: Run) -> Callable[[list[dict[str, Any]]], Tracker] | None:
+    """Returns what starts the tracker of a run, given the lines of metrics.jsonl so far."""
+    config, content = run.config, run.metadata['config']
+    if not config.tracker:
+        return None
+    return lambda lines: Tracker(config.tracker, config.tracker_project, run.workdir, content, lines, log)
 
 
 def _evaluation_due(run: Run, step: int) -> bool:

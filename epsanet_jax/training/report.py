@@ -6,7 +6,7 @@ import datetime
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from epsanet_jax.errors import TrainingError, one_line
 from epsanet_jax.paths import is_remote, replacing
 from epsanet_jax.training.clock import Clock
 from epsanet_jax.training.tensorboard import Events
+from epsanet_jax.training.tracker import Tracker
 from epsanet_jax.workdir import METRICS_FILE, evaluations, read_lines
 
 
@@ -56,9 +57,18 @@ class Report:
         total: number of steps of the whole run.
         clock: measures the times of this process.
         tensorboard: whether to write events for TensorBoard too; only on a local disk.
+        track: given the lines so far, returns a tracker that gets the lines of training and evaluation too.
     """
 
-    def __init__(self, workdir: epath.Path, step: int, total: int, clock: Clock, tensorboard: bool = False):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        step: int,
+        total: int,
+        clock: Clock,
+        tensorboard: bool = False,
+        track: Callable[[list[dict[str, Any]]], Tracker] | None = None,
+    ):
         self._path, self._total = workdir / METRICS_FILE, total
         self._active = jax.process_index() == 0
         self._local = not is_remote(workdir)
@@ -70,6 +80,8 @@ class Report:
         self._events = Events(workdir, step) if tensorboard and self._active and self._local else None
         if tensorboard and not self._local:
             log(f'no events for TensorBoard: {workdir} is not on a local disk')
+        known = [line for line in self.lines if line['split'] != 'time']
+        self._tracker = track(known) if track and self._active else None
         hide = not (self._active and sys.stderr.isatty())
         self._bar = tqdm(total=total, initial=step, unit='step', dynamic_ncols=True, disable=hide)
         self.flush()
@@ -143,6 +155,8 @@ class Report:
         if self._events is not None:
             with contextlib.suppress(OSError):
                 self._events.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -162,6 +176,8 @@ class Report:
             if self._active and self._local:
                 with self._path.open('a') as f:
                     f.write(json.dumps(line) + '\n')
+        if self._tracker is not None and line['split'] != 'time':
+            self._tracker.write(line)
 
 
 def describe(means: dict[str, float]) -> str:
