@@ -26,11 +26,12 @@ _PATIENCE = 60.0  # seconds in which a tracker must finish
 def check_installed(kind: str) -> None:
     """Raises InputError if the package of a tracker ('' for none) is missing."""
     if kind and importlib.util.find_spec(kind) is None:
-        raise InputError(f"config.tracker={kind} needs the package {kind}: pip install '.[{kind}]'")
+        install = f"pip install '.[{kind}]'"
+        raise InputError(f'config.tracker={kind} needs the package {kind}: {install}')
 
 
 class Tracker:
-    """A run of a tracker, in a process of its own, so that nothing that fails or hangs there stops the training.
+    """A run of a tracker, in a process of its own: what fails or hangs there does not stop the training.
 
     The tracker's id of the run is kept in the workdir: a continued run is the same run of the tracker. All
     lines so far are sent again, because a killed process may have lost some; trackers ignore what they have.
