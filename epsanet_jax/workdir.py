@@ -11,11 +11,20 @@ CHECKPOINTS = 'checkpoints'
 DAMAGED_CHECKPOINTS = 'checkpoints-damaged'
 LOCK_FILE = 'lock.json'
 TENSORBOARD = 'tensorboard'
+TRACKER_FILE = 'tracker.json'
 PROFILE = 'profile'
 
 
 def read_metrics(workdir: epath.Path) -> list[dict[str, Any]]:
-    """Returns the lines of metrics.jsonl, without lines that are damaged or of other programs."""
+    """Returns the lines of training and evaluation in metrics.jsonl, see `read_lines`."""
+    return [line for line in read_lines(workdir) if line['split'] != 'time']
+
+
+def read_lines(workdir: epath.Path) -> list[dict[str, Any]]:
+    """Returns the lines of metrics.jsonl, without lines that are damaged or of other programs.
+
+    The split of a line is 'train', 'eval' or 'time'; `analysis.goodput` adds up the times.
+    """
     path = workdir / METRICS_FILE
     lines = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
@@ -32,7 +41,9 @@ def _is_ours(line: dict[str, Any]) -> bool:
     numbers = (v for k, v in line.items() if k != 'split' and v is not None)
     if any(isinstance(v, bool) or not isinstance(v, int | float) for v in numbers):
         return False
-    return line.get('split') in ('train', 'eval') and isinstance(line.get('step'), int)
+    if line.get('split') == 'time' and not isinstance(line.get('at'), int | float):
+        return False
+    return line.get('split') in ('train', 'eval', 'time') and isinstance(line.get('step'), int)
 
 
 def evaluations(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,10 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
+from epsanet_jax.analysis import goodput
 from epsanet_jax.analysis.drawing import shorten
 from epsanet_jax.errors import InputError
 from epsanet_jax.paths import resolve, write_atomically
-from epsanet_jax.workdir import METRICS_FILE, best_by, read_metrics
+from epsanet_jax.workdir import METRICS_FILE, best_by, read_lines, read_metrics
 
 SUFFIXES = ('.png', '.svg', '.pdf')
 # Okabe and Ito's colours, which people with colour blindness can distinguish.
@@ -30,7 +31,7 @@ def plot(workdirs: Sequence[str], out: str) -> list[str]:
         out: file to write, .png, .svg or .pdf; an existing file is replaced.
 
     Returns:
-        A line about each run.
+        A line about each run, and one about where its wall time went.
 
     Raises:
         InputError: a folder holds no metrics, or `out` cannot be written.
@@ -42,7 +43,11 @@ def plot(workdirs: Sequence[str], out: str) -> list[str]:
     kind = Path(out).suffix[1:].lower()
     with matplotlib.rc_context({'svg.fonttype': 'none'}):  # text instead of outlines
         write_atomically(out, lambda temporary: figure.savefig(temporary, dpi=130, format=kind))
-    return [f'{name}: {_summary(lines)}' for name, lines in runs.items()]
+    times = {_name(workdir, workdirs): goodput.goodput(read_lines(resolve(workdir))) for workdir in workdirs}
+    return [
+        *(f'{name}: {_summary(lines)}' for name, lines in runs.items()),
+        *(f'{name}: wall time {goodput.describe(spent)}' for name, spent in times.items() if spent),
+    ]
 
 
 def draw(runs: dict[str, list[dict[str, Any]]]) -> Figure:

@@ -16,6 +16,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from epsanet_jax.data import order
 from epsanet_jax.data.decode import BadImageError, Reduced, decode, reason_of
 from epsanet_jax.data.planes import pixel_dtype
 from epsanet_jax.data.sources import Record, Source
@@ -102,17 +103,19 @@ def train_batches(
     seed: int,
     start_step: int = 0,
     reading: Reading = Reading(),
+    labels: np.ndarray | None = None,
 ) -> Iterator[Batch]:
     """Yields this process's rows of batches start_step, start_step + 1, ... without end.
 
     The rows of the first microbatch come first. Every epoch is shuffled again, and may end within a batch.
+    With `labels`, the labels of all examples, the classes have equal shares instead: see `order.balanced`.
 
     Yields:
         'image' [rows, size, size, C], uint8 for three channels, else float32 in the same units; 'label' int32
         [rows]; 'bad_index' int64 [rows], the index of the image that could not be decoded and was replaced,
         or -1; 'seconds' float32 [rows], the time that reading took.
     """
-    data = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat(None)
+    data = order.shuffled(len(source), seed) if labels is None else order.balanced(labels, seed)
     data = data.random_map(_LoadForTraining(source, transform, reading))
     return _iterate(_LocalRows(data, rows, start_step), rows, reading)
 

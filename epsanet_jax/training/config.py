@@ -167,6 +167,8 @@ class Config:
             memory. Each must hold whole BatchNorm groups; the update is the same.
         epochs: length of the training, possibly a fraction.
         steps: length in steps instead of epochs; 0: use `epochs`.
+        balance_classes: whether the batches hold the classes of unbalanced data in equal shares; see
+            `data.order.balanced`. An epoch still has as many images as the data.
         label_smoothing: label smoothing in training and evaluation.
         mixup_alpha: parameter of mixup's Beta distribution; 0: no mixup.
         cutmix_alpha: parameter of cutmix's Beta distribution; 0: no cutmix. With both, each image gets one of
@@ -187,6 +189,8 @@ class Config:
             change, nor do the statistics of BatchNorms that match. Examples: '^conv1|^bn1|^layer[12]', or
             '^(?!fc)' for everything but the classifier.
         tensorboard: whether to write events for TensorBoard into the workdir, if it is on a local disk.
+        tracker: 'wandb' (Weights & Biases), 'trackio' or '': where to send metrics and configuration too.
+        tracker_project: name of the project there.
     """
 
     seed: int = 0
@@ -194,6 +198,7 @@ class Config:
     gradient_accumulation_steps: int = 1
     epochs: float = 120.0
     steps: int = 0
+    balance_classes: bool = False
     label_smoothing: float = 0.1
     mixup_alpha: float = 0.0
     cutmix_alpha: float = 0.0
@@ -207,6 +212,8 @@ class Config:
     init_optimizer: bool = False
     freeze: str = ''
     tensorboard: bool = True
+    tracker: str = ''
+    tracker_project: str = 'epsanet_jax'
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
@@ -232,8 +239,8 @@ def mixing(config: Config) -> Mixing | None:
 # Fields that may change when a run is continued; all others, and the data's fingerprint, identify the run.
 _FREE = (
     'epochs', 'steps', 'gradient_accumulation_steps', 'log_every_steps', 'eval_every_epochs',
-    'eval_batch_size', 'checkpoint.', 'profile.', 'tensorboard', 'data.dir', 'data.workers', 'data.threads',
-    'data.on_bad', 'data.max_bad_images',
+    'eval_batch_size', 'checkpoint.', 'profile.', 'tensorboard', 'tracker', 'data.dir', 'data.workers',
+    'data.threads', 'data.on_bad', 'data.max_bad_images',
 )  # fmt: skip
 
 

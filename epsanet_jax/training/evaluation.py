@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
@@ -31,6 +32,7 @@ def evaluate(
     on_bad: str = 'stop',
     report: Callable[[str], None] = print,
     label_column: str | None = None,
+    confusion: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Evaluates a network on every image of a dataset, each exactly once.
 
@@ -44,9 +46,12 @@ def evaluate(
         on_bad: 'stop' or 'skip' at an image that cannot be decoded.
         report: called with a line for each skipped image or file, and for what had to be assumed.
         label_column: column of the labels; None: that of the run, or a usual name.
+        confusion: integer array [K, K] to which the number of images of class i with the prediction j is
+            added at [i, j]; see `analysis.confusion`. None: not needed.
 
     Returns:
-        'loss', 'top1', 'top5' (fractions), 'examples', and 'skipped' if images could not be decoded.
+        'loss', 'top1', 'top5', 'mean_class_accuracy' (fractions), 'examples', and 'skipped' if images could
+        not be decoded.
 
     Raises:
         InputError: the dataset cannot be read, or has classes that the network does not have.
@@ -62,7 +67,7 @@ def evaluate(
     mesh = sharding.make_mesh(batch_size)
     step = make_eval_step(network.model, mesh, smoothing=smoothing, mean=chosen.mean, std=chosen.std)
     variables = jax.device_put(network.variables, sharding.replicated(mesh))
-    return run_evaluation(step, variables, source, chosen, mesh, batch_size, report)
+    return run_evaluation(step, variables, source, chosen, mesh, batch_size, report, confusion=confusion)
 
 
 def _training_of(network: Network) -> tuple[DataConfig, float]:
@@ -88,6 +93,7 @@ def run_evaluation(
     batch_size: int,
     report: Callable[[str], None],
     stop: Callable[[], bool] | None = None,
+    confusion: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Evaluates variables on a whole source; returns the same as `evaluate`.
 
@@ -113,7 +119,7 @@ def run_evaluation(
     for index in feed.bad:
         report(f'skipped: {pipeline.bad_image_message(source, index, data.preprocessing.channels)}')
     counted = jax.device_get(sums)
-    added = {k: sum(float(s[k]) for s in counted) for k in counted[0] if k != 'requests'}
+    added = {k: sum(float(s[k]) for s in counted) for k in ('loss', 'top1', 'top5', 'count')}
     if not added['count']:
         raise BadImageError(f'none of the {len(source)} images of the evaluation can be decoded')
     skipped = len(source) - round(added['count'])  # in all processes
@@ -122,5 +128,9 @@ def run_evaluation(
             f'{skipped} images of the evaluation cannot be decoded, more than '
             f'config.data.max_bad_images={data.max_bad_images}'
         )
-    means = metrics.averages(added)
+    labels, decided = (np.concatenate([s[k] for s in counted]) for k in ('label', 'decision'))
+    if confusion is not None:
+        known = (labels >= 0) & (decided >= 0)
+        np.add.at(confusion, (labels[known], decided[known]), 1)
+    means = {**metrics.averages(added), 'mean_class_accuracy': metrics.mean_class_accuracy(labels, decided)}
     return {**means, 'skipped': skipped} if skipped else means

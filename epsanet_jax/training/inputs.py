@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from epsanet_jax.data import pipeline
+from epsanet_jax.data.order import read_labels
 from epsanet_jax.data.planes import pixel_dtype
 from epsanet_jax.data.randaugment import RandAugment
 from epsanet_jax.data.sources import Source
@@ -20,8 +21,9 @@ def train_batches(config: Config, source: Source, start_step: int) -> Iterator[p
     """Returns this process's rows of the training batches from `start_step` on."""
     data = config.data
     rows = _rows(config.batch_size, config.gradient_accumulation_steps)
+    labels = read_labels(source) if config.balance_classes else None
     return pipeline.train_batches(
-        source, _train_transform(data), rows, config.seed, start_step, reading(data)
+        source, _train_transform(data), rows, config.seed, start_step, reading(data), labels
     )
 
 

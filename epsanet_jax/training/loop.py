@@ -12,6 +12,7 @@ from epsanet_jax.data.decode import BadImageError
 from epsanet_jax.errors import InputError, Interrupted, TrainingError
 from epsanet_jax.training import distributed, inputs, sharding
 from epsanet_jax.training.checkpoint import Checkpoints
+from epsanet_jax.training.clock import Clock
 from epsanet_jax.training.config import CheckpointConfig, Config
 from epsanet_jax.training.evaluation import run_evaluation
 from epsanet_jax.training.lock import Lock
@@ -24,6 +25,7 @@ from epsanet_jax.training.run import Run, prepare
 from epsanet_jax.training.signals import StopSignals
 from epsanet_jax.training.state import TrainState, create_state
 from epsanet_jax.training.tracing import trace_eval_step, trace_train_step
+from epsanet_jax.training.tracker import Tracker
 from epsanet_jax.weights import Network
 from epsanet_jax.workdir import evaluations, read_metrics
 
@@ -41,13 +43,14 @@ def train(config: Config, workdir: str, init_from: Network | None = None) -> Res
         TrainingError: the loss is not finite, or a checkpoint or the metrics cannot be written.
         Interrupted: the process received SIGTERM, SIGINT or SIGHUP; the last step is saved.
     """
+    clock = Clock()
     with StopSignals() as signals:
         run = prepare(config, workdir, init_from)
         with Lock(run.workdir, log) as lock:
             run.write_config()
             with Checkpoints(run.workdir, config.checkpoint.keep) as checkpoints:
                 if not _finished(run, checkpoints.latest_step):
-                    _fit(run, checkpoints, signals, lock)
+                    _fit(run, checkpoints, signals, lock, clock)
                 step = checkpoints.latest_step
     distributed.barrier('metrics are written')  # process 0 writes them, all processes read them
     return make_result(run, step or 0, str(workdir))
@@ -59,12 +62,12 @@ def _finished(run: Run, latest_step: int | None) -> bool:
     return any(line['step'] == latest_step for line in evaluations(read_metrics(run.workdir)))
 
 
-def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals, lock: Lock) -> None:
+def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals, lock: Lock, clock: Clock) -> None:
     """Trains from the newest checkpoint, or from the initial state, to the end."""
     config = run.config
     state, sums = _initial_state(run, checkpoints)
     step = int(state.step)
-    report = Report(run.workdir, step, run.total_steps, config.tensorboard)
+    report = Report(run.workdir, step, run.total_steps, clock, config.tensorboard, _tracker(run))
     profiler = Profiler(config.profile, run.workdir, step)
     saving = _SaveSchedule(config.checkpoint)
     batches = inputs.train_batches(config, run.train_source, step)
@@ -85,7 +88,9 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals, lock: Lock) -
     for line in () if run.initial is None else run.initial.report:
         log(f'{config.init_from or "init_from"}: {line}')
     try:
+        clock.enter('compiling')
         train_step, eval_step = _compile(run, state)
+        clock.enter('steps')
         if run.mesh.devices.flat[0].platform == 'cpu':
             keep_freed_memory()
         while True:
@@ -93,15 +98,17 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals, lock: Lock) -
             stop, overdue = meter.requests or (False, False)
             evaluate_now = _evaluation_due(run, step) and not report.has_evaluation(step) and not stop
             if stop or evaluate_now or overdue or saving.due(step):
-                with meter.pause():
+                with meter.pause(), clock.during('saving'):
                     _check_finite(state, step)
                     evaluation = None
                     try:
                         if evaluate_now:
-                            evaluation = _evaluate(run, eval_step, state, report, signals)
+                            with clock.during('evaluation'):
+                                evaluation = _evaluate(run, eval_step, state, report, signals)
                     except Interrupted:
                         stop = True
                     save(evaluation)
+                report.time(step)
             if stop:
                 raise Interrupted(f'stopped at step {step} and saved; the same command continues')
             if step >= run.total_steps:
@@ -127,7 +134,7 @@ def _fit(run: Run, checkpoints: Checkpoints, signals: StopSignals, lock: Lock) -
         profiler.close()
         meter.close()
         feed.close()
-        report.close()
+        report.close(step)
 
 
 def _advice(error: BadImageError, on_bad: str, step: int) -> str:
@@ -168,6 +175,14 @@ def _initial_state(run: Run, checkpoints: Checkpoints) -> tuple[TrainState, dict
     return jax.jit(lambda tree: jax.tree.map(jnp.copy, tree), out_shardings=placement)(state), sums
 
 
+def _tracker(run: Run) -> Callable[[list[dict[str, Any]]], Tracker] | None:
+    """Returns what starts the tracker of a run, given the lines of metrics.jsonl so far."""
+    config, content = run.config, run.metadata['config']
+    if not config.tracker:
+        return None
+    return lambda lines: Tracker(config.tracker, config.tracker_project, run.workdir, content, lines, log)
+
+
 def _evaluation_due(run: Run, step: int) -> bool:
     return step > 0 and (step % run.eval_every == 0 or step >= run.total_steps)
 
@@ -186,7 +201,7 @@ def _evaluate(
     means = evaluate(state.variables, report.warn)
     if state.ema is not None:
         averaged = evaluate(state.ema, lambda text: None)  # the same warnings again
-        means |= {f'ema_{name}': averaged[name] for name in ('loss', 'top1', 'top5')}
+        means |= {f'ema_{name}': averaged[name] for name in ('loss', 'top1', 'top5', 'mean_class_accuracy')}
     if not math.isfinite(means['loss']):
         raise TrainingError(f'the loss of the evaluation at step {int(state.step)} is {means["loss"]}')
     report.evaluation(int(state.step), means, time.perf_counter() - began)

@@ -42,6 +42,7 @@ class Meter:
         self._timed_steps = 0
         self._began: float | None = None
         self._read_before = 0, 0.0
+        self._recorded = 0.0  # seconds of waiting since the last line that the clock knows
         self._created = time.perf_counter()
 
     def add(self, step: int, sums: metrics.Sums) -> None:
@@ -51,6 +52,7 @@ class Meter:
         self._pending.append((step, {k: v for k, v in sums.items() if k != 'requests'}))
         if self._began is None:
             jax.block_until_ready(sums)
+            self._report.clock.waited(self._feed.got - self._feed.asked)
             log(f'first step after {time.perf_counter() - self._created:.1f} s')
             self._restart_clock()
         else:
@@ -78,16 +80,18 @@ class Meter:
         self.collect()
         assert self._began is not None, 'a line without a step'
         seconds = time.perf_counter() - self._began
+        waited = self._record_waiting()
         speed: Speed | None = None
         if self._timed_steps:
             speed = Speed(
                 images_per_s=self._run.config.batch_size * self._timed_steps / seconds,
-                data_wait=self._waited() / seconds,
+                data_wait=waited / seconds,
                 pipeline_images_per_s=self._pipeline_speed(),
                 eta_s=(self._run.total_steps - step) * seconds / self._timed_steps,
             )
         lr = self._run.learning_rate(step - 1)
         self._report.train(step, metrics.averages(self.sums), lr, speed)
+        self._report.time(step)
         self.sums = {}
         self._restart_clock()
         self._warn_of_bad_images()
@@ -96,6 +100,7 @@ class Meter:
     def pause(self) -> Iterator[None]:
         """Waits for the steps so far; the time inside the context is not measured."""
         self.collect()
+        self._record_waiting()
         began = time.perf_counter()
         yield
         self.requests, self._last_requests = [], None
@@ -106,6 +111,7 @@ class Meter:
     def _restart_clock(self) -> None:
         self._began, self._timed_steps = time.perf_counter(), 0
         self._waits.clear()
+        self._recorded = 0.0
         self._read_before = self._feed.images, self._feed.seconds
 
     def _pipeline_speed(self) -> float:
@@ -115,9 +121,12 @@ class Meter:
         at_once = inputs.reading(self._run.config.data).at_once()
         return jax.process_count() * at_once * images / max(seconds, 1e-9)
 
-    def _waited(self) -> float:
+    def _record_waiting(self) -> float:
         """Returns the seconds in which the devices were idle because the next batch was missing."""
-        return sum(max(0.0, got - max(done.result(), asked)) for done, asked, got in self._waits)
+        waited = sum(max(0.0, got - max(done.result(), asked)) for done, asked, got in self._waits)
+        self._report.clock.waited(waited - self._recorded)
+        self._recorded = waited
+        return waited
 
     def close(self) -> None:
         """Ends the thread."""

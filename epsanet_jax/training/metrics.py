@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 Sums = dict[str, jax.Array]
@@ -27,6 +28,27 @@ def batch_sums(losses: jax.Array, logits: jax.Array, labels: jax.Array, mask: ja
         'top5': (hits.any(axis=-1).astype(losses.dtype) * weight).sum(),
         'count': weight.sum(),
     }
+
+
+def decisions(logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Sums:
+    """Returns the 'label' and the 'decision', the class with the largest logit, of each row, int32 [N].
+
+    The label is -1 for rows outside of the mask, and the decision is -1 for rows with NaN. The arguments are
+    those of `batch_sums`.
+    """
+    decided = jnp.where(jnp.isnan(logits).any(axis=-1), -1, logits.argmax(axis=-1))
+    return {'label': jnp.where(mask, labels, -1).astype(np.int32), 'decision': decided.astype(np.int32)}
+
+
+def mean_class_accuracy(labels: np.ndarray, decisions: np.ndarray) -> float:
+    """Returns the mean over classes of the share of their images that are decided correctly.
+
+    Classes without images do not count. The arrays are those of `decisions`, [N].
+    """
+    counted = labels >= 0
+    images = np.bincount(labels[counted])
+    hits = np.bincount(labels[counted & (labels == decisions)], minlength=len(images))
+    return float((hits[images > 0] / images[images > 0]).mean())
 
 
 def averages(sums: dict[str, float]) -> dict[str, float]:

@@ -5,7 +5,8 @@ import dataclasses
 import datetime
 import json
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -14,8 +15,10 @@ from tqdm import tqdm
 
 from epsanet_jax.errors import TrainingError, one_line
 from epsanet_jax.paths import is_remote, replacing
+from epsanet_jax.training.clock import Clock
 from epsanet_jax.training.tensorboard import Events
-from epsanet_jax.workdir import METRICS_FILE, evaluations, read_metrics
+from epsanet_jax.training.tracker import Tracker
+from epsanet_jax.workdir import METRICS_FILE, evaluations, read_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,17 +55,33 @@ class Report:
         workdir: folder of the run.
         step: step at which the run starts or continues. Lines of later steps, which run again, are removed.
         total: number of steps of the whole run.
+        clock: measures the times of this process.
         tensorboard: whether to write events for TensorBoard too; only on a local disk.
+        track: given the lines so far, returns a tracker that gets the lines of training and evaluation too.
     """
 
-    def __init__(self, workdir: epath.Path, step: int, total: int, tensorboard: bool = False):
+    def __init__(
+        self,
+        workdir: epath.Path,
+        step: int,
+        total: int,
+        clock: Clock,
+        tensorboard: bool = False,
+        track: Callable[[list[dict[str, Any]]], Tracker] | None = None,
+    ):
         self._path, self._total = workdir / METRICS_FILE, total
         self._active = jax.process_index() == 0
         self._local = not is_remote(workdir)
-        self.lines = [line for line in read_metrics(workdir) if line['step'] <= step]
+        # Times stay: those of later steps are lost, see `analysis.goodput`.
+        lines = read_lines(workdir)
+        self.lines = [line for line in lines if line['step'] <= step or line['split'] == 'time']
+        self.clock = clock
+        self.lines.append(self._time(step, began=round(clock.began, 3)))
         self._events = Events(workdir, step) if tensorboard and self._active and self._local else None
         if tensorboard and not self._local:
             log(f'no events for TensorBoard: {workdir} is not on a local disk')
+        known = [line for line in self.lines if line['split'] != 'time']
+        self._tracker = track(known) if track and self._active else None
         hide = not (self._active and sys.stderr.isatty())
         self._bar = tqdm(total=total, initial=step, unit='step', dynamic_ncols=True, disable=hide)
         self.flush()
@@ -104,10 +123,17 @@ class Report:
         log(text)
 
     def evaluation(self, step: int, means: dict[str, float], seconds: float) -> None:
-        """Records an evaluation: 'loss', 'top1', 'top5', 'examples' and further values."""
+        """Records an evaluation: the values of `evaluation.evaluate`, and those of moving averages."""
         self._write({'split': 'eval', 'step': step, **means})
         self.flush()
         log(f'step {step}/{self._total} | {describe(means)} in {seconds:.1f} s')
+
+    def time(self, step: int) -> None:
+        """Records what the time since the last call was spent on, up to this step."""
+        self._write(self._time(step))
+
+    def _time(self, step: int, **more: float) -> dict[str, Any]:
+        return {'split': 'time', 'step': step, 'at': round(time.time(), 3), **more, **self.clock.take()}
 
     def flush(self) -> None:
         """Writes the whole metrics.jsonl."""
@@ -120,14 +146,17 @@ class Report:
         if not self._local:
             self.flush()
 
-    def close(self) -> None:
-        """Ends the progress bar and writes what is left, without an error if that fails."""
+    def close(self, step: int) -> None:
+        """Ends the progress bar and writes what is left at this step, without an error if that fails."""
         self._bar.close()
         with contextlib.suppress(TrainingError):
+            self.time(step)
             self.flush()
         if self._events is not None:
             with contextlib.suppress(OSError):
                 self._events.close()
+        if self._tracker is not None:
+            self._tracker.close()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -142,18 +171,23 @@ class Report:
     def _write(self, line: dict[str, Any]) -> None:
         self.lines.append(line)
         with self._writing():
-            if self._events is not None:
+            if self._events is not None and line['split'] != 'time':
                 self._events.write(line)
             if self._active and self._local:
                 with self._path.open('a') as f:
                     f.write(json.dumps(line) + '\n')
+        if self._tracker is not None and line['split'] != 'time':
+            self._tracker.write(line)
 
 
 def describe(means: dict[str, float]) -> str:
     """Returns an evaluation as text."""
     skipped = f', {means["skipped"]} skipped' if means.get('skipped') else ''
+    classes = ''
+    if 'mean_class_accuracy' in means:  # not in old workdirs
+        classes = f' | mean per class {means["mean_class_accuracy"]:.2%}'
     averaged = f' | EMA top-1 {means["ema_top1"]:.2%}' if 'ema_top1' in means else ''
     return (
         f'evaluation: loss {means["loss"]:.4f} | top-1 {means["top1"]:.2%} | top-5 {means["top5"]:.2%} '
-        f'of {means["examples"]} images{skipped}{averaged}'
+        f'of {means["examples"]} images{skipped}{classes}{averaged}'
     )

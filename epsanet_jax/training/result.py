@@ -5,9 +5,10 @@ import datetime
 import shlex
 from typing import Any
 
+from epsanet_jax.analysis import goodput
 from epsanet_jax.training.report import describe
 from epsanet_jax.training.run import Run
-from epsanet_jax.workdir import CHECKPOINTS, best_by, evaluations, read_metrics
+from epsanet_jax.workdir import CHECKPOINTS, best_by, evaluations, read_lines
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Result:
         workdir: folder of the run.
         seconds: time of all training steps, without compilation and pauses; None if metrics.jsonl has none.
         images_per_s: images per second during that time.
+        goodput: where the wall time went, see `analysis.goodput`; empty for a run of an older version.
     """
 
     step: int
@@ -30,12 +32,15 @@ class Result:
     workdir: str
     seconds: float | None
     images_per_s: float | None
+    goodput: dict[str, float]
 
     def __str__(self) -> str:
         best, workdir, time = self.best['step'], shlex.quote(self.workdir), []
         if self.seconds is not None:
             duration = datetime.timedelta(seconds=round(self.seconds))
             time = [f'time: {duration} of training steps, {self.images_per_s:.1f} images/s']
+        if self.goodput:
+            time.append(f'wall time: {goodput.describe(self.goodput)}')
         lines = [
             f'finished at step {self.step}, {describe(self.last)}',
             f'best: top-1 {best_by(self.best):.2%} at step {best} ({self.workdir}/{CHECKPOINTS}/{best})',
@@ -49,7 +54,7 @@ class Result:
 
 def make_result(run: Run, step: int, workdir: str) -> Result:
     """Returns how a run ended, read from metrics.jsonl; for a finished run the result is always the same."""
-    lines = read_metrics(run.workdir)
+    lines = read_lines(run.workdir)
     evaluated = evaluations(lines)
     best = max(evaluated, key=lambda line: (best_by(line), line['step']))
     seconds, images = 0.0, 0
@@ -60,4 +65,5 @@ def make_result(run: Run, step: int, workdir: str) -> Result:
             images, seconds = images + new, seconds + new / line['images_per_s']
         before = line['step']
     speed = images / seconds if seconds else None
-    return Result(step, evaluated[-1], best, workdir, seconds or None, speed)
+    times = goodput.goodput(lines)
+    return Result(step, evaluated[-1], best, workdir, seconds or None, speed, times)

@@ -27,6 +27,7 @@ from epsanet_jax.training.init_from import InitialState, Start, make_initial_sta
 from epsanet_jax.training.optimizer import frozen_mask, make_optimizer, make_schedule
 from epsanet_jax.training.report import log
 from epsanet_jax.training.tracing import run_mesh
+from epsanet_jax.training.tracker import check_installed
 from epsanet_jax.training.validation import validate
 from epsanet_jax.weights import Network, load
 from epsanet_jax.weights.metadata import make_metadata, name_outputs
@@ -123,6 +124,7 @@ def prepare(config: Config, workdir: str, init_from: Network | None = None) -> R
         InputError: one of them is invalid; nothing has been compiled or written.
     """
     validate(config)
+    check_installed(config.tracker)
     check_platform()
     folder = _folder(workdir)
     train_source, eval_source, remarks = datasets.open_splits(config.data)

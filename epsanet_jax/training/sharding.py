@@ -122,6 +122,11 @@ def total(tree: Any) -> Any:
     return lax.psum(tree, _AXES)
 
 
+def all_rows(tree: Any) -> Any:
+    """Joins the rows of all devices, within a sharded step."""
+    return lax.all_gather(tree, _AXES, tiled=True)
+
+
 def global_rows(count: int, microbatch: jax.Array | int = 0) -> jax.Array:
     """Returns the indices [count] in the global batch of this device's rows in a microbatch.
 

@@ -13,7 +13,7 @@ from epsanet_jax.data.augment import Mixing, mix, normalize, row_keys
 from epsanet_jax.models.dtypes import at_least_float32
 from epsanet_jax.models.epsanet import EPSANet
 from epsanet_jax.training import sharding
-from epsanet_jax.training.metrics import Sums, batch_sums
+from epsanet_jax.training.metrics import Sums, batch_sums, decisions
 from epsanet_jax.training.state import TrainState
 
 Batch = dict[str, jax.Array]
@@ -178,7 +178,8 @@ def make_eval_step(
 ) -> Callable[[Any, Batch], Sums]:
     """Returns the compiled step `(variables, batch) -> sums` over all devices of the mesh.
 
-    The batch holds 'image', 'label' and 'mask' (bool [N]); rows where the mask is false are not counted.
+    The batch holds 'image', 'label' and 'mask' (bool [N]); rows where the mask is false are not counted. The
+    sums also hold the labels and decisions [N] of `metrics.decisions`.
     """
 
     def local_step(variables: Any, batch: Batch) -> Sums:
@@ -186,7 +187,8 @@ def make_eval_step(
         logits: Any = model.apply(variables, images, train=False)
         losses = smoothed_cross_entropy(logits, batch['label'], smoothing)
         sums = batch_sums(losses, logits, batch['label'], batch['mask'])
-        return sharding.total(_with_requests(sums, batch))
+        rows = decisions(logits, batch['label'], batch['mask'])
+        return {**sharding.total(_with_requests(sums, batch)), **sharding.all_rows(rows)}
 
     step = sharding.shard_step(local_step, mesh, replicated_args=1)
     copies, rows = sharding.replicated(mesh), sharding.by_rows(mesh)

@@ -10,6 +10,7 @@ from epsanet_jax.models import get_variant
 from epsanet_jax.models.epsanet import MIN_SIZE
 from epsanet_jax.models.settings import DTYPES, check_types
 from epsanet_jax.models.zoo import build_model
+from epsanet_jax.training import tracker
 from epsanet_jax.training.config import Config, DataConfig, flatten, with_frozen_bn
 
 _NOT_NEGATIVE = (
@@ -37,6 +38,7 @@ def validate(config: Config, with_data: bool = True) -> None:
     for field, choices in {
         'data.source': ('folder', 'records', 'tfds', 'synthetic'),
         'data.on_bad': ('stop', 'skip'),
+        'tracker': ('', *tracker.KINDS),
         'optimizer.name': ('sgd', 'adamw', 'lamb', 'lars'),
         'schedule.name': ('constant', 'step', 'cosine', 'linear'),
         'model.dtype': tuple(DTYPES),
@@ -44,7 +46,8 @@ def validate(config: Config, with_data: bool = True) -> None:
     }.items():
         value = flatten(config)[field]
         if value not in choices:
-            raise InputError(f'config.{field} must be one of {", ".join(choices)}, got {value!r}')
+            names = ', '.join(name or repr('') for name in choices)
+            raise InputError(f'config.{field} must be one of {names}, got {value!r}')
     if config.init_optimizer and not config.init_from:
         raise InputError('config.init_optimizer needs config.init_from=FILE')
     if config.init_partial and not config.init_from:

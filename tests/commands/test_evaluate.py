@@ -41,7 +41,8 @@ def digits_run(tmp_path_factory, digits_dir):
 @pytest.mark.slow
 def test_metrics_equal_those_of_the_training(capsys, digits_run):
     workdir, result = digits_run
-    expected = {k: result.last[k] for k in ('loss', 'top1', 'top5', 'examples')}
+    names = ('loss', 'top1', 'top5', 'examples', 'mean_class_accuracy')
+    expected = {k: result.last[k] for k in names}
     for arguments in ((), ('--data', 'digits'), ('--data', 'digits', '--split', 'test', '--batch-size', 7)):
         status, out, err = run(capsys, 'evaluate', workdir, '--json', *arguments)
         assert (status, err) == (0, '')
@@ -202,3 +203,33 @@ def test_every_form_of_the_same_images_has_the_same_metrics(one_class_each, caps
         assert ' images of 2 classes; images' in err
         content = json.loads(out)
         assert (content['examples'], content['top1']) == found
+
+
+def test_figures_of_classes_and_the_confusion_matrix(one_class_each, capsys, tmp_path):
+    """The network decides for class 10 of 12; 3 images of this class, 2 of class 4."""
+    network, _ = one_class_each
+    save_pretrained(tmp_path / 'hub', network)
+    for number, count in ((10, 3), (4, 2)):
+        (tmp_path / f'data/{number}').mkdir(parents=True)
+        for i in range(count):
+            Image.new('RGB', (32, 32)).save(tmp_path / f'data/{number}/{i}.png')
+    files = [tmp_path / f'x.{suffix}' for suffix in ('csv', 'png')]
+    command = ('evaluate', tmp_path / 'hub', '--data', tmp_path / 'data', '--batch-size', 2, '--per-class')
+    status, out, _ = run(capsys, *command, '--confusion', *files)
+    assert status == 0
+    assert '       3  100.00 %    60.00 %  10\n' in out
+    assert '       2    0.00 %          -  4  (most often wrong as 10: 2)\n' in out
+    assert 'top-1 60.00%' in out
+    assert 'mean per class 50.00%' in out
+    rows = files[0].read_text().splitlines()
+    assert (rows[11].split(',')[11], rows[5].split(',')[11]) == ('3', '2')
+    assert files[1].stat().st_size
+    status, out, err = run(capsys, *command, '--confusion', *files)
+    assert (status, out) == (2, '')
+    assert 'x.csv exists (and 1 more); choose another --confusion, or replace it with --overwrite' in err
+    status, out, _ = run(capsys, *command, '--confusion', files[0], '--overwrite', '--json')
+    content = json.loads(out)
+    assert content['mean_class_accuracy'] == 0.5
+    assert [c['images'] for c in content['classes']] == [0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 3, 0]
+    status, _, err = run(capsys, *command, '--confusion', 'x.gif')
+    assert (status, '--confusion must end with .csv' in err) == (2, True)

@@ -1,8 +1,12 @@
 """Batches of a data configuration, on the devices."""
 
+import itertools
+
 import numpy as np
+from runs import recipe
 
 from epsanet_jax.data import pipeline
+from epsanet_jax.data.sources import Synthetic
 from epsanet_jax.training import inputs, sharding
 
 
@@ -20,3 +24,12 @@ def test_a_feed_counts_images_and_carries_requests():
     assert set(on_devices) == {'image', 'label', 'requests'}
     assert on_devices['requests'].sum(axis=0).tolist() == [8, 0]
     assert len(on_devices['label'].sharding.device_set) == 8
+
+
+def test_the_configuration_balances_classes_from_any_step_on():
+    config, source = recipe(balance_classes=True), Synthetic(10, 4, 32)  # 3, 3, 2 and 2 images
+    whole, later = (list(itertools.islice(inputs.train_batches(config, source, step), 3)) for step in (0, 2))
+    assert all(np.bincount(batch['label']).tolist() == [4] * 4 for batch in whole)
+    np.testing.assert_array_equal(later[0]['image'], whole[2]['image'])
+    config.balance_classes = False
+    assert np.bincount(next(inputs.train_batches(config, source, 0))['label']).tolist() != [4] * 4

@@ -43,7 +43,8 @@ def test_a_workdir_holds_configuration_metrics_and_checkpoints(uninterrupted):
         ('train', 2), ('eval', 2), ('train', 4), ('eval', 4), ('train', 6), ('eval', 6)
     ]  # fmt: skip
     assert set(written[0]) == {'split', 'step', 'loss', 'top1', 'top5', 'lr', *TIMING}
-    assert set(written[1]) == {'split', 'step', 'loss', 'top1', 'top5', 'examples'}
+    names = {'loss', 'top1', 'top5', 'examples', 'mean_class_accuracy'}
+    assert set(written[1]) == {'split', 'step', *names}
     assert all(line['examples'] == 300 for line in written if line['split'] == 'eval')
     assert all(math.isfinite(line['images_per_s']) and 0 <= line['data_wait'] <= 1 for line in written[::2])
     assert written[2]['lr'] > written[4]['lr'] > 0

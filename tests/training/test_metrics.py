@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from epsanet_jax.training.metrics import averages, batch_sums
+from epsanet_jax.training.metrics import averages, batch_sums, decisions, mean_class_accuracy
 
 
 def test_only_rows_of_the_mask_are_counted(rng):
@@ -47,3 +47,11 @@ def test_averages_do_not_depend_on_the_batch_size(rng):
     added = jax.tree.map(lambda *s: sum(s), *parts)
     for k in whole:
         assert float(added[k]) == pytest.approx(float(whole[k]), rel=1e-12)
+
+
+def test_rows_outside_of_the_mask_and_rows_with_nan_have_no_hit():
+    logits = jnp.eye(3)[jnp.array([0, 1, 2, 2])].at[3, 0].set(jnp.nan)
+    rows = decisions(logits, jnp.array([0, 0, 2, 2]), jnp.array([True, True, False, True]))
+    assert rows['label'].tolist() == [0, 0, -1, 2]
+    assert rows['decision'].tolist() == [0, 1, 2, -1]
+    assert mean_class_accuracy(*(np.asarray(rows[k]) for k in ('label', 'decision'))) == 0.25

@@ -10,6 +10,7 @@ from runs import (
     recipe,
 )
 
+from epsanet_jax.analysis import goodput, plot
 from epsanet_jax.training import loop
 from epsanet_jax.training.config import (
     Config,
@@ -51,3 +52,19 @@ def test_a_finished_run_is_not_changed_and_has_the_same_result(uninterrupted, ca
     assert loop.train(recipe(), str(workdir)) == result
     assert {p: p.stat().st_mtime_ns for p in workdir.rglob('*')} == before
     assert capsys.readouterr().out == ''
+
+
+def test_the_wall_time_of_a_run_that_was_killed_is_explained(watched):
+    workdir, result = watched
+    times = [x for x in map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines()) if 'at' in x]
+    first, second = (i for i, x in enumerate(times) if 'began' in x)
+    assert (times[first]['step'], times[second]['step']) == (0, 3)
+    again = [x for x in times[:second] if x['step'] > 3]
+    assert {x['step'] for x in again} == {4, 5}
+    assert result.goodput['lost'] == pytest.approx(sum(x['steps'] + x.get('waiting', 0) for x in again))
+    assert min(result.goodput.values()) >= 0
+    assert sum(result.goodput.values()) == pytest.approx(times[-1]['at'] - times[0]['began'], abs=0.1)
+    assert f'wall time: {goodput.describe(result.goodput)}' in str(result)
+    assert f'run: wall time {goodput.describe(result.goodput)}' in plot.plot(
+        [str(workdir)], str(workdir / 'x.png')
+    )

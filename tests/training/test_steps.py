@@ -205,6 +205,8 @@ def test_evaluation_leaves_out_masked_rows(rng, devices):
     logits = jax.jit(model.apply)(variables, normalize(data['image'], MEAN, STD, jnp.float64))
     best = np.argsort(-logits, 1)
     assert sums['count'] == 11
+    np.testing.assert_array_equal(sums['label'], np.where(mask, data['label'], -1))
+    np.testing.assert_array_equal(sums['decision'], best[:, 0])
     assert sums['top1'] == (best[:, 0] == data['label'])[:11].sum()
     assert sums['top5'] == (best[:, :5] == data['label'][:, None]).any(1)[:11].sum()
 
@@ -311,7 +313,7 @@ def test_no_rank_is_promoted_implicitly(rng, name, variant):
         masked = {**data, 'mask': np.ones(16, bool)}
         evaluated = jax.eval_shape(steps.make_eval_step(model, mesh, **how), state.variables, masked)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
-    assert sums.keys() == evaluated.keys()
+    assert evaluated.keys() == sums.keys() | {'label', 'decision'}
 
 
 @pytest.mark.slow
