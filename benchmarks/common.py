@@ -1,9 +1,12 @@
 """Shared by the benchmarks: JSON lines with device and versions, and timing."""
 
+import contextlib
+import ctypes
 import importlib.metadata
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
@@ -15,6 +18,10 @@ import jax
 
 from epsanet_jax.analysis.topology import open_topology
 from epsanet_jax.errors import InputError
+
+END_WITH_PARENT = 'EPSANET_END_WITH_PARENT'  # environment variable, set by gpu.py for its parts
+if END_WITH_PARENT in os.environ and sys.platform == 'linux':
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: nothing goes on after gpu.py was killed
 
 SETTINGS = ('GLIBC_TUNABLES', 'LD_PRELOAD', 'MALLOC_', 'OMP_', 'XLA_FLAGS')
 
@@ -46,6 +53,15 @@ def emit(record: dict[str, Any], out: Path | None) -> None:
     if out is not None:
         with out.open('a') as f:
             f.write(line + '\n')
+
+
+def read_lines(path: Path | None) -> list[dict[str, Any]]:
+    """Returns the records of a file, without a last line that was not written to its end."""
+    records = []
+    for line in path.read_bytes().splitlines() if path is not None and path.exists() else ():
+        with contextlib.suppress(ValueError):
+            records.append(json.loads(line))
+    return records
 
 
 def log(text: str) -> None:

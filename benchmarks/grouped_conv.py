@@ -28,7 +28,8 @@ from epsanet_jax.models.conv import Conv
 from epsanet_jax.ops import algorithms, choice
 from epsanet_jax.ops.algorithms import DIRECT, Algorithm, by_name, convolve, divisors
 from epsanet_jax.ops.choice import DIRECTIONS, MOST_SPLIT, Problem
-from epsanet_jax.ops.rewrites import Window, bands
+from epsanet_jax.ops.plain import Window
+from epsanet_jax.ops.rewrites import bands
 
 TILES = ((1, 2), (2, 2), (1, 4), (2, 4), (4, 4), (2, 8))
 TABLE = Path(choice.__file__).with_name(choice.TABLE)
@@ -109,10 +110,8 @@ def candidates(problem: Problem, platform: str, limit: float) -> Iterator[Algori
         shape = (problem.kernel, problem.kernel, problem.channels // problem.groups, problem.features)
         yield from (a for a in (by_name(name, shape, problem.groups) for name in DIRECT) if a.name in DIRECT)
     for merge in divisors(problem.groups):
-        if split and problem.groups // merge > MOST_SPLIT:
-            continue
         if problem.groups > 1 and (merge <= 2 * limit or merge == problem.groups):
-            yield Algorithm('merged', merge, split=split and merge < problem.groups)
+            yield Algorithm('merged', merge, split=split)
         if problem.stride > 1 and not split and merge <= 2 * limit:
             yield Algorithm('merged', merge, phases=True)
         if problem.groups == 1 and problem.channels > 3:
@@ -202,9 +201,10 @@ def table_key(device: jax.Device) -> str:
     return 'rocm' if 'rocm' in device.client.platform_version.lower() else 'cuda'
 
 
-def write(platform: str, problem: Problem, best: dict[str, Algorithm]) -> None:
-    """Replaces this convolution's row of the table."""
-    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+def write(platform: str, problem: Problem, best: dict[str, Algorithm], path: Path | None = None) -> None:
+    """Replaces this convolution's row of the table, by default of the package's."""
+    path = path or TABLE
+    table = json.loads(path.read_text()) if path.exists() else {}
     rows = {tuple(row[f] for f in Problem._fields): row for row in table.get(platform, [])}
     rows[tuple(problem)] = {**problem._asdict(), **{d: shorten(best[d]) for d in DIRECTIONS}}
     table[platform] = [rows[key] for key in sorted(rows)]
@@ -212,7 +212,7 @@ def write(platform: str, problem: Problem, best: dict[str, Algorithm]) -> None:
         f' {json.dumps(name)}: [\n' + ',\n'.join('  ' + json.dumps(row) for row in rows) + '\n ]'
         for name, rows in sorted(table.items())
     )
-    TABLE.write_text('{\n' + ',\n'.join(lines) + '\n}\n')
+    path.write_text('{\n' + ',\n'.join(lines) + '\n}\n')
 
 
 def shorten(algorithm: Algorithm) -> dict[str, Any]:

@@ -1,17 +1,18 @@
 """Speed of the training step and of inference, compared with PyTorch.
 
     python benchmarks/train_step.py --model epsanet50_small --batch 8 --dtype float32
-    python benchmarks/train_step.py --model epsanet50_small --batch 256 --dtype bfloat16 --compile   # a GPU
+    python benchmarks/train_step.py --batch 256 --dtype bfloat16 --sides ours torch-channels-last-compiled
 
 The sides take turns in one process, with uint8 images that are already on the device. Each side prints a line
-with its median. PyTorch runs with NCHW and with channels_last, eager and, with --compile, compiled; with
-autocast if the dtype is bfloat16. 'train' is forward pass, backward pass and the update by SGD with momentum.
+with its median. PyTorch runs with NCHW and with channels_last, eager or compiled, with autocast if the dtype
+is bfloat16. 'train' is forward pass, backward pass and the update by SGD with momentum.
 'forward' is the evaluation step. 'inference' is the same forward pass, on our side with BatchNorm folded into
 the convolutions as in `epsanet predict`. 'ratio' is a side's images per second divided by those of the
 fastest PyTorch side.
 """
 
 import argparse
+import functools
 import os
 import statistics
 import time
@@ -29,7 +30,7 @@ import numpy as np
 
 from epsanet_jax.commands.common import use_persistent_cache
 from epsanet_jax.data.augment import normalize
-from epsanet_jax.models import create_model, fold_batch_norm
+from epsanet_jax.models import EPSANet, create_model, fold_batch_norm
 from epsanet_jax.training import sharding, steps
 from epsanet_jax.training.config import DataConfig, OptimizerConfig
 from epsanet_jax.training.malloc import allocate_in_main_thread, keep_freed_memory
@@ -39,6 +40,10 @@ from epsanet_jax.training.state import create_state
 DATA = DataConfig()  # mean and std of the images
 SMOOTHING = 0.1
 LR = 1e-3
+SMALL = {'layers': (1,), 'planes': (8,)}
+SMALL_PYRAMID = {'kernels': (3, 5), 'groups': (1, 2), 'reduction': 2}
+LAYOUTS = ('nchw', 'channels-last')
+TORCH_SIDES = tuple(f'torch-{layout}{how}' for layout in LAYOUTS for how in ('', '-compiled'))
 MODES = ('forward', 'inference', 'train')
 Step = Callable[[], Any]  # runs once and returns when the result is computed
 
@@ -51,13 +56,11 @@ def main() -> None:
     device = common.describe_device()
     for mode in args.modes:
         sides: dict[str, Step] = {}
-        facts: dict[str, dict[str, Any]] = {'ours': {}}
-        sides['ours'] = ours(args, mode, facts['ours'])
-        if args.torch:
-            for name, make in torch_sides(args, mode):
-                common.log(f'{mode}: preparing {name}')
-                facts[name] = {}
-                sides[name] = make(facts[name])
+        facts: dict[str, dict[str, Any]] = {side: {} for side in args.sides}
+        for side in args.sides:
+            common.log(f'{mode}: preparing {side}')
+            prepare = ours if side == 'ours' else functools.partial(torch_step, side=side)
+            sides[side] = prepare(args, mode, facts[side])
         if args.keep_memory and jax.devices()[0].platform == 'cpu':
             keep_freed_memory()
         times = in_turn(sides, args.rounds)
@@ -77,17 +80,19 @@ def main() -> None:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--model', default='epsanet50_small')
+    parser.add_argument('--small', action='store_true', help='one block with few channels, for a rehearsal')
     parser.add_argument('--conv', default='auto', help='convolution algorithm of our side')
     parser.add_argument('--batch', type=int, default=8)
     parser.add_argument('--dtype', choices=('float32', 'bfloat16'), default='float32')
     parser.add_argument('--image-size', type=int, default=224)
     parser.add_argument('--modes', nargs='+', choices=MODES, default=['forward', 'train'])
     parser.add_argument('--rounds', type=int, default=7, help='number of rounds')
-    parser.add_argument('--compile', action='store_true', help='also measure torch.compile')
+    sides = ('ours', *TORCH_SIDES)
+    eager = [side for side in sides if not side.endswith('compiled')]
+    parser.add_argument('--sides', nargs='+', choices=sides, default=eager, help='programs to measure')
     parser.add_argument(
         '--keep-memory', action='store_true', help='keep freed memory as train.py does, for all sides'
     )
-    parser.add_argument('--no-torch', dest='torch', action='store_false', help='do not measure PyTorch')
     parser.add_argument(
         '--bandwidth',
         type=float,
@@ -109,7 +114,7 @@ def in_turn(sides: dict[str, Step], rounds: int) -> dict[str, float]:
         run()
     for i in range(rounds):
         for name, run in sides.items():
-            time.sleep(0.5)  # until the other side's threads have stopped spinning
+            time.sleep(0.5 if len(sides) > 1 else 0)  # until the other side's threads have stopped spinning
             run()
             start = time.perf_counter()
             run()
@@ -126,9 +131,16 @@ def make_batch(args: argparse.Namespace) -> dict[str, np.ndarray]:
     return {'image': images, 'label': rng.integers(0, 1000, args.batch).astype(np.int32)}
 
 
+def make_model(args: argparse.Namespace, **settings: Any) -> EPSANet:
+    """Returns the network to measure."""
+    if args.small:
+        settings |= SMALL | (SMALL_PYRAMID if args.model.startswith('epsanet') else {})
+    return create_model(args.model, dtype=jnp.dtype(args.dtype), conv=args.conv, **settings)
+
+
 def ours(args: argparse.Namespace, mode: str, facts: dict[str, Any]) -> Step:
     """Compiles our step and writes its compile time and memory into `facts`."""
-    model = create_model(args.model, dtype=jnp.dtype(args.dtype), conv=args.conv)
+    model = make_model(args)
     mesh = sharding.make_mesh(args.batch)
     optimizer = make_optimizer(OptimizerConfig(), lambda step: LR)
     copies = sharding.replicated(mesh)
@@ -152,14 +164,13 @@ def ours(args: argparse.Namespace, mode: str, facts: dict[str, Any]) -> Step:
         )
         carried = state
     on_device = sharding.to_devices(batch, mesh)
-    common.log(f'{mode}: compiling ours')
     start = time.perf_counter()
     compiled = step.lower(carried, on_device).compile()
     facts['compile_s'] = round(time.perf_counter() - start, 1)
     facts['conv'] = args.conv
     memory = compiled.memory_analysis()
     facts['peak_bytes'] = memory.temp_size_in_bytes + memory.argument_size_in_bytes
-    facts['bytes'] = compiled.cost_analysis()['bytes accessed']
+    facts['bytes'] = (compiled.cost_analysis() or {}).get('bytes accessed')
 
     def run() -> None:
         nonlocal carried
@@ -172,18 +183,7 @@ def ours(args: argparse.Namespace, mode: str, facts: dict[str, Any]) -> Step:
     return run
 
 
-def torch_sides(args: argparse.Namespace, mode: str):
-    """Yields the name of each PyTorch side and a function that prepares its step."""
-    for layout in ('nchw', 'channels-last'):
-        yield f'torch-{layout}', lambda facts, layout=layout: torch_step(args, mode, layout, False, facts)
-        if args.compile:
-            name = f'torch-{layout}-compiled'
-            yield name, lambda facts, layout=layout: torch_step(args, mode, layout, True, facts)
-
-
-def torch_step(
-    args: argparse.Namespace, mode: str, layout: str, compiled: bool, facts: dict[str, Any]
-) -> Step:
+def torch_step(args: argparse.Namespace, mode: str, facts: dict[str, Any], side: str) -> Step:
     """Prepares the same step in PyTorch and writes version and memory into `facts`."""
     import torch
 
@@ -191,8 +191,9 @@ def torch_step(
 
     on_gpu = jax.devices()[0].platform == 'gpu'
     device = torch.device('cuda' if on_gpu else 'cpu')
-    memory_format = torch.channels_last if layout == 'channels-last' else torch.contiguous_format
-    net: Any = torch_model.EPSANet(create_model(args.model)).to(device, memory_format=memory_format)
+    memory_format = torch.channels_last if 'channels-last' in side else torch.contiguous_format
+    torch.backends.cudnn.benchmark = True  # chooses the fastest algorithm, as XLA does
+    net: Any = torch_model.EPSANet(make_model(args)).to(device, memory_format=memory_format)
     net.train(mode == 'train')
     optimizer = torch.optim.SGD(net.parameters(), lr=LR, momentum=0.9, weight_decay=1e-4)
     batch = make_batch(args)
@@ -203,7 +204,7 @@ def torch_step(
     std = torch.tensor(DATA.std, device=device).view(1, 3, 1, 1) * 255
     half = args.dtype == 'bfloat16'
     facts['torch'] = torch.__version__
-    if compiled:
+    if side.endswith('compiled'):
         net = torch.compile(net)
 
     def forward():

@@ -5,7 +5,7 @@ import tracemalloc  # noqa: F401  (a late import fails in etils' lazy imports)
 
 from fake_devices import xla_flags
 
-os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['JAX_PLATFORMS'] = os.environ.get('EPSANET_TESTS_PLATFORMS', 'cpu')  # 'cuda,cpu' for a GPU
 os.environ['XLA_FLAGS'] = (
     f'{xla_flags(devices=8)} '
     # On a busy machine the threads of 8 devices may be minutes apart, and XLA would end the process.

@@ -42,6 +42,12 @@ def add_on_bad(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--on-bad', choices=('stop', 'skip'), default='stop', help=text)
 
 
+def add_label_column(parser: argparse.ArgumentParser) -> None:
+    """Adds --label-column."""
+    text = 'column or key of the labels in parquet, CSV and JSON (default: a usual name, such as label)'
+    parser.add_argument('--label-column', metavar='NAME', help=text)
+
+
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """Adds --overwrite."""
     parser.add_argument('--overwrite', action='store_true', help='replace existing files')
@@ -49,7 +55,10 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
 
 def add_images(parser: argparse.ArgumentParser) -> None:
     """Adds the argument IMAGE ..."""
-    parser.add_argument('images', metavar='IMAGE', nargs='+', help='an image file, or a folder of images')
+    text = (
+        'an image, a folder of images, or a file that holds or lists them (parquet, WebDataset, CSV, JSONL)'
+    )
+    parser.add_argument('images', metavar='IMAGE', nargs='+', help=text)
 
 
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:

@@ -17,10 +17,11 @@ def add_parser(subcommands: Any) -> None:
         epilog='example: epsanet evaluate runs/digits --data digits --split test',
     )
     common.add_checkpoint(parser)
-    text = "image folder or TFDS dataset (default: the run's)"
-    parser.add_argument('--data', metavar='DIR_OR_NAME', help=text)
+    text = "folder or file of images, or TFDS dataset (default: the run's)"
+    parser.add_argument('--data', metavar='PATH_OR_NAME', help=text)
     parser.add_argument('--split', help="folder or TFDS split (default: the run's, else val or test)")
     parser.add_argument('--data-dir', metavar='DIR', help='folder that holds TFDS datasets')
+    common.add_label_column(parser)
     common.add_batch_size(parser, 64)
     common.add_on_bad(parser)
     parser.add_argument(
@@ -50,9 +51,8 @@ def run(args: argparse.Namespace) -> None:
     dataset = (args.data, args.split, args.data_dir)
     counted = bool(args.per_class or args.confusion)
     counts = np.zeros([network.model.num_classes if counted else 0] * 2, np.int64)
-    means = evaluate(
-        network, *dataset, args.batch_size, args.on_bad, common.to_stderr, counts if counted else None
-    )
+    options = (args.batch_size, args.on_bad, common.to_stderr, args.label_column)
+    means = evaluate(network, *dataset, *options, confusion=counts if counted else None)
     for path in args.confusion:
         confusion.write(path, counts, network.labels)
     classes = confusion.per_class(counts, network.labels) if args.per_class else []

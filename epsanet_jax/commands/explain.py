@@ -99,6 +99,7 @@ def _make_folder(path: str) -> None:
 class Places:
     """Paths of the drawings: the name of the image with .png, in the folder `out`.
 
+    Images in a parquet file, a shard or a table are numbered.
     Images of a folder keep their subfolders. If several paths are given, each given folder gets a folder with
     its name in `out`. A name that is already in use gets a number.
     A name that would be too long with .png is cut and gets a number made of the whole name.
@@ -120,7 +121,7 @@ class Places:
     def of(self, file: 'ImageFile') -> str:
         """Returns the path of the drawing of an image."""
         name = self._names[file.argument]
-        if os.path.isdir(self._images[file.argument]):
+        if os.path.isdir(self._images[file.argument]) or file.place is not None:
             name = file.below if len(self._images) == 1 else os.path.join(name, file.below)
         folder, last = os.path.split(f'{name}.png')
         if len(os.fsencode(last)) > _LONGEST:

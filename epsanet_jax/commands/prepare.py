@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from epsanet_jax.commands.common import add_on_bad, positive
+from epsanet_jax.commands.common import add_label_column, add_on_bad, positive
 
 
 def add_parser(subcommands: Any) -> None:
@@ -13,9 +13,10 @@ def add_parser(subcommands: Any) -> None:
         help='write images as a dataset in ArrayRecord',
         description='Writes the images of a folder or of tar files as a TFDS dataset in sharded ArrayRecord. '
         'SRC holds train/ and val/ with one folder or tar file per class; train.tar and val.tar of class '
-        'folders; class folders; or ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar. JPEG files are '
-        'copied unchanged, other formats are converted. After an interruption (status 75) or a crash, the '
-        'same command continues.',
+        'folders; class folders; ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar; or parquet files, '
+        'WebDataset shards, or images with a CSV or JSONL table of labels. JPEG files are copied '
+        'unchanged, other formats are converted. After an interruption (status 75) or a crash, the same '
+        'command continues.',
         epilog='example: epsanet prepare images records/images --on-bad=skip',
     )
     parser.add_argument('src', metavar='SRC')
@@ -27,6 +28,7 @@ def add_parser(subcommands: Any) -> None:
     parser.add_argument('--name', help=name)
     labels = "labels of ImageNet's validation images, one synset per line (default: the list of TFDS)"
     parser.add_argument('--labels', metavar='FILE', help=labels)
+    add_label_column(parser)
     parser.set_defaults(run=run, writes_files=True)
 
 
@@ -34,6 +36,7 @@ def run(args: argparse.Namespace) -> None:
     """Runs the command."""
     from epsanet_jax.data.prepare import dataset
 
-    prepared = dataset.prepare(args.src, args.dst, args.on_bad, args.workers, args.name, args.labels)
+    options = (args.on_bad, args.workers, args.name, args.labels)
+    prepared = dataset.prepare(args.src, args.dst, *options, label_column=args.label_column or '')
     for line in dataset.describe(prepared):
         print(line)

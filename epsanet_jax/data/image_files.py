@@ -8,7 +8,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 
+from epsanet_jax.data import formats
+from epsanet_jax.data.contents import Place
 from epsanet_jax.data.decode import BadImageError, decode, reason_of
+from epsanet_jax.data.labelled import read_place
 from epsanet_jax.data.planes import pixel_dtype
 from epsanet_jax.data.transforms import CentreCrop
 from epsanet_jax.data.walk import is_there, no_image, read_file, skipped_line, walk
@@ -24,12 +27,15 @@ class ImageFile:
     Attributes:
         path: path of the file.
         argument: index of the given path by which the file was found.
-        below: path relative to the given folder, or the file's name if the file itself was given.
+        below: path relative to the given folder, or the file's name if the file itself was given; a number
+            for an image at a `place`.
+        place: where the image is if the given file holds or lists several, see `formats`.
     """
 
     path: str
     argument: int
     below: str
+    place: Place | None = None
 
 
 def stop_at_bad(message: str) -> None:
@@ -46,14 +52,19 @@ def check_paths(paths: Sequence[str], without: str | None = None) -> None:
     for path in paths:
         if not is_there(path):
             raise InputError(f'no such image or folder: {path}')
-        if os.path.isdir(path) and next(find_images([path], without=without), None) is None:
+        found = next(find_images([path], without=without), None)
+        if found is None and os.path.isdir(path):
             raise InputError(no_image(path, path, _skipped(path, without)))
+        if found is None:
+            raise InputError(f'{path} holds no image')
 
 
 def find_images(
     paths: Sequence[str], on_bad: OnBad = lambda message: None, without: str | None = None
 ) -> Iterator[ImageFile]:
-    """Yields the given files, with any extension, and the images in and below the given folders.
+    """Yields the given files, with any extension, and the images in them and in and below the given folders.
+
+    Images in files are those of parquet files, WebDataset shards, .csv and .jsonl tables.
 
     Args:
         paths: files and folders. The order within a folder, and what is skipped, are those of `walk.walk`.
@@ -61,6 +72,11 @@ def find_images(
         without: path of a folder to leave out, for example the folder of the results.
     """
     for argument, path in enumerate(paths):
+        if os.path.isfile(path) and (found := formats.find(path, '.')) is not None:
+            contents = formats.contents_of(found, with_labels=False)
+            for i in range(len(contents)):
+                yield ImageFile(contents.name_of(i), argument, f'{i:06d}', contents.place_of(i))
+            continue
         if not os.path.isdir(path):
             yield ImageFile(path, argument, os.path.basename(path))
             continue
@@ -108,7 +124,8 @@ def read_batches(
 
     def read(file: ImageFile) -> np.ndarray | str:
         try:
-            return crop(decode(read_file(file.path), exif_orientation, channels))
+            image = read_place(file.place) if file.place else read_file(file.path)
+            return crop(decode(image, exif_orientation, channels))
         except (BadImageError, OSError) as e:
             return reason_of(e)
 

@@ -41,7 +41,7 @@ from jax import lax
 
 from epsanet_jax.errors import InputError, suggest
 from epsanet_jax.ops import direct, rewrites
-from epsanet_jax.ops.rewrites import Window
+from epsanet_jax.ops.plain import Window, pad
 
 
 class Algorithm(NamedTuple):
@@ -264,8 +264,7 @@ def _joint(x, by_phase, kernels, windows):
     each = list(zip(kernels, before, strict=True))
     size = [max(k.shape[axis] + b[axis] for k, b in each) for axis in (0, 1)]
     padded = [
-        rewrites.pad(k, (*((b[i], size[i] - k.shape[i] - b[i]) for i in (0, 1)), *(((0, 0),) * 3)))
-        for k, b in each
+        pad(k, (*((b[i], size[i] - k.shape[i] - b[i]) for i in (0, 1)), *(((0, 0),) * 3))) for k, b in each
     ]
     kernel = jnp.concatenate(padded, axis=4)
     rows, columns = (

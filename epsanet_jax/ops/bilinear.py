@@ -18,7 +18,7 @@ from jax.interpreters import ad, batching, mlir
 from epsanet_jax.ops import algorithms, choice
 from epsanet_jax.ops.algorithms import DIRECT
 from epsanet_jax.ops.materialize import materialize
-from epsanet_jax.ops.rewrites import Window
+from epsanet_jax.ops.plain import Window
 
 
 class Spec(NamedTuple):
@@ -131,7 +131,11 @@ def _lower_weight_gradient(x, *dys, spec, sizes, platform):
     each = zip(sizes, spec.groups, dys, strict=True)
     shapes = [(*size, x.shape[3] // g, dy.shape[3]) for size, g, dy in each]
     chosen = _choose(platform, 'weight_gradient', x, shapes, spec)
-    unfolds = [size for size, a in zip(sizes, chosen, strict=True) if size != (1, 1) and a.name not in DIRECT]
+    unfolds = [
+        size
+        for size, a in zip(sizes, chosen, strict=True)
+        if size != (1, 1) and a.name not in DIRECT and not (a.name == 'merged' and a.split)
+    ]
     if platform == 'cpu' and unfolds:
         # Stored once in the order [C, H, W, N] that all weight gradients of XLA:CPU read.
         x = materialize(x.transpose(3, 1, 2, 0)).transpose(3, 1, 2, 0)

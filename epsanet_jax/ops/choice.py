@@ -15,12 +15,13 @@ from typing import Any, NamedTuple
 import jax
 
 from epsanet_jax.ops.algorithms import DIRECT, MOST_TERMS, Algorithm, divisors
-from epsanet_jax.ops.rewrites import Window
+from epsanet_jax.ops.by_group import LARGEST, MOST_PHASES
+from epsanet_jax.ops.plain import Window
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 DIRECTIONS = ('forward', 'input_gradient', 'weight_gradient')
 TABLE = 'choices.json'
-MOST_SPLIT = 32  # separate convolutions for one; more take long to compile, and none were measured
+MOST_SPLIT = 32  # matrix products for one 1x1 convolution; more take long to compile
 NEAR = 5.0  # distance, in octaves, up to which the algorithms of a measured convolution are used for another
 TRIVIAL = 0.3  # ms that are not worth the time to compile more than one dense convolution
 LANES = 8  # values of a vector register
@@ -58,6 +59,24 @@ class Choice(NamedTuple):
 @functools.cache
 def choose(platform: str, problem: Problem) -> Choice:
     """Returns the algorithms that 'auto' uses on a platform."""
+    choice = _choose(platform, problem)
+    return _with_plain_gradients(choice, problem) if platform == 'cpu' and problem.groups == 1 else choice
+
+
+def _with_plain_gradients(choice: Choice, p: Problem) -> Choice:
+    """Replaces XLA's own gradients of a convolution without groups where those of `by_group` are faster."""
+    plain, values = Algorithm('merged', split=True), 0
+    if p.size and isinstance(p.batch, int):
+        values = p.batch * (p.size / p.stride) ** 2 * p.features
+    faster = {
+        'input_gradient': 1 < p.stride**2 <= MOST_PHASES and p.kernel > 1,
+        'weight_gradient': p.kernel > 1 and p.features >= 64 and values > LARGEST,
+    }
+    chosen = {d: plain for d, wins in faster.items() if wins and getattr(choice, d).name == 'stock'}
+    return choice._replace(**chosen)
+
+
+def _choose(platform: str, problem: Problem) -> Choice:
     rows = _table().get(platform, ())
     if rows and problem.size:
         known, choice = min(rows, key=lambda row: _distance(row[0], problem))
@@ -71,7 +90,7 @@ def choose(platform: str, problem: Problem) -> Choice:
 
 def _fastest(candidates: Sequence[Algorithm], problem: Problem, direction: str) -> Algorithm:
     """Returns the fastest candidate, or one dense convolution where that takes next to no time."""
-    dense = Algorithm('merged', problem.groups)
+    dense = Algorithm('merged', problem.groups, split=True)
     if problem.size and milliseconds(dense, problem, direction) <= TRIVIAL:
         return dense
     return min(candidates, key=lambda algorithm: milliseconds(algorithm, problem, direction))
@@ -88,8 +107,7 @@ def _candidates(p: Problem) -> Iterator[Algorithm]:
         if p.size:
             yield Algorithm('by_image')
     for merge in divisors(p.groups):
-        if p.groups // merge <= MOST_SPLIT:
-            yield Algorithm('merged', merge, split=merge < p.groups)
+        yield Algorithm('merged', merge, split=True)
 
 
 def milliseconds(algorithm: Algorithm, p: Problem, direction: str) -> float:
@@ -155,8 +173,6 @@ def _fit(algorithm: Algorithm, known: Problem, problem: Problem) -> Algorithm:
         terms = problem.kernel**2 * max(problem.channels, problem.features) // problem.groups
         return algorithm if terms <= MOST_TERMS else Algorithm('stock')
     merge = max(d for d in divisors(problem.groups) if d <= algorithm.merge)
-    if algorithm.split:
-        merge = next(d for d in divisors(problem.groups) if d >= max(merge, problem.groups / MOST_SPLIT))
     similar = known[:3] == problem[:3]  # kernel, stride, groups
     same = known[:5] == problem[:5]  # and channels, features
     # 'joint' was measured together with other kernels, which may be absent; 'banded' merges all groups.

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from epsanet_jax.ops.materialize import materialize
-from epsanet_jax.ops.rewrites import Window, pad
+from epsanet_jax.ops.plain import Window, interleave, pad
 
 CHAINS = 2  # sums that are added up side by side, because an addition waits for the one before it
 TERMS = 28  # multiply-adds in one loop: fewer write the sum too often, more need too many registers
@@ -81,7 +81,7 @@ def input_gradient(
         return _images_first(_sum(arrays, taps, out, (1, 1), groups, inputs, by_image), by_image)
 
     phases = [[phase(rows, columns) for columns in met[1]] for rows in met[0]]
-    dx = _interleave([_interleave(row, 2) for row in phases], 1)
+    dx = interleave([interleave(row, 2) for row in phases], 1)
     return dx[:, : size[0], : size[1]].astype(dy.dtype)
 
 
@@ -214,15 +214,6 @@ def _block(rows: int, columns: int, by_image: bool) -> tuple[int, int]:
     width = -(-columns // -(-columns // (TERMS // 2 if by_image else TERMS)))
     height = min(rows, -(-TERMS // width))
     return -(-rows // -(-rows // height)), width
-
-
-def _interleave(parts: list[jax.Array], axis: int) -> jax.Array:
-    """Returns the parts' elements in turn: the first of each, then the second of each."""
-    if len(parts) == 1:
-        return parts[0]
-    shape = list(parts[0].shape)
-    shape[axis] *= len(parts)
-    return jnp.stack(parts, axis + 1).reshape(shape)
 
 
 def _images_first(y: jax.Array, by_image: bool) -> jax.Array:

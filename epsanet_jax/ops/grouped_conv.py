@@ -16,7 +16,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 from epsanet_jax.errors import InputError
 from epsanet_jax.ops import algorithms, bilinear
-from epsanet_jax.ops.rewrites import Window, stock
+from epsanet_jax.ops.plain import Window
+from epsanet_jax.ops.rewrites import stock
 
 Pair = int | Sequence[int]
 Padding = Literal['SAME', 'VALID'] | int | Sequence[int | tuple[int, int]] | None

@@ -5,65 +5,15 @@ Kernels have the shape [kh, kw, I, B, O]: B groups, each with I input and O outp
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from epsanet_jax.ops import by_group
+from epsanet_jax.ops.plain import Window, conv, pad
+
 Phases = Mapping[tuple[int, int], jax.Array]  # (first row, first column) -> every stride-th row and column
-
-
-class Window(NamedTuple):
-    """How a kernel moves over images. Each field has a value for rows and one for columns.
-
-    Attributes:
-        strides: pixels between two outputs.
-        padding: rows or columns of zeros before the first and after the last of the images.
-        dilation: pixels between neighbouring values of the kernel.
-    """
-
-    strides: tuple[int, int] = (1, 1)
-    padding: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
-    dilation: tuple[int, int] = (1, 1)
-
-    def extents(self, kernel: Sequence[int]) -> list[int]:
-        """Returns the rows and columns that a kernel [kh, kw, ..] covers."""
-        return [(size - 1) * d + 1 for size, d in zip(kernel[:2], self.dilation, strict=True)]
-
-    def outputs(self, size: Sequence[int], kernel: Sequence[int]) -> list[int]:
-        """Returns the rows and columns of the result for images of H rows and W columns."""
-        each = zip(size, self.padding, self.extents(kernel), self.strides, strict=True)
-        return [(n + low + high - extent + stride) // stride for n, (low, high), extent, stride in each]
-
-
-def conv(
-    x: jax.Array,
-    kernel: jax.Array,
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    groups: int = 1,
-    dilation: Sequence[int] = (1, 1),
-) -> jax.Array:
-    """Returns XLA's convolution of [N, H, W, C_in] with [kh, kw, C_in / groups, C_out]."""
-    # XLA:CPU has no fast path for negative padding.
-    if any(isinstance(n, int) and n < 0 for sides in padding for n in sides):
-        x = pad(x, ((0, 0), *((min(low, 0), min(high, 0)) for low, high in padding), (0, 0)))
-        padding = [(max(low, 0), max(high, 0)) for low, high in padding]
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=strides,
-        padding=padding,
-        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-        feature_group_count=groups,
-        rhs_dilation=dilation,
-    )
-
-
-def pad(x: jax.Array, padding: Sequence[tuple[int, int]]) -> jax.Array:
-    """Pads with zeros; negative padding crops."""
-    return lax.pad(x, jnp.zeros((), x.dtype), [(low, high, 0) for low, high in padding])
 
 
 def stock(x: jax.Array, kernel: jax.Array, window: Window, groups: int) -> jax.Array:
@@ -268,7 +218,4 @@ def _conv_groups(x, kernels, strides, padding, split, dilation=(1, 1)):
     if not split:
         kernel = kernels.reshape(kh, kw, inputs, blocks * outputs)
         return conv(x, kernel, strides, padding, blocks, dilation)
-    # `split` instead of slices, whose gradient would be a sum of padded arrays.
-    each = zip(jnp.split(x, blocks, axis=3), jnp.split(kernels, blocks, axis=3), strict=True)
-    parts = [conv(x_i, k_i[:, :, :, 0], strides, padding, 1, dilation) for x_i, k_i in each]
-    return parts[0] if blocks == 1 else jnp.concatenate(parts, axis=3)
+    return by_group.conv(x, kernels, Window(tuple(strides), tuple(padding), tuple(dilation)))

@@ -17,12 +17,13 @@ class DataConfig:
     """The images.
 
     Attributes:
-        source: 'folder' (an image folder), 'records' (the output of `epsanet prepare`), 'tfds' (a TFDS
-            dataset or 'digits') or 'synthetic'.
+        source: 'folder' (class folders, parquet, WebDataset shards or tables, see `data.formats.find`),
+            'records' (the output of `epsanet prepare`), 'tfds' (a TFDS dataset or 'digits') or 'synthetic'.
         name: name of the TFDS dataset.
         dir: folder that contains the splits or the records, or TFDS's data directory ('': its default).
-        train_split: folder or TFDS split for training.
-        eval_split: folder or TFDS split for evaluation.
+        train_split: folder, file or TFDS split for training.
+        eval_split: folder, file or TFDS split for evaluation.
+        label_column: column or key of the labels in parquet, tables and JSON; '': a usual name.
         image_size: height and width of the network's input in training, pixels.
         eval_image_size: height and width of the input in evaluation and use; 0: `image_size`.
         resize_size: shorter side before the centre crop in evaluation, pixels.
@@ -52,6 +53,7 @@ class DataConfig:
     dir: str = ''
     train_split: str = 'train'
     eval_split: str = 'val'
+    label_column: str = ''
     image_size: int = 224
     eval_image_size: int = 0
     resize_size: int = 256

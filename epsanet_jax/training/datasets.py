@@ -7,7 +7,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from epsanet_jax.data import classes, sources
+from epsanet_jax.data import classes, formats, sources
 from epsanet_jax.data.image_folder import ImageFolder
 from epsanet_jax.data.sources import Record, Source
 from epsanet_jax.data.splits import find_split
@@ -41,16 +41,22 @@ def open_source(data: DataConfig, split: str, training: bool = False) -> tuple[S
         return sources.Records(folder, split), []
     if sources.is_prepared(folder):
         raise InputError(f'{folder} holds prepared records: set --config.data.source=records')
+    found = formats.find(str(folder), split, data.label_column)
+    if found is not None:
+        source, line = formats.open_labelled(found, data.label_column)
+        return source, [line]
     return _open_folder(folder, split, training)
 
 
 def _open_folder(folder: pathlib.Path, split: str, training: bool) -> tuple[ImageFolder, list[str]]:
     lines = []
     if not (folder / split).is_dir():
-        there = subfolders(folder)
+        there = formats.splits_in(str(folder))
         found = find_split(split, there, str(folder))
         if found is None:
             holds = f'; {folder} holds {some(there)}' if there else ''
+            if not there and formats.find(str(folder), '.') is not None:
+                holds = f'; the names of the files in {folder} must begin with {split}'
             raise InputError(f'no such data directory: {folder / split}{holds}')
         lines.append(f'{folder / found} is used as {split!r}')
         split = found
@@ -60,14 +66,6 @@ def _open_folder(folder: pathlib.Path, split: str, training: bool) -> tuple[Imag
     if source.empty:
         lines.append(f'{source.root} has no image of these classes: {some(source.empty)}')
     return source, lines
-
-
-def subfolders(folder: pathlib.Path) -> list[str]:
-    """Returns the sorted names of the folders in a folder; none if it cannot be read."""
-    try:
-        return sorted(path.name for path in folder.iterdir() if path.is_dir())
-    except OSError:
-        return []
 
 
 def _on_a_disk(path: str, option: str) -> pathlib.Path:
@@ -104,17 +102,24 @@ def open_splits(data: DataConfig) -> tuple[Source, Source, list[str]]:
 
 
 def evaluation_data(
-    trained_on: DataConfig, data: str | None, split: str | None, data_dir: str | None, on_bad: str
+    trained_on: DataConfig,
+    data: str | None,
+    split: str | None,
+    data_dir: str | None,
+    on_bad: str,
+    label_column: str | None = None,
 ) -> DataConfig:
     """Returns the data to evaluate on: the evaluation split of the run, or another dataset.
 
     Args:
         trained_on: data configuration of the run, whose preprocessing is kept.
         data: an image folder (with a subfolder `split`, 'val' or 'test', else the folder itself), a folder of
-            records, or a TFDS name; None: the dataset of the run.
+            records, parquet files, shards or tables, one such file, or a TFDS name; None: the dataset of the
+            run.
         split: None: that of the run if the dataset is the run's, else 'val' or 'test'.
         data_dir: folder of TFDS datasets; None: that of the run, or TFDS's default.
         on_bad: 'stop' or 'skip' at an image that cannot be decoded.
+        label_column: column of the labels; None: that of the run if the dataset is the run's, else ''.
 
     Raises:
         InputError: the dataset does not exist, or there is none.
@@ -125,18 +130,25 @@ def evaluation_data(
     if data is None and trained_on.source == 'folder' and not trained_on.dir:
         raise InputError('--data is missing: the weights do not name a dataset to evaluate on')
     if data is None or (trained_on.source == 'tfds' and data == trained_on.name):
-        return change(eval_split=split or trained_on.eval_split, dir=data_dir or trained_on.dir)
+        column = trained_on.label_column if label_column is None else label_column
+        chosen = split or trained_on.eval_split
+        return change(eval_split=chosen, dir=data_dir or trained_on.dir, label_column=column)
+    change = functools.partial(change, label_column=label_column or '')
     folder = _on_a_disk(data, '--data')
+    if folder.is_file():
+        if data_dir:
+            raise InputError(f'--data-dir is for TFDS datasets, but {data} is a file')
+        return change(source='folder', dir=str(folder), eval_split=split or '.')
     if folder.is_dir():
         if data_dir:
             raise InputError(f'--data-dir is for TFDS datasets, but {data} is a folder')
         if sources.is_prepared(folder):
             chosen = split or sources.evaluation_split(folder)
             return change(source='records', dir=str(folder), eval_split=chosen)
-        there = subfolders(folder)
+        there = formats.splits_in(str(folder))
         usual = [s for s in (trained_on.eval_split, 'val', 'test') if find_split(s, there, data)]
         return change(source='folder', dir=str(folder), eval_split=split or (usual or ['.'])[0])
-    if data.startswith(('/', './', '../', '~')):
+    if data.startswith(('/', './', '../', '~')) or formats.kind_of(data):
         raise InputError(f'no such data directory: {data}')
     return change(source='tfds', name=data, dir=data_dir or '', eval_split=split or 'test')
 

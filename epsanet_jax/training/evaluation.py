@@ -31,18 +31,21 @@ def evaluate(
     batch_size: int = 64,
     on_bad: str = 'stop',
     report: Callable[[str], None] = print,
+    label_column: str | None = None,
     confusion: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Evaluates a network on every image of a dataset, each exactly once.
 
     Args:
         network: a network, or the path of its weights (see `weights.load`).
-        data: an image folder, a folder of records, or a TFDS name; None: the validation set of the run.
+        data: a folder of images, records, parquet files, WebDataset shards or tables, one such file, or a
+            TFDS name; None: the validation set of the run.
         split: folder or TFDS split; None: that of the run, or 'val' or 'test'.
         data_dir: folder of TFDS datasets; None: that of the run, or TFDS's default.
         batch_size: rounded up to a multiple of the number of devices.
         on_bad: 'stop' or 'skip' at an image that cannot be decoded.
         report: called with a line for each skipped image or file, and for what had to be assumed.
+        label_column: column of the labels; None: that of the run, or a usual name.
         confusion: integer array [K, K] to which the number of images of class i with the prediction j is
             added at [i, j]; see `analysis.confusion`. None: not needed.
 
@@ -55,7 +58,7 @@ def evaluate(
     """
     network = as_network(network)
     trained_on, smoothing = _training_of(network)
-    chosen = datasets.evaluation_data(trained_on, data, split, data_dir, on_bad)
+    chosen = datasets.evaluation_data(trained_on, data, split, data_dir, on_bad, label_column)
     source, lines = datasets.open_source(chosen, chosen.eval_split)
     source, assumption = datasets.with_labels_of(source, network.class_names, network.model.num_classes)
     for line in filter(None, (*lines, assumption)):

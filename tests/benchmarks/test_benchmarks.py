@@ -10,7 +10,15 @@ from types import SimpleNamespace
 import pytest
 
 FOLDER = Path(__file__).parents[2] / 'benchmarks'
-SHARED = ('common', 'zoo_models', 'zoo_plot', 'zoo_shapes')  # modules that are not scripts
+SHARED = (
+    'common',
+    'gpu_adopt',
+    'gpu_candidates',
+    'gpu_triton',
+    'zoo_models',
+    'zoo_plot',
+    'zoo_shapes',
+)  # modules that are not scripts
 
 
 @pytest.fixture

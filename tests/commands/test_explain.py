@@ -158,3 +158,15 @@ def test_existing_drawings_are_replaced_with_overwrite_only(capsys, weights, ima
     assert (tmp_path / '1.png.png').read_text() == 'old'
     assert run(capsys, *arguments, '--overwrite')[0] == 0
     assert (tmp_path / '1.png.png').stat().st_size > 1000
+
+
+def test_images_in_a_table_are_numbered(capsys, weights, images, tmp_path):
+    (tmp_path / 'x.csv').write_text(f'path\n{images}/cat/1.png\n{images}/dog/1.png\n')
+    status, _, err = run(capsys, 'explain', weights, tmp_path / 'x.csv', '--out', tmp_path / 'out')
+    assert (status, err) == (0, '')
+    assert written(tmp_path / 'out') == ['000000.png', '000001.png']
+    status, _, err = run(
+        capsys, 'explain', weights, tmp_path / 'x.csv', images / 'own.png', '--out', tmp_path / 'both'
+    )
+    assert (status, err) == (0, '')
+    assert written(tmp_path / 'both') == ['own.png.png', 'x.csv/000000.png', 'x.csv/000001.png']

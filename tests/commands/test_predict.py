@@ -13,6 +13,8 @@ import pytest
 import small
 import torch
 from command import run
+from labelled_files import class_folders, write_all, write_tar
+from labelled_files import image as jpeg
 from PIL import Image
 
 
@@ -197,3 +199,34 @@ def test_damaged_metadata_of_an_image_gives_no_warning(weights, tmp_path, image_
         check=True,
     )
     assert (done.stderr, done.stdout.count('\n')) == ('', 6)
+
+
+def test_images_in_files_and_tables_have_the_predictions_of_the_files(capsys, weights, tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    folder = class_folders(tmp_path / 'train', 6)
+    write_all(tmp_path, tmp_path, 'train')
+    expected = [c['predictions'] for c in of_json(capsys, weights, tmp_path / 'train')]
+    for paths in (
+        [f'parquet/data/train-0000{i}-of-00002.parquet' for i in range(2)],
+        [f'shards/train-000{i}.tar' for i in range(3)],
+        ['csv/train.csv'],
+        ['metadata/train/metadata.jsonl'],
+    ):
+        content = of_json(capsys, weights, *(tmp_path / path for path in paths))
+        assert [c['predictions'] for c in content] == expected
+        assert len({c['image'] for c in content}) == len(folder)
+    assert content[3]['image'] == f'{tmp_path}/metadata/train/metadata.jsonl line 4: 00003.jpg'
+    (tmp_path / 'no.parquet').write_bytes(b'')
+    status, out, err = run(capsys, 'predict', weights, tmp_path / 'no.parquet')
+    assert (status, out, err.count('\n')) == (2, '', 1)
+    assert 'no.parquet is not a parquet file, or is truncated' in err
+
+
+def test_images_without_labels_are_predicted(capsys, weights, tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    write_tar(tmp_path / 'x.tar', [('1.jpg', jpeg(1)), ('2.jpg', jpeg(2)), ('2.json', b'{"text": "x"}')])
+    (tmp_path / '1.jpg').write_bytes(jpeg(1))
+    (tmp_path / 'x.csv').write_text('file_name\n1.jpg\n')
+    first, second = (of_json(capsys, weights, tmp_path / name) for name in ('x.tar', 'x.csv'))
+    assert len(first) == 2
+    assert first[0]['predictions'] == second[0]['predictions']

@@ -20,7 +20,7 @@ from epsanet_jax.ops.algorithms import (
     input_gradient,
     weight_gradient,
 )
-from epsanet_jax.ops.rewrites import Window
+from epsanet_jax.ops.plain import Window
 
 STOCK = Algorithm('stock')
 KERNELS, GROUPS = (3, 5, 7, 9), (1, 4, 8, 16)

@@ -9,7 +9,7 @@ from epsanet_jax.models.settings import pyconv_widths, pyramid_of
 from epsanet_jax.ops import choice
 from epsanet_jax.ops.algorithms import DIRECT, MOST_TERMS, NAMES, Algorithm
 from epsanet_jax.ops.choice import Choice, Problem, choose
-from epsanet_jax.ops.rewrites import Window
+from epsanet_jax.ops.plain import Window
 
 STOCK = Choice(*(Algorithm('stock'),) * 3)
 SMALL = Problem(9, 1, 16, 64, 16, 56, 8, 'float32')
@@ -106,7 +106,6 @@ def shapes():
 def test_every_choice_is_bounded(problem, platform):
     for algorithm in choose(platform, problem):
         assert problem.groups % algorithm.merge == 0
-        assert not algorithm.split or problem.groups // algorithm.merge <= choice.MOST_SPLIT
         assert algorithm.name != 'matmul' or (problem.kernel == 1 and problem.groups <= choice.MOST_SPLIT)
         if algorithm.name in DIRECT:
             each = max(problem.channels, problem.features) // problem.groups
@@ -135,7 +134,7 @@ def test_depthwise_convolutions_are_multiply_adds_on_a_cpu(kernel, channels, str
 
 
 def test_a_convolution_that_takes_no_time_is_one_dense_convolution():
-    dense = Choice(*(Algorithm('merged', 16),) * 3)
+    dense = Choice(*(Algorithm('merged', 16, split=True),) * 3)
     assert choose('cpu', Problem(3, 1, 16, 16, 16, 8, 2, 'float32')) == dense
 
 
@@ -211,3 +210,22 @@ def test_the_table_of_the_package_names_known_algorithms(platform):
         for algorithm in chosen:
             assert algorithm.name in (*NAMES, 'joint')
             assert problem.groups % algorithm.merge == 0
+
+
+@pytest.mark.parametrize(
+    ('problem', 'input_gradient', 'weight_gradient'),
+    [
+        (Problem(3, 1, 1, 64, 64, 56, 8, 'float32'), False, True),
+        (Problem(3, 1, 1, 64, 64, 7, 8, 'float32'), False, False),
+        (Problem(3, 2, 1, 64, 64, 14, 8, 'float32'), True, False),
+        (Problem(7, 2, 1, 3, 64, 224, 256, 'float32'), False, True),
+        (Problem(16, 16, 1, 3, 64, 224, 8, 'float32'), False, False),
+        (Problem(1, 2, 1, 64, 64, 56, 256, 'float32'), False, False),
+    ],
+)
+def test_gradients_without_groups_are_written_out_where_faster(problem, input_gradient, weight_gradient):
+    chosen = choose('cpu', problem)
+    assert (chosen.input_gradient == Algorithm('merged', split=True)) == input_gradient
+    assert (chosen.weight_gradient == Algorithm('merged', split=True)) == weight_gradient
+    assert chosen.forward.name in ('stock', 'matmul')
+    assert Algorithm('merged', split=True) not in choose('tpu', problem)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from epsanet_jax.ops import direct, rewrites
-from epsanet_jax.ops.rewrites import Window
+from epsanet_jax.ops.plain import Window
 
 CASES = {
     'depthwise': ((6, 7), (3, 3), 8, 1, 1, Window((1, 1), ((1, 1), (1, 1)))),

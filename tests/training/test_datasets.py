@@ -80,7 +80,17 @@ def test_the_data_of_an_evaluation_are_those_of_the_run_or_of_the_option(tmp_pat
     assert chosen(str(tmp_path), trained_on=folder) == ('folder', str(tmp_path), '.')
     (tmp_path / 'val').mkdir()
     assert chosen(str(tmp_path), trained_on=folder) == ('folder', str(tmp_path), 'val')
+    table = str(tmp_path / 'x.csv')
+    (tmp_path / 'test.csv').write_bytes(b'')
+    (tmp_path / 'x.csv').write_bytes(b'')
+    assert chosen(str(tmp_path), trained_on=folder) == ('folder', str(tmp_path), 'val')
+    (tmp_path / 'val').rmdir()
+    assert chosen(str(tmp_path), trained_on=folder) == ('folder', str(tmp_path), 'test')
+    assert chosen(table, trained_on=folder) == ('folder', table, '.')
+    assert chosen(table, 'val', trained_on=folder) == ('folder', table, 'val')
     for arguments, message in (
+        ((table, None, 'datasets'), '--data-dir is for TFDS datasets, but .* is a file'),
+        (('no.parquet',), 'no such data directory: no.parquet'),
         ((str(tmp_path), None, 'datasets'), '--data-dir is for TFDS datasets, but .* is a folder'),
         (('/no/such/folder',), 'no such data directory: /no/such/folder'),
         (('gs://bucket/data',), '--data=gs://bucket/data is not on a disk'),
@@ -88,3 +98,24 @@ def test_the_data_of_an_evaluation_are_those_of_the_run_or_of_the_option(tmp_pat
     ):
         with pytest.raises(InputError, match=message):
             chosen(*arguments)
+
+
+def test_column_of_the_labels_is_that_of_the_run_for_its_data_only(tmp_path):
+    run = DataConfig(dir=str(tmp_path), label_column='breed')
+    for data, column, expected in ((None, None, 'breed'), (None, 'x', 'x'), (str(tmp_path), None, '')):
+        assert datasets.evaluation_data(run, data, None, None, 'stop', column).label_column == expected
+
+
+def test_file_without_an_image_of_the_classes_is_matched_by_name(tmp_path):
+    """The validation table lacks a class, and the training labels are not sorted."""
+    for split, labels in (('train', 'zba'), ('val', 'az')):
+        images(tmp_path, split)
+        (tmp_path / f'{split}.csv').write_text(''.join(f'{split}/x.png,{labels[0]}\n'))
+        for i, label in enumerate(labels[1:]):
+            (tmp_path / split / f'{i}.png').write_bytes((tmp_path / split / 'x.png').read_bytes())
+            with open(tmp_path / f'{split}.csv', 'a') as f:
+                f.write(f'{split}/{i}.png,{label}\n')
+    train, evaluation, lines = datasets.open_splits(DataConfig(dir=str(tmp_path)))
+    assert [train[i]['label'] for i in range(3)] == [2, 1, 0]
+    assert [evaluation[i]['label'] for i in range(2)] == [0, 2]
+    assert lines[-1] == "'val' has no image of these classes: b"

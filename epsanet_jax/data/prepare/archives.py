@@ -3,32 +3,35 @@
 import contextlib
 import os
 import posixpath
-import tarfile
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
+from epsanet_jax.data import tars
 from epsanet_jax.data.classes import composed
 from epsanet_jax.data.image_folder import ImageFolder
 from epsanet_jax.data.splits import split_of
 from epsanet_jax.data.walk import is_image_name, litter, no_image
-from epsanet_jax.errors import InputError, one_line
-
-_BLOCK = 512
-_COMPRESSED = {b'\x1f\x8b': 'gzip', b'BZh': 'bzip2', b'\xfd7zXZ\x00': 'xz', b'\x28\xb5\x2f\xfd': 'zstd'}
+from epsanet_jax.errors import InputError
 
 
 class Item(NamedTuple):
-    """An image that is not read yet: a file, or a member of a tar."""
+    """An image that is not read yet: a file, a member of a tar, or a row of a parquet file."""
 
-    container: str  # path of the tar, or of the folder that `name` is relative to
+    container: str  # path of the tar or parquet file, or of the folder that `name` is relative to
     name: str  # name that the record keeps; CLASS/FILE, except in ImageNet's tars
     class_name: str
     size: int  # bytes
     mtime: int  # time of the last change in nanoseconds, from the file system or the tar
-    offset: int = -1  # position of the member's first byte in the tar; -1 for a file
+    offset: int = -1  # position of the member's first byte in the tar, or the row; -1 for a file
+    number: int = -1  # place among the images of a source that keeps its own order
 
 
 def order(item: Item) -> tuple[str, str, str]:
-    """Returns the key that sorts items in the order of `ImageFolder`: class, folder, file name."""
+    """Returns the key that sorts items in the order of `ImageFolder`: class, folder, file name.
+
+    Items with a number are sorted by the number.
+    """
+    if item.number >= 0:
+        return f'{item.number:012d}', '', ''
     return item.class_name, *os.path.split(item.name)
 
 
@@ -92,11 +95,9 @@ def read_index(path: str, notes: Notes) -> tuple[list[Item], list[str]]:
     """Returns the files and folders of a tar, see `index_tar`, without hidden ones and litter.
 
     Raises:
-        InputError: the tar cannot be used, or is a WebDataset shard.
+        InputError: the tar cannot be used.
     """
-    members, folders = _without_litter(path, *index_tar(path), notes)
-    _refuse_shard(path, members)
-    return members, folders
+    return _without_litter(path, *index_tar(path), notes)
 
 
 def without_top(
@@ -148,18 +149,6 @@ def _without_litter(
     return kept, [name for name in folders if not reason(name)]
 
 
-def _refuse_shard(path: str, members: list[Item]) -> None:
-    """Raises InputError if the members are those of a WebDataset shard: KEY.jpg beside KEY.cls."""
-    names = {m.name for m in members}
-    for name in sorted(names):
-        key = posixpath.splitext(name)[0]
-        if is_image_name(name) and (label := {f'{key}.cls', f'{key}.json', f'{key}.txt'} & names):
-            raise InputError(
-                f'{path} is a WebDataset shard: its classes are in files such as {min(label)}, which this '
-                'command does not read; unpack the images into one folder per class'
-            )
-
-
 def list_tar_of_class(path: str, notes: Notes) -> list[Item]:
     """Lists the images of a tar that holds one class and has its name.
 
@@ -200,74 +189,27 @@ def _of_class(class_name: str, members: list[Item], called: str) -> list[Item]:
 
 
 def index_tar(path: str, within: Item | None = None) -> tuple[list[Item], list[str]]:
-    """Reads the headers of an uncompressed tar, or of a tar that is a member of it.
+    """Reads the headers of an uncompressed tar, or of a tar that is a member of it, see `tars.members`.
 
     Args:
         path: path of the tar.
         within: the inner tar; offsets still count from the start of the outer tar.
 
     Returns:
-        The files, without a class, and the names of the folders. Names are relative and hold no '.' or '..'.
-        Of several files with the same name, the last one counts.
+        The files, without a class, and the names of the folders. Of several files with the same name, the
+        last one counts.
 
     Raises:
-        InputError: the file is not a tar, is compressed or truncated, or holds a link, a device, or a name
-            outside of the folder into which it would be unpacked.
+        InputError: the tar cannot be used.
     """
-    called = f'{path}: {within.name}' if within else path
+    members = tars.members(path)
+    if within:
+        members = tars.members(path, within.offset, within.size, f'{path}: {within.name}')
     files: dict[str, Item] = {}
     folders: list[str] = []
-    try:
-        with open(path, 'rb') as f:
-            end = within.offset + within.size if within else f.seek(0, os.SEEK_END)
-            f.seek(within.offset if within else 0)
-            _refuse_compressed(f, called)
-            with tarfile.open(fileobj=f, mode='r:') as tar:
-                while (header := tar.next()) is not None:
-                    tar.members.clear()  # a million of them would take gigabytes
-                    if header.offset_data + header.size > end:
-                        raise InputError(f'{called} is truncated: download or copy it again')
-                    name = _safe_name(header, called)
-                    if header.isdir():
-                        folders.append(name)
-                    else:
-                        mtime = int(header.mtime * 10**9)
-                        files[name] = Item(path, name, '', header.size, mtime, header.offset_data)
-                # tarfile stops silently at damage; a tar ends with a block of zeros.
-                f.seek(tar.offset)
-                mark = f.read(_BLOCK)
-            if len(mark) < _BLOCK or any(mark) or tar.offset >= end:
-                raise InputError(
-                    f'{called} is truncated or damaged at byte {tar.offset}: download or copy it again'
-                )
-    except InputError:
-        raise
-    except (tarfile.TarError, ValueError) as e:
-        raise InputError(f'{called} is not a tar, or damaged: {one_line(e)}') from e
-    except OSError as e:
-        raise InputError(f'cannot read {called}: {e.strerror or one_line(e)}') from e
+    for name, size, mtime, offset in members:
+        if offset < 0:
+            folders.append(name)
+        else:
+            files[name] = Item(path, name, '', size, mtime, offset)
     return list(files.values()), [name for name in folders if name != '.']
-
-
-def _safe_name(header: tarfile.TarInfo, called: str) -> str:
-    name = header.name
-    if name.startswith('/') or '..' in name.split('/'):
-        reason = 'outside of the folder'
-    elif header.issym() or header.islnk():
-        reason = 'a link'
-    elif not (header.isdir() or header.isreg()) or header.issparse():
-        reason = 'neither a file nor a folder'
-    else:
-        return posixpath.normpath(name)
-    raise InputError(f'{called} holds {name!r}, which is {reason}: make the tar again without it')
-
-
-def _refuse_compressed(f: BinaryIO, called: str) -> None:
-    start = f.tell()
-    magic = f.read(8)
-    f.seek(start)
-    for prefix, program in _COMPRESSED.items():
-        if magic.startswith(prefix):
-            raise InputError(
-                f'{called} is compressed, which prevents random access: run `{program} -d` on it first'
-            )

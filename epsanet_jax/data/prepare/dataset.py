@@ -56,17 +56,19 @@ def prepare(
     name: str | None = None,
     labels: str | None = None,
     shard_bytes: int | None = None,
+    label_column: str = '',
 ) -> Prepared:
     """Writes the images of a source as a TFDS dataset in ArrayRecord, and shows the progress on stderr.
 
     Args:
-        source: path of image folders or tars, see `layouts.list_source`.
+        source: path of image folders, tars, parquet files, shards or tables, see `layouts.list_source`.
         folder: path of the dataset: a new or empty folder, or one that the same call has started.
         on_bad: for images that cannot be decoded: 'stop', or 'skip', which leaves them out and lists them.
         num_workers: number of processes; None: one per processor.
         name: name of the dataset; None: 'imagenet2012' or 'image_folder'.
         labels: list of the labels of ImageNet's validation images, see `imagenet.list_tars`.
         shard_bytes: bytes of images per file; None: 256 MiB, less for small datasets.
+        label_column: see `layouts.list_source`.
 
     Raises:
         InputError: the source or the folder cannot be used, or an image cannot be decoded.
@@ -79,7 +81,7 @@ def prepare(
         stop = signal.default_int_handler  # raises KeyboardInterrupt
         with handling(signal.SIGTERM, stop), handling(signal.SIGHUP, stop):
             _report(f'listing {source} ...')
-            listing = layouts.list_source(source, labels)
+            listing = layouts.list_source(source, labels, label_column)
             listing = dataclasses.replace(listing, name=name or listing.name)
             for line in listing.remarks:
                 _report(line)

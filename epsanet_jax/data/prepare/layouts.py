@@ -4,7 +4,8 @@ import dataclasses
 import os
 import re
 
-from epsanet_jax.data import classes
+from epsanet_jax.data import classes, formats, webdataset
+from epsanet_jax.data.contents import Place
 from epsanet_jax.data.prepare import archives, imagenet
 from epsanet_jax.data.prepare.archives import Item, Notes
 from epsanet_jax.data.prepare.imagenet import TRAIN_TAR, VALIDATION_TAR
@@ -36,22 +37,26 @@ class Listing:
         return os.path.normpath(os.path.join(where, item.name))
 
 
-def list_source(root: str, labels: str | None = None) -> Listing:
-    """Lists the images of a folder in one of these layouts.
+def list_source(root: str, labels: str | None = None, label_column: str = '') -> Listing:
+    """Lists the images of a folder in one of these layouts, or of a file of the last one.
 
     - split folders (train, val, test, in any case and spelling) that hold class folders or one tar per class;
     - one tar per split (train.tar and so on) that holds class folders;
     - class folders, or one tar per class, without a split: the split is 'train';
     - one tar that holds class folders or split folders;
-    - ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as ImageNet is distributed.
+    - ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar, as ImageNet is distributed;
+    - parquet files, WebDataset shards or tables of labels, see `formats.find`; their order is kept.
 
     Args:
         root: path of the folder.
         labels: list of the labels of ImageNet's validation images, see `imagenet.list_tars`.
+        label_column: column of the labels, see `labelled.label_column`; '': a usual name.
 
     Raises:
         InputError: the folder has another layout, or is damaged.
     """
+    if is_there(root) and (listing := _list_labelled(root, label_column)) is not None:
+        return listing
     if not is_there(root) or not os.path.isdir(root):
         hint = ': expected the folder that holds the tar' if os.path.isfile(root) else ''
         raise InputError(f'no such folder: {root}{hint}')
@@ -85,6 +90,39 @@ def list_source(root: str, labels: str | None = None) -> Listing:
         notes.remarks.append(f'not used: {some(unused)}')
     class_names = _class_names(listed, notes)
     return Listing(root, 'image_folder', class_names, listed, tuple(notes.remarks), tuple(notes.skipped))
+
+
+def _list_labelled(root: str, label_column: str) -> Listing | None:
+    """Lists parquet files, shards or tables; None if the source has another layout."""
+    if os.path.isfile(root) and formats.kind_of(root) == formats.SHARDS and not webdataset.is_shard(root):
+        return None
+    names = {} if os.path.isfile(root) else _find_splits(root, formats.splits_in(root))
+    found = {split: formats.find(root, name, label_column) for split, name in names.items()}
+    if not found:
+        found = {'train': formats.find(root, '.', label_column)}
+    if next(iter(found.values())) is None:  # of the training split, if there is one
+        return None
+    notes, listed, declared = Notes(), {}, ()
+    for split, files in found.items():
+        if files is None:
+            raise InputError(
+                f'{root}: {names[split]} is of another kind than the other splits: move it elsewhere'
+            )
+        source, line = formats.open_labelled(files, label_column)
+        notes.remarks.append(line)
+        declared = declared or source.class_names
+        class_of = [source.class_names[label] for label in source.labels.tolist()]
+        listed[split] = [_item(source.place_of(i), name, i) for i, name in enumerate(class_of)]
+    class_names = _class_names(listed, notes, declared)
+    folder = root if os.path.isdir(root) else os.path.dirname(root)
+    return Listing(folder, 'image_folder', class_names, listed, tuple(notes.remarks))
+
+
+def _item(place: Place, class_name: str, number: int) -> Item:
+    file = place.container if place.offset >= 0 else os.path.join(place.container, place.name)
+    status = os.stat(file)
+    size = place.size if place.offset >= 0 else status.st_size
+    return Item(place.container, place.name, class_name, size, status.st_mtime_ns, place.offset, number)
 
 
 def _find_splits(root: str, names: list[str]) -> dict[str, str]:
@@ -174,10 +212,12 @@ def _refuse_compressed(folder: str, names: list[str]) -> None:
             raise InputError(f'{path} is compressed, which prevents random access: decompress it first')
 
 
-def _class_names(splits: dict[str, list[Item]], notes: Notes) -> tuple[str, ...]:
-    """Returns the classes of the training split, or of all splits if there is no training split."""
+def _class_names(
+    splits: dict[str, list[Item]], notes: Notes, declared: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """Returns the declared classes, those of the training split, or those of all splits without it."""
     of = {split: {item.class_name for item in items} for split, items in splits.items()}
-    names = classes.in_order([*(of.get('train') or set().union(*of.values()))])
+    names = declared or classes.in_order([*(of.get('train') or set().union(*of.values()))])
     for split, own in of.items():
         if unknown := sorted(own - set(names)):
             raise InputError(f'{split!r} has classes that train lacks: {some(unknown)}')

@@ -12,10 +12,11 @@ from typing import Any
 from PIL import ExifTags, Image
 
 from epsanet_jax.data import decode
+from epsanet_jax.data.contents import Place
 from epsanet_jax.data.decode import BadImageError
+from epsanet_jax.data.labelled import read_place
 from epsanet_jax.data.planes import NPY
 from epsanet_jax.data.prepare.archives import Item
-from epsanet_jax.data.walk import read_file
 from epsanet_jax.errors import InputError, one_line
 from epsanet_jax.paths import replacing
 
@@ -175,13 +176,6 @@ def _write_records(shard: Shard, path: str, on_bad: str, num_classes: int, tick:
 def _read(item: Item) -> bytes:
     """Returns the bytes of an image; raises BadImageError if it cannot be read."""
     try:
-        if item.offset < 0:
-            return read_file(os.path.join(item.container, item.name))
-        with open(item.container, 'rb') as tar:
-            tar.seek(item.offset)
-            image = tar.read(item.size)
+        return read_place(Place(item.container, item.name, item.offset, item.size))
     except OSError as e:
         raise BadImageError(decode.reason_of(e)) from e
-    if len(image) < item.size:
-        raise BadImageError('cannot read the image: the tar ends within it')
-    return image

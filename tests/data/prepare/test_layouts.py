@@ -154,11 +154,36 @@ def test_split_folders_one_level_below_are_refused_with_the_path(folder, tmp_pat
 
 @pytest.mark.parametrize('extension', ['cls', 'json', 'txt'])
 @pytest.mark.parametrize('place', ['shard-000000.tar', 'train/shard-000000.tar', 'train.tar'])
-def test_webdataset_shards_are_refused(tmp_path, capsys, place, extension):
-    write(tmp_path / 'in' / place, packed({'0001.jpg': jpeg(0), f'0001.{extension}': b'0'}))
-    assert f'a WebDataset shard: its classes are in files such as 0001.{extension}' in refusal(
-        capsys, tmp_path / 'in', tmp_path / 'out'
-    )
+def test_webdataset_shards_are_read_as_such(tmp_path, capsys, monkeypatch, place, extension):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    members = {'2.jpg': jpeg(0), f'2.{extension}': b'1', '1.jpg': jpeg(1), f'1.{extension}': b'0'}
+    write(tmp_path / 'in' / place, packed(members))
+    _, err = prepared(capsys, tmp_path / 'in', tmp_path / 'out')
+    assert f'in/{place}: 2 images of 2 classes; images, labels in KEY.{extension}' in err
+    assert records(tmp_path / 'out', 'train') == [('2.jpg', '1', jpeg(0)), ('1.jpg', '0', jpeg(1))]
+
+
+@pytest.mark.parametrize('place', ['cat.tar', 'train.csv'])
+def test_file_that_is_no_source_is_refused(tmp_path, capsys, place):
+    write(tmp_path / place, packed({'cat/1.jpg': jpeg(0), 'cat/2.jpg': jpeg(1)}))
+    line = refusal(capsys, tmp_path / place, tmp_path / 'out')
+    assert 'expected the folder that holds the tar' in line or 'is not UTF-8 text' in line
+
+
+def test_tables_beside_class_folders_are_not_used(folder, tmp_path, capsys):
+    for name in ('train.csv', 'test.csv', 'labels.csv'):
+        write(folder / name, b'file,label\n')
+    _, err = prepared(capsys, folder, tmp_path / 'out')
+    assert 'not used: labels.csv, test.csv, train.csv' in err
+    assert len(records(tmp_path / 'out', 'train')) == len(TRAIN)
+
+
+def test_splits_of_two_kinds_are_refused(tmp_path, capsys):
+    write(tmp_path / 'in/train.csv', b'a.jpg,cat\n')
+    write(tmp_path / 'in/a.jpg', jpeg(0))
+    write(tmp_path / 'in/val/cat/1.jpg', jpeg(1))
+    line = refusal(capsys, tmp_path / 'in', tmp_path / 'out')
+    assert 'val is of another kind than the other splits' in line
 
 
 def test_class_names_are_numbers_or_composed_and_one_class_is_a_warning(tmp_path, capsys):

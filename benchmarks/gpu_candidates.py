@@ -1,0 +1,132 @@
+"""The ways to compute convolutions that `gpu_op.py` compares.
+
+First the algorithms of the package that may suit a GPU, then candidates that the package does not have: XLA's
+own lowering of channels padded to multiples of 8, a stem of padded input channels, and the kernel of
+`gpu_triton`.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import gpu_triton
+import grouped_conv
+import jax
+
+from epsanet_jax.ops import algorithms, rewrites
+from epsanet_jax.ops.algorithms import Algorithm, convolve_all, divisors
+from epsanet_jax.ops.choice import Problem
+from epsanet_jax.ops.rewrites import Window
+
+WIDTHS = (16, 32, 64)  # input channels of merged groups
+Function = Callable[..., Any]
+
+
+class Way(NamedTuple):
+    """A way to compute one or several convolutions of the same images.
+
+    Attributes:
+        label: its fields in a line of JSON.
+        directions: a function of each direction; the arguments are those of `gpu_op.operands`.
+    """
+
+    label: dict[str, Any]
+    directions: dict[str, Function]
+
+
+def ways(members: Sequence[Problem]) -> Iterator[Way]:
+    """Yields the ways to compute convolutions; XLA's own, if it is measured, comes first."""
+    p, windows, groups = members[0], [window(p) for p in members], [p.groups for p in members]
+    x, kernels = shapes(members)
+    if len(members) > 1:
+        blocks = min(groups)
+        joint = [Algorithm('joint', g // blocks) for g in groups]
+        label = {'joint': [p._asdict() for p in members], 'groups': blocks}
+        yield Way(label, by_direction(lambda x, ks: convolve_all(x, ks, windows, groups, joint), x, kernels))
+        return
+
+    def alone(function: Function) -> dict[str, Function]:
+        return by_direction(lambda x, ks: (function(x, ks[0]),), x, kernels)
+
+    for algorithm in table_algorithms(p):
+        way = alone(lambda x, k, a=algorithm: algorithms.convolve(x, k, windows[0], p.groups, a))
+        yield Way({'algorithm': grouped_conv.shorten(algorithm)}, way)
+    inputs = p.channels // p.groups
+    if p.channels <= 3:
+        for channels in (4, 8):
+            way = alone(lambda x, k, c=channels: padded(x, k, windows[0], 1, 1, (c, 1)))
+            yield Way({'candidate': f'{channels} input channels'}, way)
+    elif p.groups > 1:
+        for merge in {1, merged_to(p, WIDTHS[0])}:
+            if (inputs * merge) % 8 or (p.features // p.groups * merge) % 8:
+                way = alone(lambda x, k, m=merge: padded(x, k, windows[0], p.groups, m, (8, 8)))
+                yield Way({'candidate': f'merged by {merge}, channels padded to a multiple of 8'}, way)
+    if gpu_triton.fits(p.kernel, p.stride, p.groups, p.channels, p.features):
+        interpret = jax.devices()[0].platform == 'cpu'
+        kernel = {
+            'forward': lambda x, ks: (gpu_triton.convolve(x, ks[0], p.groups, interpret),),
+            'input_gradient': lambda ks, dys: gpu_triton.input_gradient(ks[0], dys[0], p.groups, interpret),
+        }
+        yield Way({'candidate': 'Triton kernel'}, kernel)
+
+
+def window(p: Problem) -> Window:
+    """Returns the window of a convolution with k // 2 zeros around the images."""
+    return Window((p.stride, p.stride), ((p.kernel // 2,) * 2,) * 2)
+
+
+def merged_to(p: Problem, width: int) -> int:
+    """Returns how many groups to merge for at least `width` input channels."""
+    return next((m for m in divisors(p.groups) if m * p.channels // p.groups >= width), p.groups)
+
+
+def table_algorithms(p: Problem) -> list[Algorithm]:
+    """Returns the algorithms of the package to measure, XLA's own first."""
+    found = [Algorithm('stock')]
+    if p.kernel == 1:
+        return [*found, Algorithm('matmul')]
+    if p.groups > 1:
+        merges = [merged_to(p, width) for width in WIDTHS]
+        found += [Algorithm('merged', m) for m in dict.fromkeys((*merges, p.groups)) if m > 1]
+        small = p.size // p.stride
+        found += [
+            Algorithm('tiled', 1, (t, t)) for t in (2, 4) if t <= small and p.channels // p.groups <= 16
+        ]
+    if p.stride > 1 and p.channels > 3:
+        found.append(Algorithm('merged', phases=True))
+    return found
+
+
+def padded(
+    x: jax.Array, kernel: jax.Array, window: Window, groups: int, merge: int, multiples: tuple[int, int]
+) -> jax.Array:
+    """Convolves with merged groups whose inputs and outputs are padded to multiples of these numbers."""
+    kernels = algorithms._merge(kernel, groups, merge)  # [kh, kw, I, B, O]
+    inputs, blocks, outputs = kernels.shape[2:]
+    more, extra = -inputs % multiples[0], -outputs % multiples[1]
+    kernels = rewrites.pad(kernels, ((0, 0), (0, 0), (0, more), (0, 0), (0, extra)))
+    x = rewrites.pad(x.reshape(*x.shape[:3], blocks, inputs), (*((0, 0),) * 4, (0, more)))
+    x = x.reshape(*x.shape[:3], blocks * (inputs + more))
+    y = rewrites.merged(x, kernels, window, split=False)
+    y = y.reshape(*y.shape[:3], blocks, outputs + extra)[..., :outputs]
+    return y.reshape(*y.shape[:3], blocks * outputs)
+
+
+def shapes(members: Sequence[Problem]) -> tuple[jax.ShapeDtypeStruct, tuple[jax.ShapeDtypeStruct, ...]]:
+    """Returns the images' and the kernels' shapes and types."""
+    p = members[0]
+    x = jax.ShapeDtypeStruct((p.batch, p.size, p.size, p.channels), p.dtype)
+    sizes = [(p.kernel, p.kernel, p.channels // p.groups, p.features) for p in members]
+    return x, tuple(jax.ShapeDtypeStruct(size, p.dtype) for size in sizes)
+
+
+def by_direction(convolve: Function, x: Any, kernels: Any) -> dict[str, Function]:
+    """Returns the three directions of a function of images and several kernels of these shapes."""
+
+    def input_gradient(kernels, dys):
+        return jax.linear_transpose(lambda x: convolve(x, kernels), x)(dys)[0]
+
+    def weight_gradient(x, dys):
+        return jax.linear_transpose(lambda kernels: convolve(x, kernels), kernels)(dys)[0]
+
+    found = {'forward': convolve, 'input_gradient': input_gradient, 'weight_gradient': weight_gradient}
+    return {d: f for d, f in found.items() if d != 'input_gradient' or x.shape[3] > 3}  # not of a stem

@@ -1,0 +1,230 @@
+"""A part of `gpu.py`: every way to compute the convolutions of a network, in three directions, on one device.
+
+    python benchmarks/gpu_op.py --network epsanet50_small --batch 128 --lines lines.jsonl
+
+For each distinct convolution it measures XLA's own lowering ('stock'), the package's algorithms that may suit
+a GPU, candidates that the package does not have, and PyTorch in both memory layouts. Then it measures the
+convolutions of a pyramid that can be computed together. Each time is a line of JSON. Convolutions that
+--lines holds completely are skipped.
+
+A compiled program computes COPIES independent convolutions, so that the time to start it and the device's
+cache do not matter. 'error' is the distance from XLA's own result, relative to its norm.
+"""
+
+import argparse
+import itertools
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import common
+
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # leave GPU memory for PyTorch
+
+import grouped_conv
+import jax
+import jax.numpy as jnp
+import torch
+from gpu_candidates import Function, shapes, ways, window
+from zoo_shapes import CONVS
+
+from epsanet_jax.ops.choice import Problem
+
+COPIES = 4
+NETWORKS = ('epsanet50_small', 'resnext50', 'rehearsal')
+
+
+def main() -> None:
+    """Measures what is missing."""
+    args = _parse()
+    device = common.describe_device()
+    earlier = common.read_lines(args.lines)
+    begun, done = ({line[kind] for line in earlier if kind in line} for kind in ('begun', 'finished'))
+    wanted = problems(args.network, args.batch, args.dtype)
+    sets = [[p] for p in wanted] + [list(members) for members in together(wanted)]
+    missing = [members for members in sets if name(members) not in done]
+    missing.sort(
+        key=lambda members: name(members) in begun
+    )  # what may have stopped an earlier call comes last
+    for i, members in enumerate(missing):
+        common.log(f'{i + 1} of {len(missing)}: {name(members)}')
+        common.emit({'benchmark': 'gpu_op', 'begun': name(members)}, None)
+        measure(members, {'benchmark': 'gpu_op', **device, 'torch': torch.__version__})
+        common.emit({'benchmark': 'gpu_op', 'finished': name(members)}, None)
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument('--network', choices=NETWORKS, default=NETWORKS[0])
+    parser.add_argument('--batch', type=int, default=128)
+    parser.add_argument('--dtype', default='bfloat16')
+    parser.add_argument('--lines', type=Path, help='lines of earlier calls; what they hold is skipped')
+    return parser.parse_args()
+
+
+def name(members: Sequence[Problem]) -> str:
+    """Returns a name for a convolution, or for several that are computed together."""
+    p = members[0]
+    kernels = '+'.join(f'{p.kernel}x{p.kernel}/{p.groups}' for p in members)
+    features = sum(p.features for p in members)
+    return f'{kernels}-s{p.stride} {p.size}x{p.channels}-{features} n{p.batch} {p.dtype}'
+
+
+def problems(network: str, batch: int, dtype: str) -> list[Problem]:
+    """Returns the distinct convolutions of a network, the most expensive kinds first.
+
+    Matrix products are nearly the same everywhere: only some are measured.
+    """
+    if network == 'rehearsal':  # a pyramid, a stem and a shortcut
+        small = ((5, 1, 4, 16, 8, 6), (3, 1, 1, 16, 8, 6), (3, 2, 1, 3, 8, 8), (1, 2, 1, 8, 8, 4))
+        return [Problem(*sizes, batch, dtype) for sizes in small]
+    if network == 'resnext50':
+        convs = [c for c in CONVS if c.family == 'resnext-50']
+        return [
+            Problem(c.kernel, c.stride, c.groups, c.inputs, c.outputs, c.size, batch, dtype) for c in convs
+        ]
+    found = grouped_conv.problems(network, batch, dtype, 224)
+    spatial = [p for p in found if p.kernel > 1]
+    products = [p for p in found if p.kernel == 1]
+    chosen = [p for p in products if p.stride == 1][:2] + [p for p in products if p.stride > 1]
+    # Without a stride first, then large images, then large kernels; the stem last.
+    spatial.sort(key=lambda p: (p.channels <= 3, p.stride, -p.size, -p.kernel))
+    return spatial + chosen
+
+
+def together(wanted: Sequence[Problem]) -> Iterator[tuple[Problem, ...]]:
+    """Yields convolutions of a pyramid that may be one convolution: all, the last three, the last two."""
+    grouped = sorted((p for p in wanted if p.channels > 3 and p.kernel > 1), key=lambda p: p[1:2] + p[3:] + p)
+    for _, same in itertools.groupby(grouped, key=lambda p: p[1:2] + p[3:]):
+        pyramid = tuple(same)
+        for count in dict.fromkeys((len(pyramid), 3, 2)):
+            if 1 < count <= len(pyramid):
+                yield pyramid[-count:]
+
+
+def operands(members: Sequence[Problem]) -> dict[str, tuple[list[Any], list[Any]]]:
+    """Returns the two arguments of each direction, random, COPIES of each."""
+    x, kernels = shapes(members)
+    outs = [window(p).outputs(x.shape[1:3], k.shape) for p, k in zip(members, kernels, strict=True)]
+
+    def draw(seed: int, shape: Sequence[int]) -> list[jax.Array]:
+        keys = jax.random.split(jax.random.key(seed), COPIES)
+        return list(jax.jit(jax.vmap(lambda key: jax.random.normal(key, shape, x.dtype)))(keys))
+
+    xs = draw(0, x.shape)
+    ks = list(zip(*(draw(1, k.shape) for k in kernels), strict=True))
+    dys = [draw(2, (x.shape[0], *out, p.features)) for p, out in zip(members, outs, strict=True)]
+    dys = list(zip(*dys, strict=True))
+    return {'forward': (xs, ks), 'input_gradient': (ks, dys), 'weight_gradient': (xs, dys)}
+
+
+def measure(members: Sequence[Problem], about: dict[str, Any]) -> None:
+    """Prints a line for each way and direction, in ms for one convolution of a batch."""
+    given = operands(members)
+    jobs = [(way, d) for way in ways(members) for d in way.directions]
+    about |= members[0]._asdict() if len(members) == 1 else {}
+    references: dict[str, list[jax.Array]] = {}
+    with ThreadPoolExecutor(min(12, os.cpu_count() or 1)) as pool:  # all before the first measurement
+        programs = list(pool.map(lambda job: compiled(job[0].directions[job[1]], given[job[1]]), jobs))
+    for (way, direction), program in zip(jobs, programs, strict=True):
+        record = {**about, 'direction': direction, **way.label}
+        try:
+            if isinstance(program, Exception):
+                raise program
+            result = jax.tree.leaves(program(*given[direction])[0])
+            record['error'] = distance(result, references.setdefault(direction, result))
+            took = per_call(lambda p=program, d=direction: p(*given[d]), jax.block_until_ready)
+            record['ms'] = round(1e3 * took / COPIES, 4)
+        except Exception as e:  # too little memory, or not supported: the others are measured
+            record['failed'] = f'{type(e).__name__}: {" ".join(str(e).split())[:300]}'
+        common.emit(record, None)
+    if len(members) == 1:
+        del given, references
+        in_torch(members[0], about)
+
+
+def compiled(function: Function, given: tuple[list[Any], list[Any]]) -> Any:
+    """Compiles a function of one pair of arguments for all copies; returns the error if that fails."""
+
+    def all_copies(firsts: list[Any], seconds: list[Any]) -> list[Any]:
+        return [function(a, b) for a, b in zip(firsts, seconds, strict=True)]
+
+    try:
+        return jax.jit(all_copies).lower(*given).compile()
+    except Exception as e:
+        return e
+
+
+def distance(results: Sequence[jax.Array], references: Sequence[jax.Array]) -> float:
+    """Returns the largest norm of a difference, relative to the norm of the reference."""
+
+    @jax.jit
+    def relative(a: jax.Array, b: jax.Array) -> jax.Array:
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return jnp.linalg.norm((a - b).ravel()) / jnp.linalg.norm(b.ravel())
+
+    pairs = zip(results, references, strict=True)
+    return round(max(float(relative(a, b)) for a, b in pairs), 5)
+
+
+def per_call(run: Callable[[], Any], wait: Callable[[Any], Any], budget: float = 0.04) -> float:
+    """Returns the median seconds of a call of several that are started without waiting for each other."""
+    wait(run())
+    start = time.perf_counter()
+    wait(run())
+    once = time.perf_counter() - start
+    count, times = max(1, min(20, int(budget / once))), []
+    for _ in range(3 if once < 5 * budget else 1):
+        start = time.perf_counter()
+        for _ in range(count):
+            result = run()
+        wait(result)
+        times.append((time.perf_counter() - start) / count)
+    return statistics.median(times)
+
+
+def in_torch(p: Problem, about: dict[str, Any]) -> None:
+    """Prints a line for each direction and memory layout of PyTorch."""
+    on_gpu = jax.devices()[0].platform == 'gpu'
+    torch.backends.cudnn.benchmark = True
+    like: dict[str, Any] = {'device': 'cuda' if on_gpu else 'cpu', 'dtype': getattr(torch, p.dtype)}
+    after = -(-p.size // p.stride)
+    settings = None, [p.stride] * 2, [p.kernel // 2] * 2, [1, 1], False, [0, 0], p.groups
+    backward = torch.ops.aten.convolution_backward
+
+    def wait(_: Any) -> None:
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    for side, layout in (('nchw', torch.contiguous_format), ('channels-last', torch.channels_last)):
+
+        def draw(*shape: int, layout=layout) -> list[torch.Tensor]:
+            return [torch.randn(shape, **like).contiguous(memory_format=layout) for _ in range(COPIES)]
+
+        xs, dys = draw(p.batch, p.channels, p.size, p.size), draw(p.batch, p.features, after, after)
+        ks = draw(p.features, p.channels // p.groups, p.kernel, p.kernel)
+        copies = list(zip(xs, ks, dys, strict=True))
+        runs = {
+            'forward': lambda c=copies: [torch.convolution(x, k, *settings) for x, k, _ in c],
+            'input_gradient': lambda c=copies: [
+                backward(dy, x, k, *settings, [True, False, False]) for x, k, dy in c
+            ],
+            'weight_gradient': lambda c=copies: [
+                backward(dy, x, k, *settings, [False, True, False]) for x, k, dy in c
+            ],
+        }
+        for direction, run in runs.items():
+            record = {**about, 'direction': direction, 'side': f'torch-{side}'}
+            try:
+                record['ms'] = round(1e3 * per_call(run, wait) / COPIES, 4)
+            except RuntimeError as e:
+                record['failed'] = f'{type(e).__name__}: {" ".join(str(e).split())[:300]}'
+            common.emit(record, None)
+
+
+if __name__ == '__main__':
+    main()
