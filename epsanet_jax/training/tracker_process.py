@@ -57,8 +57,8 @@ def _wandb(settings: dict[str, Any]) -> tuple[str, Log, Callable[[], None]]:
 
 
 def _trackio(settings: dict[str, Any]) -> tuple[str, Log, Callable[[], None]]:
-    import trackio
-    from trackio.sqlite_storage import SQLiteStorage
+    import trackio  # pyright: ignore[reportMissingImports]
+    from trackio.sqlite_storage import SQLiteStorage  # pyright: ignore[reportMissingImports]
 
     name = f'{settings["name"]}-{settings["id"]}'  # a run of trackio is found by its name
     run = trackio.init(
