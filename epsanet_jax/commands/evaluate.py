@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     counted = bool(args.per_class or args.confusion)
     counts = np.zeros([network.model.num_classes if counted else 0] * 2, np.int64)
     options = (args.batch_size, args.on_bad, common.to_stderr, args.label_column)
-    means = evaluate(network, *dataset, *options, counts if counted else None)
+    means = evaluate(network, *dataset, *options, confusion=counts if counted else None)
     for path in args.confusion:
         confusion.write(path, counts, network.labels)
     classes = confusion.per_class(counts, network.labels) if args.per_class else []

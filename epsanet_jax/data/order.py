@@ -56,7 +56,7 @@ class _Balanced(grain.transforms.Map):
 
 
 @runtime_checkable
-class Labelled(Protocol):
+class WithLabels(Protocol):
     """A source that knows its labels without reading its images."""
 
     labels: Sequence[int]
@@ -67,7 +67,7 @@ def read_labels(source: Source) -> np.ndarray:
 
     A record that cannot be read raises BadImageError, or OSError.
     """
-    if isinstance(source, Labelled):
+    if isinstance(source, WithLabels):
         return np.asarray(source.labels)
     return np.array([_label(source, index) for index in range(len(source))])
 

@@ -180,31 +180,6 @@ def test_classes_of_one_name_are_ambiguous_for_every_command(one_class_each, cap
     assert (status, json.loads(out)['top1']) == (0, 1)
 
 
-def test_every_form_of_the_same_images_has_the_same_metrics(one_class_each, capsys, tmp_path, monkeypatch):
-    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-    network, _ = one_class_each
-    names = tuple(f'class{i}' for i in range(12))
-    save_pretrained(tmp_path / 'hub', dataclasses.replace(network, class_names=names))
-    class_folders(tmp_path / 'val', 6, ('class3', 'class10'))
-    write_all(tmp_path, tmp_path, 'val')
-    (tmp_path / 'csv/val.csv').rename(tmp_path / 'csv/x.csv')
-    table = (tmp_path / 'csv/x.csv').read_text().replace('label', 'breed,class,category')
-    (tmp_path / 'csv/x.csv').write_text(
-        table.replace('class3', 'class3,x,y').replace('class10', 'class10,x,y')
-    )
-    places = ('parquet', 'shards', 'metadata', 'parquet/data/val-00000-of-00002.parquet', 'csv/x.csv')
-    expected = [(6, 0.5)] * 3 + [(3, 1.0), (6, 0.5)]
-    for place, found in zip(places, expected, strict=True):
-        column = ('--label-column', 'breed') if place == 'csv/x.csv' else ()
-        status, out, err = run(
-            capsys, 'evaluate', tmp_path / 'hub', '--data', tmp_path / place, '--json', *column
-        )
-        assert (status, err.count('\n')) == (0, 1), err
-        assert ' images of 2 classes; images' in err
-        content = json.loads(out)
-        assert (content['examples'], content['top1']) == found
-
-
 def test_figures_of_classes_and_the_confusion_matrix(one_class_each, capsys, tmp_path):
     """The network decides for class 10 of 12; 3 images of this class, 2 of class 4."""
     network, _ = one_class_each
@@ -233,3 +208,28 @@ def test_figures_of_classes_and_the_confusion_matrix(one_class_each, capsys, tmp
     assert [c['images'] for c in content['classes']] == [0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 3, 0]
     status, _, err = run(capsys, *command, '--confusion', 'x.gif')
     assert (status, '--confusion must end with .csv' in err) == (2, True)
+
+
+def test_every_form_of_the_same_images_has_the_same_metrics(one_class_each, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+    network, _ = one_class_each
+    names = tuple(f'class{i}' for i in range(12))
+    save_pretrained(tmp_path / 'hub', dataclasses.replace(network, class_names=names))
+    class_folders(tmp_path / 'val', 6, ('class3', 'class10'))
+    write_all(tmp_path, tmp_path, 'val')
+    (tmp_path / 'csv/val.csv').rename(tmp_path / 'csv/x.csv')
+    table = (tmp_path / 'csv/x.csv').read_text().replace('label', 'breed,class,category')
+    (tmp_path / 'csv/x.csv').write_text(
+        table.replace('class3', 'class3,x,y').replace('class10', 'class10,x,y')
+    )
+    places = ('parquet', 'shards', 'metadata', 'parquet/data/val-00000-of-00002.parquet', 'csv/x.csv')
+    expected = [(6, 0.5)] * 3 + [(3, 1.0), (6, 0.5)]
+    for place, found in zip(places, expected, strict=True):
+        column = ('--label-column', 'breed') if place == 'csv/x.csv' else ()
+        status, out, err = run(
+            capsys, 'evaluate', tmp_path / 'hub', '--data', tmp_path / place, '--json', *column
+        )
+        assert (status, err.count('\n')) == (0, 1), err
+        assert ' images of 2 classes; images' in err
+        content = json.loads(out)
+        assert (content['examples'], content['top1']) == found

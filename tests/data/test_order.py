@@ -72,6 +72,6 @@ def test_balanced_batches_are_the_same_after_a_restart_and_on_two_processes(tmp_
 
 
 def test_labels_are_read_from_records_of_sources_that_do_not_list_them(tmp_path):
-    assert not isinstance(Synthetic(6, 4, 32), order.Labelled)
+    assert not isinstance(Synthetic(6, 4, 32), order.WithLabels)
     assert order.read_labels(Synthetic(6, 4, 32)).tolist() == [0, 1, 2, 3, 0, 1]
     assert order.read_labels(folder(tmp_path)).tolist() == [0] * 9 + [1] * 2
