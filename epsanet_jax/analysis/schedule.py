@@ -9,12 +9,10 @@ the sum over its operations. Transfers that run beside the operations (`copy-sta
 but a program takes at least the memory time of all bytes.
 
 The roofline is a lower bound. It leaves out waiting inside an operation (for the first data of a transfer, or
-for results that the compiler could not hide), transfers that do not fit beside the operations, and the other
-chips.
+for results that come late), transfers that do not fit beside the operations, and other chips.
 """
 
 import collections
-import dataclasses
 import os
 import re
 from collections.abc import Iterator
@@ -29,8 +27,9 @@ _FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'part
 _CONTROL = {'while', 'call', 'conditional'}
 _BUNDLE = re.compile(r'^\s*(?:0x[0-9a-f]+|0)\s*([A-Z]{2})?\s*:\s')
 _EXIT = re.compile(r'scmp\.\w+\.\w+\.\w+ %s\w+, (\d+) /\* [^*]*loop exit test')
+_ELSEWHERE = re.compile(r'S\([1-9]\d*\)')  # in a layout: another memory than HBM
 _DELAY = 4  # bundles after a branch that are still executed
-_ROWS = re.compile(r'vmatmul\.(bf16|f32|\w+)[\w.]*\.mxu(\d)')
+_ROWS = re.compile(r'vmatmul\.(\w+)[\w.]*\.mxu(\d)')
 _DUMP = re.compile(r'(\d+)-(.+)-\d+-final_bundles\.txt')
 _SHAPE = re.compile(r'([a-z]+\d*\w*)\[([\d,]*)\](?:\{([^{}]*)\})?')
 
@@ -55,8 +54,7 @@ class Op(NamedTuple):
     roofline: float  # cycles
 
 
-@dataclasses.dataclass(frozen=True)
-class Roofline:
+class Roofline(NamedTuple):
     """Totals over a program, for one device.
 
     Attributes:
@@ -194,11 +192,7 @@ def stored_bytes(shape: str) -> int:
     The layout '{0,3,2,1:T(8,128)S(1)}' names the axes from the innermost, the tile to which the innermost are
     padded, and, unless it is HBM, the memory.
     """
-    return sum(_padded_bytes(*array) for array in _SHAPE.findall(shape) if _in_hbm(array))
-
-
-def _in_hbm(array: tuple[str, str, str]) -> bool:
-    return re.search(r'S\([1-9]\d*\)', array[2]) is None
+    return sum(_padded_bytes(*array) for array in _SHAPE.findall(shape) if not _ELSEWHERE.search(array[2]))
 
 
 def _padded_bytes(kind: str, sizes: str, layout: str) -> int:
@@ -215,7 +209,7 @@ def _padded_bytes(kind: str, sizes: str, layout: str) -> int:
 def _hbm_bytes(line: str, shape: str, opcode: str, shapes: dict[str, str]) -> int:
     if opcode.endswith('-start'):  # a transfer; the result names both ends
         ends = _SHAPE.findall(shape)[:2]
-        return min(_padded_bytes(*end) for end in ends) * sum(map(_in_hbm, ends))
+        return min(_padded_bytes(*end) for end in ends) * sum(not _ELSEWHERE.search(end[2]) for end in ends)
     return stored_bytes(shape) + sum(stored_bytes(shapes.get(name, '')) for name in hlo.operands(line))
 
 
