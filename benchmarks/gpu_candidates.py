@@ -15,7 +15,7 @@ import jax
 from epsanet_jax.ops import algorithms, rewrites
 from epsanet_jax.ops.algorithms import Algorithm, convolve_all, divisors
 from epsanet_jax.ops.choice import Problem
-from epsanet_jax.ops.rewrites import Window
+from epsanet_jax.ops.plain import Window
 
 WIDTHS = (16, 32, 64)  # input channels of merged groups
 Function = Callable[..., Any]

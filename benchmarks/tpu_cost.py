@@ -1,8 +1,10 @@
-"""The TPU compiler's cost estimate of a training step; needs no TPU.
+"""What a training step costs on a TPU, by its compiler's estimate and by its schedules; needs no TPU.
 
     pip install libtpu
     python benchmarks/tpu_cost.py --models epsanet50_small resnet50 --topology v5e:2x4
     python benchmarks/tpu_cost.py --models epsanet50_small resnet50 --blocks     # block by block
+    python benchmarks/tpu_cost.py --models epsanet50_small resnet50 --blocks --schedule --by-op 10
+    python benchmarks/tpu_cost.py --known                # the schedule where the answer is known
 
 Compiles the step for all chips of the topology as one program. Prints the sum of the compiler's estimates for
 one chip: cycles and bytes per image, temporary memory, compile time. The body of a loop counts as often as it
@@ -10,12 +12,18 @@ runs. Collectives have no estimate, and that of a custom call is written by its 
 separately. The compiler puts the batch into the 128 lanes: compare at 128 images per chip. --blocks compiles
 each distinct block alone instead, forward and backward, in seconds. --by-op N also lists the N most expensive
 operations.
+
+--schedule also reads the final schedules that the compiler writes (`epsanet_jax.analysis.schedule`): compute
+cycles, bytes in HBM and the roofline, the larger of the two for each operation. Next to it, the estimate is a
+coarse model. Compiling then takes two to four times as long, minutes for a block and hours for a step.
 """
 
 import argparse
+import dataclasses
 import functools
 import re
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -25,7 +33,8 @@ import common
 import jax
 import jax.numpy as jnp
 
-from epsanet_jax.analysis import hlo
+from epsanet_jax.analysis import hlo, schedule
+from epsanet_jax.analysis.topology import CHIPS
 from epsanet_jax.models import EPSABlock, create_model
 from epsanet_jax.models.epsanet import STEM_WIDTH, EPSANet
 from epsanet_jax.models.settings import of_stage, settings_of
@@ -37,10 +46,40 @@ from epsanet_jax.training.state import create_state
 DATA = DataConfig()  # mean and std of the images
 
 
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What to report: the `by_op` most expensive operations and, if schedules are written, the roofline."""
+
+    by_op: int = 0
+    folder: str = ''  # of the schedules
+    bytes_per_cycle: float = 0.0
+
+
 def main() -> None:
     """Compiles and prints."""
     args = _parse()
+    with tempfile.TemporaryDirectory() as folder:
+        measure = Measure(args.by_op)
+        if args.schedule or args.known:
+            schedule.write_schedules(folder)
+            chip = CHIPS[args.topology.partition(':')[0]]
+            if chip.clock is None:
+                raise SystemExit(f'error: --schedule: the clock of {args.topology} is not known')
+            measure = Measure(args.by_op, folder, chip.bandwidth / chip.clock)
+        report(args, measure)
+
+
+def report(args: argparse.Namespace, measure: Measure) -> None:
+    """Prints the cost of each model, or of each block."""
     devices = common.tpu_devices(args.topology)
+    if args.known:
+        for name, (function, shapes) in known().items():
+            place = jax.sharding.SingleDeviceSharding(devices[0])
+            step = jax.jit(function, in_shardings=place, out_shardings=place)
+            record = compile_cost(step, shapes, args.batch_per_chip, measure)
+            where = {'benchmark': 'tpu_known', 'case': name, 'topology': args.topology, **_versions()}
+            common.emit({**where, **record}, args.out)
+        return
     for name in args.models:
         model = create_model(name, dtype=jnp.dtype(args.dtype), conv=args.conv)
         where = {'benchmark': 'tpu_cost', 'model': name, 'conv': args.conv, 'topology': args.topology}
@@ -48,11 +87,13 @@ def main() -> None:
         where |= {'image_size': args.image_size, **_versions()}
         if args.blocks:
             for layer, (block, shape) in blocks(model, args.batch_per_chip, args.image_size).items():
-                record = block_cost(block, shape, devices[0], args.by_op)
+                if args.layers and layer not in args.layers:
+                    continue
+                record = block_cost(block, shape, devices[0], measure)
                 common.emit({**where, 'block': layer, **record}, args.out)
         else:
             common.log(f'{name}: compiling for {len(devices)} chips')
-            common.emit({**where, **step_cost(model, devices, args)}, args.out)
+            common.emit({**where, **step_cost(model, devices, args, measure)}, args.out)
 
 
 def _parse() -> argparse.Namespace:
@@ -64,6 +105,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument('--dtype', default='bfloat16')
     parser.add_argument('--image-size', type=int, default=224)
     parser.add_argument('--blocks', action='store_true', help='separate blocks instead of the step')
+    parser.add_argument('--layers', nargs='*', help='only these blocks: layer1_0, layer1_1, ...')
+    parser.add_argument('--schedule', action='store_true', help='also read the schedules; slow')
+    parser.add_argument('--known', action='store_true', help='schedules of cases whose answer is known')
     parser.add_argument(
         '--by-op', type=int, default=0, metavar='N', help='list the most expensive operations'
     )
@@ -82,7 +126,9 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def step_cost(model: EPSANet, devices: list[Any], args: argparse.Namespace) -> dict[str, Any]:
+def step_cost(
+    model: EPSANet, devices: list[Any], args: argparse.Namespace, measure: Measure
+) -> dict[str, Any]:
     """Returns the cost of the training step on all devices, with BatchNorm over the whole batch."""
     batch = args.batch_per_chip * len(devices)
     mesh = sharding.make_mesh(batch, None, devices)
@@ -91,7 +137,7 @@ def step_cost(model: EPSANet, devices: list[Any], args: argparse.Namespace) -> d
     state = jax.eval_shape(lambda key: create_state(model, optimizer, key, 64), jax.random.key(0))
     images = jax.ShapeDtypeStruct((batch, args.image_size, args.image_size, 3), jnp.uint8)
     rows = {'image': images, 'label': jax.ShapeDtypeStruct((batch,), jnp.int32)}
-    return _compile(step, (state, rows), args.batch_per_chip, args.by_op)
+    return compile_cost(step, (state, rows), args.batch_per_chip, measure)
 
 
 def blocks(model: EPSANet, batch: int, image_size: int) -> dict[str, tuple[EPSABlock, tuple[int, ...]]]:
@@ -109,7 +155,9 @@ def blocks(model: EPSANet, batch: int, image_size: int) -> dict[str, tuple[EPSAB
     return found
 
 
-def block_cost(block: EPSABlock, shape: tuple[int, ...], device: Any, by_op: int = 0) -> dict[str, Any]:
+def block_cost(
+    block: EPSABlock, shape: tuple[int, ...], device: Any, measure: Measure | None = None
+) -> dict[str, Any]:
     """Returns the cost of one residual block, forward and backward, on one chip."""
     x = jax.ShapeDtypeStruct(shape, block.settings.dtype)
     variables = jax.eval_shape(block.init, jax.random.key(0), x)
@@ -125,19 +173,38 @@ def block_cost(block: EPSABlock, shape: tuple[int, ...], device: Any, by_op: int
 
     place = jax.sharding.SingleDeviceSharding(device)
     step = jax.jit(forward_and_backward, in_shardings=place, out_shardings=place)
-    return _compile(step, (variables, x, y), shape[0], by_op)
+    return compile_cost(step, (variables, x, y), shape[0], measure or Measure())
 
 
-def _compile(step: Any, arguments: tuple[Any, ...], images: int, by_op: int) -> dict[str, Any]:
+def known() -> dict[str, tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]]:
+    """Returns functions of known cost, with the shapes of their arguments, for 128 images."""
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+        )
+
+    return {
+        'matrix product 4096': (lambda a, b: a @ b, (array(4096, 4096), array(4096, 4096))),
+        'copy 256 MB': (lambda a: -a, (array(8192, 16384),)),
+        'conv 1x1 256 -> 64, 56': (convolve, (array(128, 56, 56, 256), array(1, 1, 256, 64))),
+        'conv 3x3 64 -> 64, 56': (convolve, (array(128, 56, 56, 64), array(3, 3, 64, 64))),
+        'conv 3x3 128 -> 128, 28': (convolve, (array(128, 28, 28, 128), array(3, 3, 128, 128))),
+    }
+
+
+def compile_cost(step: Any, arguments: tuple[Any, ...], images: int, measure: Measure) -> dict[str, Any]:
+    """Returns what the compiler says about a function that is jitted for a chip, per image."""
     start = time.perf_counter()
     compiled = step.trace(*arguments).lower(lowering_platforms=('tpu',)).compile()
     compile_s = round(time.perf_counter() - start, 1)
     text = compiled.as_text()
-    if by_op:
-        _list_most_expensive(text, by_op)
     found = hlo.analyze(text)
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-    return {
+    record = {
         'cycles_per_image': round(found.pop('cycles') / images),
         'bytes_per_image': round(cost['bytes accessed'] / images),
         'flops_per_image': round(cost['flops'] / images),
@@ -145,6 +212,22 @@ def _compile(step: Any, arguments: tuple[Any, ...], images: int, by_op: int) -> 
         'compile_s': compile_s,
         **found,
     }
+    if measure.folder:
+        kernels = schedule.read_kernels(measure.folder)
+        limits = schedule.roofline(text, kernels, measure.bytes_per_cycle)
+        schedule.clear(measure.folder)
+        for line in schedule.describe(limits.ops, measure.by_op, images) if measure.by_op else ():
+            common.log(line)
+        record |= {
+            'schedule_cycles_per_image': round(limits.schedule_cycles / images),
+            'hbm_bytes_per_image': round(limits.hbm_bytes / images),
+            'roofline_cycles_per_image': round(limits.roofline_cycles / images),
+            'unknown_loops_in_kernels': limits.unknown_loops,
+            'unscheduled': limits.unscheduled,
+        }
+    elif measure.by_op:
+        _list_most_expensive(text, measure.by_op)
+    return record
 
 
 def _list_most_expensive(text: str, count: int) -> None:

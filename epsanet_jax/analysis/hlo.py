@@ -19,7 +19,7 @@ def analyze(text: str) -> dict[str, Any]:
         custom_calls: number of calls of each target.
         custom_call_cycles: sum of their estimates, which their authors give and `cycles` does not include.
     """
-    computations, entry = _computations(text)
+    computations, entry = split(text)
     collectives: dict[str, dict[str, int]] = {}
     custom_calls: collections.Counter[str] = collections.Counter()
     totals = collections.Counter({'cycles': 0, 'loops': 0, 'unknown_loops': 0, 'custom_call_cycles': 0})
@@ -28,7 +28,7 @@ def analyze(text: str) -> dict[str, Any]:
         for line in computations[name]:
             found = re.search(r'"estimated_cycles":"(\d+)"', line)
             cycles = times * int(found.group(1)) if found else 0
-            shape, opcode = _operation(line)
+            _, shape, opcode = operation(line)
             if opcode == 'custom-call':
                 target = re.search(r'custom_call_target="([^"]*)"', line)
                 custom_calls[target.group(1) if target else '?'] += times
@@ -64,13 +64,20 @@ def shape_bytes(shape: str) -> int:
     return total
 
 
-def _operation(line: str) -> tuple[str, str]:
-    """Returns the shape and the opcode of an instruction: '%name = SHAPE opcode(...)'."""
-    found = re.match(r'\s*(?:ROOT )?%?[\w.\-]+ = (.*?[\])}]) ([a-z][\w-]*)\(', line)
-    return (found.group(1), found.group(2)) if found else ('', '')
+def operation(line: str) -> tuple[str, str, str]:
+    """Returns name, shape and opcode of an instruction: '%name = SHAPE opcode(...)'; '' if it is none."""
+    found = re.match(r'\s*(?:ROOT )?%?([\w.\-]+) = (.*?[\])}]) ([a-z][\w-]*)\(', line)
+    return found.groups() if found else ('', '', '')  # type: ignore[return-value]
 
 
-def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+def operands(line: str) -> list[str]:
+    """Returns the names of an instruction's operands."""
+    found = re.search(r' [a-z][\w-]*\(([^()]*)\)', line)
+    return re.findall(r'%([\w.\-]+)', found.group(1)) if found else []
+
+
+def split(text: str) -> tuple[dict[str, list[str]], str]:
+    """Returns the lines of each computation of a module, and the name of the one that is run."""
     computations: dict[str, list[str]] = {}
     entry, current = '', None
     for line in text.splitlines():

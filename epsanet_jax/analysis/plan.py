@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from epsanet_jax.analysis import hlo
+from epsanet_jax.analysis import hlo, schedule
 from epsanet_jax.analysis.topology import GIB, Topology
 from epsanet_jax.errors import InputError
 
@@ -31,7 +31,8 @@ class Plan:
         collectives: for each kind 'count' and 'bytes' per step, and 'seconds' at the published rate of the
             links, without overlap with the computation.
         cost: 'flops', 'bytes_accessed' and, for TPUs, 'estimated_cycles' and 'seconds' at the chip's clock:
-            the compiler's model, not a measurement.
+            the compiler's model, not a measurement. Also 'hbm_bytes' and 'roofline_seconds', the least time
+            of the computation (`analysis.schedule`), from the bytes alone unless 'scheduled' is true.
         compile_s: time that the compiler took, seconds.
     """
 
@@ -54,7 +55,12 @@ class Plan:
 
 
 def make_plan(
-    lower: Lower, name: str, batch: int, topology: Topology, report: Callable[[str], None] = lambda _: None
+    lower: Lower,
+    name: str,
+    batch: int,
+    topology: Topology,
+    report: Callable[[str], None] = lambda _: None,
+    schedules: str | None = None,
 ) -> Plan:
     """Compiles a step for a topology.
 
@@ -64,6 +70,7 @@ def make_plan(
         batch: rows of the global batch.
         topology: topology from `open_topology`.
         report: called with a message before the compiler starts.
+        schedules: folder to which the compiler writes schedules (`schedule.write_schedules`), if it does.
 
     Raises:
         InputError: the step cannot be lowered for this batch.
@@ -77,7 +84,9 @@ def make_plan(
     except jax.errors.JaxRuntimeError as e:
         return plan(False, *_out_of_memory(e), {}, {}, time.perf_counter() - began)
     seconds, needed = time.perf_counter() - began, _bytes(compiled.memory_analysis())
-    found = hlo.analyze(compiled.as_text())
+    text = compiled.as_text()
+    found = hlo.analyze(text)
+    cost = _cost(compiled.cost_analysis(), found['cycles'], topology)
     return plan(
         fits=None if topology.memory is None else needed <= topology.memory,
         bytes_per_device=needed,
@@ -86,7 +95,7 @@ def make_plan(
             kind: {**entry, 'seconds': _transfer(kind, entry['bytes'], topology)}
             for kind, entry in sorted(found['collectives'].items())
         },
-        cost=_cost(compiled.cost_analysis(), found['cycles'], topology),
+        cost=cost | _roofline(text, topology, schedules),
         compile_s=seconds,
     )
 
@@ -173,6 +182,19 @@ def _cost(analysis: dict[str, float], cycles: int, topology: Topology) -> dict[s
     return cost
 
 
+def _roofline(text: str, topology: Topology, schedules: str | None) -> dict[str, Any]:
+    if topology.bandwidth is None:
+        return {}
+    kernels = schedule.read_kernels(schedules) if schedules and topology.clock else {}
+    clock = topology.clock or 1e9  # any, if only the bytes count
+    found = schedule.roofline(text, kernels, topology.bandwidth / clock)
+    return {
+        'hbm_bytes': found.hbm_bytes,
+        'roofline_seconds': found.roofline_cycles / clock,
+        'scheduled': bool(kernels),
+    }
+
+
 def describe(plan: Plan) -> list[str]:
     """Returns the lines that `epsanet plan` prints."""
     fits = {True: 'fits', False: 'DOES NOT FIT', None: 'memory of the device unknown'}[plan.fits]
@@ -194,7 +216,17 @@ def describe(plan: Plan) -> list[str]:
         lines.append(f'compiler:    {cost} per device')
     if plan.seconds:
         speed = f'{plan.batch / plan.seconds:,.0f} images/s'
-        lines.append(f'modelled:    {plan.seconds * 1e3:.1f} ms per step, {speed}')
+        lines.append(
+            f"modelled:    {plan.seconds * 1e3:.1f} ms per step, {speed}, by the compiler's estimate: rough"
+        )
+    least = plan.cost.get('roofline_seconds')
+    if least:
+        bound = 'the schedules and the memory' if plan.cost['scheduled'] else 'the memory alone'
+        moved = _amount(plan.cost['hbm_bytes'], 'B')
+        lines.append(
+            f'roofline:    {least * 1e3:.1f} ms per step or more, {plan.batch / least:,.0f} images/s, '
+            f'by {bound}: {moved} through the HBM of each device'
+        )
     return [*lines, f'compiled in  {plan.compile_s:.0f} s']
 
 

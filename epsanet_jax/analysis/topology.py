@@ -28,6 +28,7 @@ class Chip:
         axes: number of axes of the torus.
         wraps_at: an axis of a slice is a ring if its length is a multiple of this.
         clock: Hz, from peak compute and the number of matrix units; None if that number is not published.
+        bandwidth: of the HBM, bytes per second.
     """
 
     memory: int
@@ -35,14 +36,15 @@ class Chip:
     axes: int
     wraps_at: int
     clock: float | None
+    bandwidth: float
 
 
 CHIPS = {
-    'v4': Chip(32 * GIB, 300e9, 3, 4, 1.05e9),
-    'v5e': Chip(int(15.75 * GIB), 200e9, 2, 16, 1.5e9),
-    'v5p': Chip(95 * GIB, 600e9, 3, 4, 1.75e9),
-    'v6e': Chip(32 * GIB, 400e9, 2, 16, None),
-    'tpu7x': Chip(192 * GIB, 600e9, 3, 4, None),
+    'v4': Chip(32 * GIB, 300e9, 3, 4, 1.05e9, 1228e9),
+    'v5e': Chip(int(15.75 * GIB), 200e9, 2, 16, 1.5e9, 819e9),
+    'v5p': Chip(95 * GIB, 600e9, 3, 4, 1.75e9, 2765e9),
+    'v6e': Chip(32 * GIB, 400e9, 2, 16, None, 1640e9),
+    'tpu7x': Chip(192 * GIB, 600e9, 3, 4, None, 7380e9),
 }
 
 
@@ -56,6 +58,7 @@ class Topology:
         memory: memory of one device, bytes.
         reduce_rate: rate at which a device sends in an all-reduce, bytes per second.
         clock: clock rate, Hz.
+        bandwidth: of the memory of one device, bytes per second.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Topology:
     memory: int | None
     reduce_rate: float | None = None
     clock: float | None = None
+    bandwidth: float | None = None
 
     @property
     def platform(self) -> str:
@@ -131,7 +135,9 @@ def _tpu(name: str, chip: Chip, sides: list[int]) -> Topology:
         raise InputError(f'--topology={name}: libtpu has no such slice: {one_line(e)}') from e
     share = math.prod(sides) / len(devices)  # a chip may be several devices
     rate = reduce_rate(chip, sides)
-    return Topology(name, devices, int(chip.memory * share), rate and rate * share, chip.clock)
+    return Topology(
+        name, devices, int(chip.memory * share), rate and rate * share, chip.clock, chip.bandwidth * share
+    )
 
 
 def reduce_rate(chip: Chip, sides: Sequence[int]) -> float | None:

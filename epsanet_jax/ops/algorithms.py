@@ -20,6 +20,7 @@ or combined:
               results are added. The gradient of the input then convolves no inserted zeros.
 
     direct    Multiply-adds of shifted images instead of matrix products, see `direct`.
+    pallas    Weight gradients by a kernel of our own for TPUs, see `pallas_tpu`.
 
 When several convolutions read the same input, as the branches of a pyramid do:
 
@@ -40,7 +41,7 @@ import numpy as np
 from jax import lax
 
 from epsanet_jax.errors import InputError, suggest
-from epsanet_jax.ops import direct, rewrites
+from epsanet_jax.ops import direct, pallas_tpu, rewrites
 from epsanet_jax.ops.plain import Window, pad
 
 
@@ -49,7 +50,7 @@ class Algorithm(NamedTuple):
 
     Attributes:
         name: 'stock', 'merged', 'joint' (for a single convolution the same as 'merged'), 'tiled', 'folded',
-            'banded', 'by_channel', 'by_image' or, for 1x1 kernels, 'matmul'.
+            'banded', 'by_channel', 'by_image', for 1x1 kernels 'matmul' or, for weight gradients, 'pallas'.
         merge: number of neighbouring groups that are merged into one; divides the number of groups. 'banded'
             always merges all groups.
         tile: rows and columns of output pixels that are computed at once; 'banded' uses only the columns.
@@ -67,7 +68,7 @@ class Algorithm(NamedTuple):
 
 
 DIRECT = ('by_channel', 'by_image')  # multiply-adds of shifted images, see `direct`
-NAMES = ('stock', 'merged', 'dense', 'tiled', 'folded', 'banded', 'phases', 'matmul', *DIRECT)
+NAMES = ('stock', 'merged', 'dense', 'tiled', 'folded', 'banded', 'phases', 'matmul', *DIRECT, 'pallas')
 MOST_TERMS = 512  # multiply-adds for an output in `direct`; more take long to compile
 MERGED_CHANNELS = 64  # a dense convolution with fewer input channels leaves vector units idle
 
@@ -92,6 +93,7 @@ def by_name(name: str, kernel_shape: tuple[int, ...], groups: int) -> Algorithm:
     phases: groups are not merged; each phase of the stride is a separate convolution
     matmul: a matrix product for each group, for 1x1 kernels
     by_channel, by_image: multiply-adds of shifted images, for at most `MOST_TERMS` of them
+    pallas: none of its own; `bilinear` takes those of 'auto' and, for weight gradients, `pallas_tpu`
     """
     rows, columns, channels, outputs = kernel_shape
     size = max(rows, columns)
@@ -200,6 +202,7 @@ def weight_gradient(
     windows: Sequence[Window],
     groups: Sequence[int],
     algorithms: Sequence[Algorithm],
+    interpret: bool = False,
 ) -> list[jax.Array]:
     """Returns the gradients of the kernels, of these shapes, from those of the outputs of `convolve_all`.
 
@@ -210,12 +213,15 @@ def weight_gradient(
         windows: as in `convolve_all`.
         groups: as in `convolve_all`.
         algorithms: algorithm for each kernel.
+        interpret: whether Pallas kernels are computed by XLA's operations, because this is no TPU.
     """
     gradients: dict[int, jax.Array] = {}
     for i, algorithm in enumerate(algorithms):
         if algorithm.name in DIRECT:
             by_image = algorithm.name == 'by_image'
             gradients[i] = direct.weight_gradient(x, dys[i], windows[i], groups[i], shapes[i][:2], by_image)
+        elif algorithm.name == 'pallas':
+            gradients[i] = pallas_tpu.weight_gradient(x, dys[i], groups[i], shapes[i][0], interpret)
     rest = [i for i in range(len(shapes)) if i not in gradients]
     if rest:
         kernels = [_like(x, shapes[i]) for i in rest]

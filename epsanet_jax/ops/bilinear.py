@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from epsanet_jax.ops import algorithms, choice
-from epsanet_jax.ops.algorithms import DIRECT
+from epsanet_jax.ops import algorithms, choice, pallas_tpu
+from epsanet_jax.ops.algorithms import DIRECT, Algorithm
 from epsanet_jax.ops.materialize import materialize
 from epsanet_jax.ops.plain import Window
 
@@ -108,10 +108,15 @@ def _(x, *dys, spec, sizes):
 def _choose(platform: str, direction: str, x: Any, kernels: Sequence[tuple[int, ...]], spec: Spec):
     """Returns the algorithm for each kernel shape in one direction; x has the images' shape and type."""
     each = zip(kernels, spec.windows, spec.groups, strict=True)
-    if spec.algorithm != 'auto':
+    if spec.algorithm not in ('auto', 'pallas'):
         return [algorithms.by_name(spec.algorithm, shape, g) for shape, _, g in each]
-    problems = [choice.Problem.of(x, shape, window, g) for shape, window, g in each]
-    return [getattr(choice.choose(platform, problem), direction) for problem in problems]
+    chosen = []
+    for shape, window, g in each:
+        chosen.append(getattr(choice.choose(platform, choice.Problem.of(x, shape, window, g)), direction))
+        by_kernel = spec.algorithm == 'pallas' and direction == 'weight_gradient'
+        if by_kernel and pallas_tpu.applies(x.shape, x.dtype, shape, window, g):
+            chosen[-1] = Algorithm('pallas')
+    return chosen
 
 
 def _lower_forward(x, *kernels, spec, platform):
@@ -134,12 +139,13 @@ def _lower_weight_gradient(x, *dys, spec, sizes, platform):
     unfolds = [
         size
         for size, a in zip(sizes, chosen, strict=True)
-        if size != (1, 1) and a.name not in DIRECT and not (a.name == 'merged' and a.split)
+        if size != (1, 1) and a.name not in (*DIRECT, 'pallas') and not (a.name == 'merged' and a.split)
     ]
     if platform == 'cpu' and unfolds:
         # Stored once in the order [C, H, W, N] that all weight gradients of XLA:CPU read.
         x = materialize(x.transpose(3, 1, 2, 0)).transpose(3, 1, 2, 0)
-    return algorithms.weight_gradient(x, dys, shapes, spec.windows, spec.groups, chosen)
+    interpret = platform != 'tpu'
+    return algorithms.weight_gradient(x, dys, shapes, spec.windows, spec.groups, chosen, interpret)
 
 
 for _rule, _primitive_of in (

@@ -54,6 +54,21 @@ def test_memory_is_read_from_the_error_of_the_tpu_compiler():
         plan._out_of_memory(RuntimeError('INTERNAL: something else'))
 
 
+def test_roofline_of_a_step_for_a_tpu_is_explained(tmp_path):
+    chip = topology.Topology('v5e:1x1', [None], 2**40, None, clock=1.5e9, bandwidth=819e9)
+    found = plan.make_plan(lower, 'net', 64, chip)
+    assert found.cost['hbm_bytes'] >= 64 * 1000 * 4
+    assert found.cost['roofline_seconds'] == pytest.approx(found.cost['hbm_bytes'] / 819e9, rel=0.01)
+    (line,) = (line for line in plan.describe(found) if line.startswith('roofline:'))
+    assert 'by the memory alone' in line
+    for name in ('fusion', 'dot.1', 'dot', 'dot_reduce_fusion', 'wrapped_reduce', 'reduce'):
+        text = ''.join(f'   0x{i:x}   :  {{}}\n' for i in range(1, 10))
+        (tmp_path / f'1-{name}-01-final_bundles.txt').write_text(text)
+    found = plan.make_plan(lower, 'net', 64, chip, schedules=str(tmp_path))
+    assert found.cost['scheduled']
+    assert any('by the schedules and the memory' in line for line in plan.describe(found))
+
+
 def test_all_reduce_sends_twice_as_much_as_all_gather():
     ring = topology.Topology('v5e:2x4', [None] * 8, None, 100e9)
     assert plan._transfer('all-reduce', 10**9, ring) == pytest.approx(2 * 7 / 8 * 0.01)

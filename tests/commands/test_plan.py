@@ -130,6 +130,7 @@ def test_step_that_does_not_fit_gives_status_1(recipe, capsys, monkeypatch):
         (['--topology=cpu:8', '--config.optimizer.lrr=1'], "did you mean 'optimizer.lr'"),
         (['--topology=cpu:8', '--lr=1'], 'unrecognized arguments: --lr=1'),
         (['--topology=cpu:8', '--find-batch', '--batch=8'], 'a batch of 8 cannot be halved'),
+        (['--topology=cpu:8', '--find-batch', '--schedule'], '--schedule reads one compilation'),
         (
             ['--topology=cpu:8', '--find-batch', '--config.gradient_accumulation_steps=0'],
             'gradient_accumulation_steps must be at least 1, got 0',
