@@ -22,8 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
 from epsanet_jax.ops.plain import Window
 
@@ -121,6 +119,9 @@ def _plan(shape: Sequence[int], outputs: int, blocks: int, size: int, itemsize: 
 
 def _sums(x: jax.Array, dy: jax.Array, plan: Plan, interpret: bool) -> jax.Array:
     """Returns float32 [blocks, size, size, inputs, tile rows * tile columns * outputs]; x is [H, W, C, N]."""
+    from jax.experimental import pallas as pl  # here, because importing it takes long
+    from jax.experimental.pallas import tpu as pltpu
+
     blocks, inputs = plan.sums[0], plan.sums[3]
     out = blocks, plan.size, plan.size, inputs, plan.values
     tiles = x.shape[0] * x.shape[1] * x.shape[3] // math.prod(plan.tile)
@@ -148,6 +149,9 @@ def _sums(x: jax.Array, dy: jax.Array, plan: Plan, interpret: bool) -> jax.Array
 
 def _kernel(x, dy, out, window, gradient, sums, arrived, *, size, tile):
     """Adds up all tiles of all images in `sums`, and picks the gradient of the kernel from it."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import tpu as pltpu
+
     h, w, channels, n = x.shape
     blocks, *seen, inputs, values = sums.shape
     chunk, half, outputs = window.shape[3], size // 2, values // math.prod(tile)
