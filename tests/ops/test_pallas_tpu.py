@@ -41,10 +41,10 @@ def stock(x, dy, groups, size, shape):
     ('case', 'dtype', 'tolerance'),
     [
         ('own groups', 'float32', 1e-5),
-        pytest.param('merged groups', 'float32', 1e-5, marks=pytest.mark.slow),
-        pytest.param('groups of two chunks, several tiles', 'float32', 1e-5, marks=pytest.mark.slow),
-        pytest.param('more images than lanes', 'float32', 1e-5, marks=pytest.mark.slow),
-        pytest.param('merged groups', 'bfloat16', 2**-8, marks=pytest.mark.slow),
+        ('merged groups', 'float32', 1e-5),
+        ('groups of two chunks, several tiles', 'float32', 1e-5),
+        ('more images than lanes', 'float32', 1e-5),
+        ('merged groups', 'bfloat16', 2**-8),
     ],
 )
 def test_weight_gradient_equals_stock(rng, case, dtype, tolerance):
@@ -110,14 +110,12 @@ TRANSFORMS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('transform', TRANSFORMS)
 def test_gradients_of_the_op_equal_stock(small, transform):
     apply = TRANSFORMS[transform]
     assert_equal(apply(gradients('pallas'), *small), apply(gradients('stock'), *small))
 
 
-@pytest.mark.slow
 def test_gradients_in_a_shard_map_equal_those_of_one_device(small):
     mesh = jax.make_mesh((2,), ('data',), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
 
@@ -152,7 +150,6 @@ def test_kernel_is_used_in_a_shard_map(small, check_vma):
     assert 'toeplitz_weight_gradient' in lowered(step, *small)
 
 
-@pytest.mark.slow
 def test_exports_for_several_platforms_are_portable(small):
     exported = export.export(jax.jit(gradients('pallas')), platforms=('cpu', 'tpu'))(*small)
     again = export.deserialize(exported.serialize())
