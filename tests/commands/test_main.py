@@ -40,7 +40,7 @@ def test_help_of_every_command_has_an_example(capsys, command):
 
 
 def test_interrupted_command_ends_with_status_75(capsys, monkeypatch):
-    def interrupted(*arguments):
+    def interrupted(*arguments, **options):
         raise Interrupted('stopped: run the command again')
 
     monkeypatch.setattr('epsanet_jax.data.prepare.dataset.prepare', interrupted)

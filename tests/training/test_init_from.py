@@ -331,6 +331,7 @@ def test_the_classifier_is_kept_only_for_the_same_classes(tmp_path, names, repor
             init_from.make_initial_state(network, model, classes, jax.random.key(0), 3, True)
 
 
+@pytest.mark.slow
 def test_a_resnet_starts_a_run_of_an_epsanet_with_gray_images(tmp_path, capsys):
     """What fits is taken, also by the moving averages; a stem for three channels becomes one for one."""
     net = dataclasses.replace(runs.recipe().model, layers=(1,), planes=(8,), num_classes=4)

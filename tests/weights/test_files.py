@@ -178,7 +178,14 @@ def test_moving_averages_come_without_the_optimizer_of_the_weights(averaged):
     assert not network.variables['params']['fc']['kernel'].any()
 
 
-@pytest.mark.parametrize('command', [('convert', 'y.pth'), ('export', 'y.onnx'), ('predict', 'image.png')])
+@pytest.mark.parametrize(
+    'command',
+    [
+        ('convert', 'y.pth'),
+        pytest.param(('export', 'y.onnx'), marks=pytest.mark.slow),
+        ('predict', 'image.png'),
+    ],
+)
 def test_commands_report_on_stderr_what_was_taken(capsys, saved, averaged, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     shutil.copy(saved / 'image.png', tmp_path)
