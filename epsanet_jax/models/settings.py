@@ -34,7 +34,7 @@ class Settings:
         expansion: a stage has planes * expansion output channels.
         kernels: kernel size of each branch of the pyramid, the same in all stages, or one tuple per stage:
             ((3, 5, 7, 9), (3, 5, 7), (3, 5), (3,)).
-        groups: number of groups of each branch, likewise for all stages or per stage.
+        groups: number of groups of each branch, also for all stages or per stage.
         reduction: channels per hidden unit in the squeeze-and-excitation modules.
         psa_bias: whether the pyramid's convolutions have biases (the paper's listing has them, the reference
             repository has none).
