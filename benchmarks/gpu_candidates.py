@@ -15,7 +15,7 @@ import jax
 from epsanet_jax.ops import algorithms, rewrites
 from epsanet_jax.ops.algorithms import Algorithm, convolve_all, divisors
 from epsanet_jax.ops.choice import Problem
-from epsanet_jax.ops.plain import Window
+from epsanet_jax.ops.plain import Window, pad
 
 WIDTHS = (16, 32, 64)  # input channels of merged groups
 Function = Callable[..., Any]
@@ -103,8 +103,8 @@ def padded(
     kernels = algorithms._merge(kernel, groups, merge)  # [kh, kw, I, B, O]
     inputs, blocks, outputs = kernels.shape[2:]
     more, extra = -inputs % multiples[0], -outputs % multiples[1]
-    kernels = rewrites.pad(kernels, ((0, 0), (0, 0), (0, more), (0, 0), (0, extra)))
-    x = rewrites.pad(x.reshape(*x.shape[:3], blocks, inputs), (*((0, 0),) * 4, (0, more)))
+    kernels = pad(kernels, ((0, 0), (0, 0), (0, more), (0, 0), (0, extra)))
+    x = pad(x.reshape(*x.shape[:3], blocks, inputs), (*((0, 0),) * 4, (0, more)))
     x = x.reshape(*x.shape[:3], blocks * (inputs + more))
     y = rewrites.merged(x, kernels, window, split=False)
     y = y.reshape(*y.shape[:3], blocks, outputs + extra)[..., :outputs]

@@ -7,18 +7,18 @@ direction. They are chosen when a program is lowered for a platform. Several ker
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from epsanet_jax.ops import algorithms, choice, pallas_tpu
 from epsanet_jax.ops.algorithms import DIRECT, Algorithm
 from epsanet_jax.ops.materialize import materialize
 from epsanet_jax.ops.plain import Window
+from epsanet_jax.ops.primitive import make_primitive
 
 
 class Spec(NamedTuple):
@@ -57,27 +57,9 @@ def weight_gradient(
     return _weight_gradient.bind(x, *dys, spec=spec, sizes=sizes)
 
 
-def _primitive(name: str) -> Primitive:
-    primitive = Primitive(name)
-    primitive.multiple_results = True
-    primitive.def_impl(functools.partial(_run, primitive))
-    return primitive
-
-
-def _run(primitive: Primitive, *args: jax.Array, **params: Any) -> list[jax.Array]:
-    """Computes the primitive outside `jit`, also while `jax.disable_jit` is in force, as JAX's own do."""
-    with jax.disable_jit(False):
-        return _compiled(primitive, tuple(params.items()))(*args)
-
-
-@functools.cache
-def _compiled(primitive: Primitive, params: tuple[tuple[str, Any], ...]) -> Callable[..., Any]:
-    return jax.jit(functools.partial(primitive.bind, **dict(params)))
-
-
-_forward = _primitive('grouped_conv')
-_input_gradient = _primitive('grouped_conv_input_gradient')
-_weight_gradient = _primitive('grouped_conv_weight_gradient')
+_forward = make_primitive('grouped_conv')
+_input_gradient = make_primitive('grouped_conv_input_gradient')
+_weight_gradient = make_primitive('grouped_conv_weight_gradient')
 
 
 # Shapes. Arrays of rank 4 keep what else is known of the first argument, such as its axes in a shard_map.

@@ -10,7 +10,6 @@ gradients with other orders, so they are written out here, each in its fastest f
                      are taken over one image or a few small ones at a time.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -18,18 +17,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
 
 from epsanet_jax.ops import plain
 from epsanet_jax.ops.materialize import materialize
 from epsanet_jax.ops.plain import Window, interleave, pad
+from epsanet_jax.ops.primitive import make_primitive
 
 MOST_PHASES = 9  # each is a convolution to compile
 NARROW = 16  # up to as many channels XLA:CPU takes vectors of images in a weight gradient
 LARGEST = (
     2**18
-)  # values of the outputs' gradient that a weight gradient reads at a time; they fit into the cache
+)  # values of the outputs' gradient that a weight gradient reads at a time; the cache holds them
 
 
 def conv(x: jax.Array, kernels: jax.Array, window: Window) -> jax.Array:
@@ -58,11 +57,9 @@ class _Phase(NamedTuple):
 def _phases(size: int, outputs: int, kernel: int, stride: int, dilation: int, low: int) -> list[_Phase]:
     """Returns the phases of one axis; `low` is its padding before the first pixel."""
     phases = []
+    count = -(-size // stride)
     for first in range(stride):
-        count, value = (
-            -(-size // stride),
-            (first + low) % stride,
-        )  # the first value met, of the kernel as it is
+        value = (first + low) % stride  # the first one that they meet, of the kernel as it is
         span = (len(range(value, kernel, stride)) - 1) * dilation
         before = span - (first + low) // stride
         phases.append(_Phase(count, (kernel - 1 - value) % stride, (before, count + span - before - outputs)))
@@ -100,19 +97,17 @@ def _weight_gradient(x: jax.Array, dy: jax.Array, window: Window, shape: Sequenc
     kh, kw, inputs, blocks, outputs = shape
     n, rows, columns, _ = dy.shape
     parts = _parts(n, rows * columns, inputs, outputs)
-    padding = [
-        (low, (count - 1) * stride + extent - low - size)
-        for size, count, extent, stride, (low, _) in zip(
-            x.shape[1:3], (rows, columns), window.extents(shape), window.strides, window.padding, strict=True
-        )
-    ]
+    each = zip(
+        x.shape[1:3], (rows, columns), window.extents(shape), window.strides, window.padding, strict=True
+    )
+    above, beside = ((low, (m - 1) * stride + extent - low - n) for n, m, extent, stride, (low, _) in each)
     # [B, parts, I, H, W, n] and [B, parts, H, W, n, O]
     x = x.reshape(parts, n // parts, *x.shape[1:3], blocks, inputs).transpose(4, 0, 5, 2, 3, 1)
     dy = dy.reshape(parts, n // parts, rows, columns, blocks, outputs).transpose(4, 0, 2, 3, 1, 5)
 
     def part(x: jax.Array, dy: jax.Array) -> jax.Array:
         # The images' channels are the batch here, and the images are the channels.
-        return plain.conv(x, dy, window.dilation, padding, dilation=window.strides)  # [I, kh, kw, O]
+        return _plain(x, dy, Window(window.dilation, (above, beside), window.strides))  # [I, kh, kw, O]
 
     def group(xy: tuple[jax.Array, jax.Array]) -> jax.Array:
         if parts == 1:
@@ -162,8 +157,7 @@ def _for_each(blocks: int, group: Callable[[jax.Array | int], jax.Array], y: jax
     return lax.fori_loop(0, blocks, body, y)
 
 
-_conv = Primitive('conv_by_group')
-_conv.def_impl(lambda x, kernels, *, window: jax.jit(functools.partial(_forward, window=window))(x, kernels))
+_conv = make_primitive('conv_by_group', multiple_results=False)
 mlir.register_lowering(_conv, mlir.lower_fun(_forward, multiple_results=False))
 
 

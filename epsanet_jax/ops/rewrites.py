@@ -74,16 +74,12 @@ def without_dilation(
 
 
 def merged(x: jax.Array, kernels: jax.Array, window: Window, split: bool) -> jax.Array:
-    """Convolves with merged kernels: by one convolution or, with `split`, by one for each group."""
-    size = x.shape[1:3]
-    out = window.outputs(size, kernels.shape)
-    if split and all(isinstance(n, int) for n in size):
-        # XLA's fast path on the CPU needs images at least as large as the kernel, for the gradient too.
-        missing = [max(0, e - n) for e, n in zip(window.extents(kernels.shape), size, strict=True)]
-        if any(missing):
-            x = pad(x, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)))
-    y = _conv_groups(x, kernels, window.strides, window.padding, split, window.dilation)
-    return y[:, : out[0], : out[1]]
+    """Convolves with merged kernels: by one convolution or, with `split`, by one for each group in a loop."""
+    if split:
+        return by_group.conv(x, kernels, window)
+    kh, kw, inputs, blocks, outputs = kernels.shape
+    kernel = kernels.reshape(kh, kw, inputs, blocks * outputs)
+    return conv(x, kernel, window.strides, window.padding, blocks, window.dilation)
 
 
 def split_phases(x: jax.Array, strides: tuple[int, int]) -> Phases:
@@ -181,7 +177,7 @@ def tiled(
             (lows[0], (down - 1) * step[0] + kh - h - lows[0]),
             (lows[1], (across - 1) * step[1] + kw - w - lows[1]),
         )
-    y = _conv_groups(x, kernels, step, padding, split)
+    y = merged(x, kernels, Window(step, padding), split)
     y = y.reshape(n, down, across, blocks, columns, rows, outputs).transpose(0, 1, 5, 2, 4, 3, 6)
     y = y.reshape(n, down * rows, across * columns, blocks * outputs)
     return y[:, : out[0], : out[1]]
@@ -211,11 +207,3 @@ def _fold(x, kernels, lows, step, tiles):
     k = pad(kernels, ((0, th * step[0] - kh), (0, tw * step[1] - kw), *(((0, 0),) * 5)))
     k = k.reshape(th, step[0], tw, step[1], inputs, blocks, -1).transpose(0, 2, 4, 1, 3, 5, 6)
     return x, k.reshape(th, tw, inputs * step[0] * step[1], blocks, -1)
-
-
-def _conv_groups(x, kernels, strides, padding, split, dilation=(1, 1)):
-    kh, kw, inputs, blocks, outputs = kernels.shape
-    if not split:
-        kernel = kernels.reshape(kh, kw, inputs, blocks * outputs)
-        return conv(x, kernel, strides, padding, blocks, dilation)
-    return by_group.conv(x, kernels, Window(tuple(strides), tuple(padding), tuple(dilation)))

@@ -50,7 +50,7 @@ def list_source(root: str, labels: str | None = None, label_column: str = '') ->
     Args:
         root: path of the folder.
         labels: list of the labels of ImageNet's validation images, see `imagenet.list_tars`.
-        label_column: column of the labels, see `labelled.label_column`; '': a usual name.
+        label_column: column of the labels, see `contents.label_column`; '': a usual name.
 
     Raises:
         InputError: the folder has another layout, or is damaged.
