@@ -1,4 +1,4 @@
-"""Grouped convolutions as plain ones, one group after another, for groups of many channels on a CPU.
+"""Grouped convolutions as plain ones, one group after another, for many groups on a CPU.
 
 In a loop only one convolution has to be compiled, however many groups there are. XLA:CPU computes a
 convolution in a loop quickly only if its arrays have the order [N, H, W, C] and [H, W, I, O]. JAX writes

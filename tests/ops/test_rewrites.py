@@ -67,16 +67,17 @@ def test_matmul_equals_stock(rng, stride):
 
 @pytest.mark.parametrize('stride', [1, 2])
 @pytest.mark.parametrize('kernel', [3, 9])
-def test_merged_has_one_convolution_also_in_the_loop_of_split(rng, stride, kernel):
-    x, k = draw(rng, (5, 6), kernel, groups=2)
+@pytest.mark.parametrize(('groups', 'convolutions'), [(2, 2), (16, 16), (17, 1)])
+def test_merged_splits_into_convolutions_side_by_side_or_in_a_loop(rng, stride, kernel, groups, convolutions):
+    x, k = rng.standard_normal((2, 5, 6, groups)), rng.standard_normal((kernel, kernel, 1, 3 * groups))
     expected = plain(x, k, stride)
-    for split in (False, True):
+    for split, count in ((False, 1), (True, convolutions)):
         window = half(k, stride)
         function = jax.jit(
-            lambda x, k, s=split, w=window: rewrites.merged(x, k.reshape(*k.shape[:3], 2, 3), w, s)
+            lambda x, k, s=split, w=window: rewrites.merged(x, k.reshape(*k.shape[:3], groups, 3), w, s)
         )
         np.testing.assert_allclose(function(x, k), expected, rtol=1e-10, atol=1e-12)
-        assert function.lower(x, k).as_text().count('stablehlo.convolution') == 1
+        assert function.lower(x, k).as_text().count('stablehlo.convolution') == count
 
 
 @pytest.mark.parametrize(('stride', 'count'), [(1, 1), (2, 4), (3, 9), (7, 35)])
