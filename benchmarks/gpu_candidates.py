@@ -100,7 +100,7 @@ def padded(
     x: jax.Array, kernel: jax.Array, window: Window, groups: int, merge: int, multiples: tuple[int, int]
 ) -> jax.Array:
     """Convolves with merged groups whose inputs and outputs are padded to multiples of these numbers."""
-    kernels = algorithms._merge(kernel, groups, merge)  # [kh, kw, I, B, O]
+    kernels = rewrites.merge_groups(kernel, groups, merge)  # [kh, kw, I, B, O]
     inputs, blocks, outputs = kernels.shape[2:]
     more, extra = -inputs % multiples[0], -outputs % multiples[1]
     kernels = pad(kernels, ((0, 0), (0, 0), (0, more), (0, 0), (0, extra)))

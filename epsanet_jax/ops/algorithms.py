@@ -37,7 +37,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from epsanet_jax.errors import InputError, suggest
@@ -69,7 +68,6 @@ class Algorithm(NamedTuple):
 
 DIRECT = ('by_channel', 'by_image')  # multiply-adds of shifted images, see `direct`
 NAMES = ('stock', 'merged', 'dense', 'tiled', 'folded', 'banded', 'phases', 'matmul', *DIRECT, 'pallas')
-MOST_TERMS = 512  # multiply-adds for an output in `direct`; more take long to compile
 MERGED_CHANNELS = 64  # a dense convolution with fewer input channels leaves vector units idle
 
 
@@ -92,14 +90,14 @@ def by_name(name: str, kernel_shape: tuple[int, ...], groups: int) -> Algorithm:
     banded: all groups are merged; two columns at once
     phases: groups are not merged; each phase of the stride is a separate convolution
     matmul: a matrix product for each group, for 1x1 kernels
-    by_channel, by_image: multiply-adds of shifted images, for at most `MOST_TERMS` of them
+    by_channel, by_image: multiply-adds of shifted images, for few of them (`direct.has_few_terms`)
     pallas: none of its own; `bilinear` takes those of 'auto' and, for weight gradients, `pallas_tpu`
     """
     rows, columns, channels, outputs = kernel_shape
     size = max(rows, columns)
     if name in DIRECT:
-        terms = rows * columns * max(channels, outputs // groups)
-        return Algorithm(name if terms <= MOST_TERMS else 'stock')
+        few = direct.has_few_terms(rows * columns, channels * groups, outputs, groups)
+        return Algorithm(name if few else 'stock')
     if name == 'matmul':
         return Algorithm('matmul' if size == 1 else 'stock')
     if name == 'dense' and groups > 1:
@@ -153,7 +151,7 @@ def convolve_all(
         else:
             outputs[i] = _convolve(x, by_phase, kernels[i], windows[i], groups[i], algorithm)
     for (_, phases), members in joint.items():
-        merged = [_merge(kernels[i], groups[i], algorithms[i].merge) for i in members]
+        merged = [rewrites.merge_groups(kernels[i], groups[i], algorithms[i].merge) for i in members]
         parts = _joint(x, by_phase if phases else None, merged, [windows[i] for i in members])
         outputs.update(zip(members, parts, strict=True))
     return tuple(outputs[i] for i in range(len(kernels)))
@@ -243,14 +241,14 @@ def _convolve(x, by_phase, kernel, window, groups, algorithm):
         return rewrites.stock(x, kernel, window, groups)
     if algorithm.name in DIRECT:
         return direct.forward(x, kernel, window, groups, algorithm.name == 'by_image')
-    kernels = _merge(kernel, groups, algorithm.merge)  # [kh, kw, I, B, O]
+    kernels = rewrites.merge_groups(kernel, groups, algorithm.merge)  # [kh, kw, I, B, O]
     if algorithm.name == 'merged' and not algorithm.phases:
         return rewrites.merged(x, kernels, window, algorithm.split)
     if window.dilation != (1, 1):
         again = functools.partial(convolve, kernel=kernel, groups=groups, algorithm=algorithm)
         return rewrites.without_dilation(x, kernel, window, lambda x, window: again(x, window=window))
     if algorithm.name == 'banded':
-        kernel = _merge(kernel, groups, groups)[:, :, :, 0]
+        kernel = rewrites.merge_groups(kernel, groups, groups)[:, :, :, 0]
         return rewrites.banded(x, kernel, window, algorithm.tile[1])
     if algorithm.phases:
         by_phase = rewrites.split_phases(x, window.strides) if by_phase is None else by_phase
@@ -285,20 +283,3 @@ def _joint(x, by_phase, kernels, windows):
     y = y.reshape(*y.shape[:3], blocks, sum(widths))
     parts = jnp.split(y, list(itertools.accumulate(widths))[:-1], axis=4)
     return [part.reshape(*y.shape[:3], blocks * width) for part, width in zip(parts, widths, strict=True)]
-
-
-def _merge(kernel: jax.Array, groups: int, merge: int) -> jax.Array:
-    """Turns [k, k, I, C_out] into block-diagonal [k, k, merge * I, B, C_out / B]; B is groups / merge."""
-    kh, kw, inputs, outputs = kernel.shape
-    each = outputs // groups
-    if merge == 1:
-        return kernel.reshape(kh, kw, inputs, groups, each)
-    # `where` instead of a product with 0: an infinite weight must not put NaN into other groups.
-    zero = jnp.zeros((), kernel.dtype)
-    if merge == groups:  # here the form below makes weight gradients four times as slow on a TPU
-        k = kernel.reshape(kh, kw, inputs, groups, 1, each).transpose(0, 1, 3, 2, 4, 5)
-        same_group = jnp.eye(groups, dtype=bool)[:, None, :, None]  # [groups, 1, groups, 1]
-        return jnp.where(same_group, k, zero).reshape(kh, kw, groups * inputs, 1, outputs)
-    member = np.arange(outputs) // each % merge  # [C_out]: place of the output's group in its merged group
-    k = jnp.concatenate([jnp.where(member == i, kernel, zero) for i in range(merge)], axis=2)
-    return k.reshape(kh, kw, merge * inputs, groups // merge, merge * each)

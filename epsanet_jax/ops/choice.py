@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from epsanet_jax.ops.algorithms import DIRECT, MOST_TERMS, Algorithm, divisors
+from epsanet_jax.ops.algorithms import DIRECT, Algorithm, divisors
 from epsanet_jax.ops.by_group import LARGEST, MOST_PHASES
+from epsanet_jax.ops.direct import has_few_terms
 from epsanet_jax.ops.plain import Window
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
@@ -101,7 +102,7 @@ def _candidates(p: Problem) -> Iterator[Algorithm]:
     yield Algorithm('stock')
     if p.kernel == 1 and p.groups <= MOST_SPLIT:
         yield Algorithm('matmul')
-    if p.kernel**2 * max(p.channels, p.features) // p.groups <= MOST_TERMS:
+    if has_few_terms(p.kernel**2, p.channels, p.features, p.groups):
         if p.size or p.stride == 1:
             yield Algorithm('by_channel')
         if p.size:
@@ -170,8 +171,8 @@ def _fit(algorithm: Algorithm, known: Problem, problem: Problem) -> Algorithm:
     if algorithm.name == 'matmul' and (problem.kernel != 1 or problem.groups > MOST_SPLIT):
         return Algorithm('stock')
     if algorithm.name in DIRECT:
-        terms = problem.kernel**2 * max(problem.channels, problem.features) // problem.groups
-        return algorithm if terms <= MOST_TERMS else Algorithm('stock')
+        few = has_few_terms(problem.kernel**2, problem.channels, problem.features, problem.groups)
+        return algorithm if few else Algorithm('stock')
     merge = max(d for d in divisors(problem.groups) if d <= algorithm.merge)
     similar = known[:3] == problem[:3]  # kernel, stride, groups
     same = known[:5] == problem[:5]  # and channels, features

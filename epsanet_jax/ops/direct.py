@@ -23,10 +23,16 @@ from epsanet_jax.ops.plain import Window, interleave, pad
 
 CHAINS = 2  # sums that are added up side by side, because an addition waits for the one before it
 TERMS = 28  # multiply-adds in one loop: fewer write the sum too often, more need too many registers
+MOST_TERMS = 512  # multiply-adds for an output; more take long to compile
 # Images whose weight gradients are summed side by side, if there are no more devices. Each device needs one.
 LANES = 2
 
 Tap = tuple[int, int, int, jax.Array]  # row, column, input of the group; kernel values, [C_out]
+
+
+def has_few_terms(area: int, channels: int, features: int, groups: int) -> bool:
+    """Returns whether these functions compile quickly; `area` is the kernel's height times width."""
+    return area * max(channels, features) // groups <= MOST_TERMS
 
 
 def forward(x: jax.Array, kernel: jax.Array, window: Window, groups: int, by_image: bool) -> jax.Array:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from epsanet_jax.ops import by_group
@@ -72,6 +73,29 @@ def without_dilation(
     y = convolve(x, Window((strides[0], strides[1])))
     y = y.reshape(n, *steps, *counts, y.shape[3]).transpose(0, 3, 1, 4, 2, 5)
     return y.reshape(n, counts[0] * steps[0], counts[1] * steps[1], -1)[:, : out[0], : out[1]]
+
+
+def merge_groups(kernel: jax.Array, groups: int, count: int) -> jax.Array:
+    """Makes block-diagonal kernels [kh, kw, count * I, B, C_out / B] from [kh, kw, I, C_out].
+
+    Args:
+        kernel: of a convolution with groups.
+        groups: their number.
+        count: number of neighbouring groups in each of the B merged ones.
+    """
+    kh, kw, inputs, outputs = kernel.shape
+    each = outputs // groups
+    if count == 1:
+        return kernel.reshape(kh, kw, inputs, groups, each)
+    # `where` instead of a product with 0: an infinite weight must not put NaN into other groups.
+    zero = jnp.zeros((), kernel.dtype)
+    if count == groups:  # here the form below makes weight gradients four times as slow on a TPU
+        k = kernel.reshape(kh, kw, inputs, groups, 1, each).transpose(0, 1, 3, 2, 4, 5)
+        same_group = jnp.eye(groups, dtype=bool)[:, None, :, None]  # [groups, 1, groups, 1]
+        return jnp.where(same_group, k, zero).reshape(kh, kw, groups * inputs, 1, outputs)
+    member = np.arange(outputs) // each % count  # [C_out]: place of the output's group in its merged group
+    k = jnp.concatenate([jnp.where(member == i, kernel, zero) for i in range(count)], axis=2)
+    return k.reshape(kh, kw, count * inputs, groups // count, count * each)
 
 
 def merged(x: jax.Array, kernels: jax.Array, window: Window, split: bool) -> jax.Array:

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from epsanet_jax.models import create_model, list_models
 from epsanet_jax.models.settings import pyconv_widths, pyramid_of
 from epsanet_jax.ops import choice
-from epsanet_jax.ops.algorithms import DIRECT, MOST_TERMS, NAMES, Algorithm
+from epsanet_jax.ops.algorithms import DIRECT, NAMES, Algorithm
 from epsanet_jax.ops.choice import Choice, Problem, choose
+from epsanet_jax.ops.direct import MOST_TERMS
 from epsanet_jax.ops.plain import Window
 
 STOCK = Choice(*(Algorithm('stock'),) * 3)
