@@ -73,9 +73,11 @@ def read_checkpoint(path: str | os.PathLike[str], *, ema: bool = True, ignore: s
 def _read_file(path: str, ema: bool, ignore: str) -> Checkpoint:
     with open(path, 'rb') as f:
         start = f.read(32)
-    if start.startswith(STARTS):
+    # Safetensors begin with the size of a JSON header, whose first bytes may be those of a pickle.
+    is_safetensors = start[5:9] == b'\0\0\0{'
+    if start.startswith(STARTS) and not is_safetensors:
         return find_weights(read_torch(path), path, ema, ignore)
-    if start[8:9] == b'{' or path.lower().endswith(SAFETENSORS_SUFFIX):  # after the size of the header
+    if is_safetensors or path.lower().endswith(SAFETENSORS_SUFFIX):
         tensors, metadata = _read_safetensors(path)
         return dataclasses.replace(find_weights(tensors, path, ema, ignore), metadata=metadata)
     what = [text for beginning, text in _OTHERS.items() if beginning and start.startswith(beginning)]

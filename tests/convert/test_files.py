@@ -81,6 +81,25 @@ def test_safetensors_are_read_from_a_file_of_any_name(tmp_path):
     assert read.notes == ("the prefix 'model.' of the names removed",)
 
 
+@pytest.mark.parametrize('start', [b'\x80', b'\x80\x02'])
+def test_safetensors_may_begin_with_the_bytes_of_a_pickle(tmp_path, start):
+    from safetensors.torch import save
+
+    # The size of the header comes first; its bytes can be any.
+    content = save(STATE_DICT)
+    size = int.from_bytes(content[:8], 'little')
+    wanted = int.from_bytes(start, 'little')
+    while wanted < size:
+        wanted += 256 ** len(start)
+    header = content[8 : 8 + size] + b' ' * (wanted - size)
+    data = wanted.to_bytes(8, 'little') + header + content[8 + size :]
+    assert data.startswith(start)
+    for name in ('x.safetensors', 'x.bin'):
+        (tmp_path / name).write_bytes(data)
+        variables = from_torch(read_checkpoint(tmp_path / name).state_dict, NET)
+        chex.assert_trees_all_equal(variables, VARIABLES)
+
+
 def test_safetensors_of_float8_are_refused_in_one_line(capsys, tmp_path):
     from safetensors.torch import save_file
 
