@@ -26,9 +26,8 @@ from epsanet_jax.ops.primitive import make_primitive
 
 MOST_PHASES = 9  # each is a convolution to compile
 NARROW = 16  # up to as many channels XLA:CPU takes vectors of images in a weight gradient
-LARGEST = (
-    2**18
-)  # values of the outputs' gradient that a weight gradient reads at a time; the cache holds them
+# Values of the outputs' gradient that a weight gradient reads at a time; the cache holds them.
+LARGEST = 2**18
 
 
 def conv(x: jax.Array, kernels: jax.Array, window: Window) -> jax.Array:

@@ -80,25 +80,20 @@ def process(tmp_path):
     return start
 
 
-def test_lines_become_values_with_the_name_of_their_split(process):
-    started = process('wandb', LINES)
+@pytest.mark.parametrize(
+    ('kind', 'place', 'run', 'first'),
+    [
+        ('wandb', 'here', 'abc', '{"train/loss": 2.0, "train/lr": 0.1}'),
+        ('trackio', 'run-abc', 'run-abc', '{"train/lr": 0.1}'),  # what it does not have yet
+    ],
+)
+def test_lines_become_values_with_the_name_of_their_split(process, kind, place, run, first):
+    started = process(kind, LINES)
     out, err = started.communicate()
-    assert (started.returncode, out) == (0, 'here\n')
+    assert (started.returncode, out) == (0, f'{place}\n')
     assert err.splitlines() == [
-        'init abc allow {"lr": 0.1}',
-        'log 1 {"train/loss": 2.0, "train/lr": 0.1}',
-        'log 2 {"train/loss": 1.5}',
-        'finish',
-    ]
-
-
-def test_trackio_gets_only_what_it_does_not_have(process):
-    started = process('trackio', LINES)
-    out, err = started.communicate()
-    assert (started.returncode, out) == (0, 'run-abc\n')
-    assert err.splitlines() == [
-        'init run-abc allow {"lr": 0.1}',
-        'log 1 {"train/lr": 0.1}',
+        f'init {run} allow {{"lr": 0.1}}',
+        f'log 1 {first}',
         'log 2 {"train/loss": 1.5}',
         'finish',
     ]
