@@ -1,8 +1,7 @@
 """The ways to compute convolutions that `gpu_op.py` compares.
 
-First the algorithms of the package that may suit a GPU, then candidates that the package does not have: XLA's
-own lowering of channels padded to multiples of 8, a stem of padded input channels, and the kernel of
-`gpu_triton`.
+The algorithms of the package that may suit a GPU, and candidates that the package does not have: XLA's own
+lowering of channels padded to multiples of 8, a stem of padded input channels, the kernel of `gpu_triton`.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,7 @@ from epsanet_jax.ops.algorithms import Algorithm, convolve_all, divisors
 from epsanet_jax.ops.choice import Problem
 from epsanet_jax.ops.plain import Window, pad
 
-WIDTHS = (16, 32, 64)  # input channels of merged groups
+WIDE = 64  # output channels that fill a matrix unit
 Function = Callable[..., Any]
 
 
@@ -33,8 +32,8 @@ class Way(NamedTuple):
     directions: dict[str, Function]
 
 
-def ways(members: Sequence[Problem]) -> Iterator[Way]:
-    """Yields the ways to compute convolutions; XLA's own, if it is measured, comes first."""
+def ways(members: Sequence[Problem], others: bool = False) -> Iterator[Way]:
+    """Yields the ways to compute convolutions: XLA's own, then the package's or the other candidates."""
     p, windows, groups = members[0], [window(p) for p in members], [p.groups for p in members]
     x, kernels = shapes(members)
     if len(members) > 1:
@@ -47,16 +46,20 @@ def ways(members: Sequence[Problem]) -> Iterator[Way]:
     def alone(function: Function) -> dict[str, Function]:
         return by_direction(lambda x, ks: (function(x, ks[0]),), x, kernels)
 
-    for algorithm in table_algorithms(p):
+    for algorithm in table_algorithms(p)[: 1 if others else None]:
         way = alone(lambda x, k, a=algorithm: algorithms.convolve(x, k, windows[0], p.groups, a))
+        if algorithm.name == 'tiled':  # this gradient convolves with zeros between the values: very slow
+            del way['input_gradient']
         yield Way({'algorithm': grouped_conv.shorten(algorithm)}, way)
+    if not others:
+        return
     inputs = p.channels // p.groups
     if p.channels <= 3:
         for channels in (4, 8):
             way = alone(lambda x, k, c=channels: padded(x, k, windows[0], 1, 1, (c, 1)))
             yield Way({'candidate': f'{channels} input channels'}, way)
     elif p.groups > 1:
-        for merge in {1, merged_to(p, WIDTHS[0])}:
+        for merge in {1, merged_to(p, 16)}:
             if (inputs * merge) % 8 or (p.features // p.groups * merge) % 8:
                 way = alone(lambda x, k, m=merge: padded(x, k, windows[0], p.groups, m, (8, 8)))
                 yield Way({'candidate': f'merged by {merge}, channels padded to a multiple of 8'}, way)
@@ -80,20 +83,25 @@ def merged_to(p: Problem, width: int) -> int:
 
 
 def table_algorithms(p: Problem) -> list[Algorithm]:
-    """Returns the algorithms of the package to measure, XLA's own first."""
+    """Returns the algorithms of the package to measure, XLA's own first.
+
+    Few, because cuDNN takes 0.4 s to choose how to compute a convolution: all groups merged; as many columns
+    as fill a matrix unit; for thin groups tiles of 2x2 pixels; with a stride its phases as channels.
+    """
     found = [Algorithm('stock')]
     if p.kernel == 1:
         return [*found, Algorithm('matmul')]
     if p.groups > 1:
-        merges = [merged_to(p, width) for width in WIDTHS]
-        found += [Algorithm('merged', m) for m in dict.fromkeys((*merges, p.groups)) if m > 1]
-        small = p.size // p.stride
-        found += [
-            Algorithm('tiled', 1, (t, t)) for t in (2, 4) if t <= small and p.channels // p.groups <= 16
-        ]
-    if p.stride > 1 and p.channels > 3:
-        found.append(Algorithm('merged', phases=True))
-    return found
+        found.append(Algorithm('merged', p.groups))
+    if p.groups > 1 and p.channels // p.groups <= 8:
+        found.append(Algorithm('tiled', 1, (2, 2)))
+    if p.stride > 1:
+        found.append(Algorithm('folded', p.groups))
+    wide = (WIDE // p.features, 2 * WIDE // p.features)
+    return [
+        *found,
+        *(Algorithm('banded', p.groups, (1, n)) for n in wide if 1 < n <= p.size // p.stride // 4),
+    ]
 
 
 def padded(

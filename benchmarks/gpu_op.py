@@ -1,10 +1,10 @@
 """A part of `gpu.py`: every way to compute the convolutions of a network, in three directions, on one device.
 
-    python benchmarks/gpu_op.py --network epsanet50_small --batch 128 --lines lines.jsonl
+    python benchmarks/gpu_op.py --network epsanet50_small --batch 256 --lines lines.jsonl
+    python benchmarks/gpu_op.py --others  # PyTorch, and candidates that the package does not have
 
-For each distinct convolution it measures XLA's own lowering ('stock'), the package's algorithms that may suit
-a GPU, candidates that the package does not have, and PyTorch in both memory layouts. Then it measures the
-convolutions of a pyramid that can be computed together. Each time is a line of JSON. Convolutions that
+For each distinct convolution it measures XLA's own lowering ('stock') and the package's algorithms that may
+suit a GPU, and after each pyramid its convolutions together. Each time is a line of JSON. Convolutions that
 --lines holds completely are skipped.
 
 A compiled program computes COPIES independent convolutions, so that the time to start it and the device's
@@ -12,7 +12,9 @@ cache do not matter. 'error' is the distance from XLA's own result, relative to 
 """
 
 import argparse
+import functools
 import itertools
+import math
 import os
 import statistics
 import time
@@ -34,7 +36,8 @@ from zoo_shapes import CONVS
 
 from epsanet_jax.ops.choice import Problem
 
-COPIES = 4
+COPIES = 2
+NOISE = 2**27  # random values, of which the operands are parts
 NETWORKS = ('epsanet50_small', 'resnext50', 'rehearsal')
 
 
@@ -44,24 +47,32 @@ def main() -> None:
     device = common.describe_device()
     earlier = common.read_lines(args.lines)
     begun, done = ({line[kind] for line in earlier if kind in line} for kind in ('begun', 'finished'))
-    wanted = problems(args.network, args.batch, args.dtype)
-    sets = [[p] for p in wanted] + [list(members) for members in together(wanted)]
-    missing = [members for members in sets if name(members) not in done]
-    missing.sort(
-        key=lambda members: name(members) in begun
-    )  # what may have stopped an earlier call comes last
+    sets = problems(args.network, args.batch, args.dtype)
+    if args.others:
+        sets = [members for members in sets if len(members) == 1]
+
+    def title(members: Sequence[Problem]) -> str:
+        return name(members) + (', others' if args.others else '')
+
+    missing = [members for members in sets if title(members) not in done]
+    # What may have stopped an earlier call comes last.
+    missing.sort(key=lambda members: title(members) in begun)
     for i, members in enumerate(missing):
-        common.log(f'{i + 1} of {len(missing)}: {name(members)}')
-        common.emit({'benchmark': 'gpu_op', 'begun': name(members)}, None)
-        measure(members, {'benchmark': 'gpu_op', **device, 'torch': torch.__version__})
-        common.emit({'benchmark': 'gpu_op', 'finished': name(members)}, None)
+        common.log(f'{i + 1} of {len(missing)}: {title(members)}')
+        common.emit({'benchmark': 'gpu_op', 'begun': title(members)}, None)
+        about = {'benchmark': 'gpu_op', **device}
+        measure(members, about, args.others)
+        if args.others:
+            in_torch(members[0], {**about, 'torch': torch.__version__, **members[0]._asdict()})
+        common.emit({'benchmark': 'gpu_op', 'finished': title(members)}, None)
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--network', choices=NETWORKS, default=NETWORKS[0])
-    parser.add_argument('--batch', type=int, default=128)
+    parser.add_argument('--batch', type=int, default=256)
     parser.add_argument('--dtype', default='bfloat16')
+    parser.add_argument('--others', action='store_true', help="not the package's algorithms")
     parser.add_argument('--lines', type=Path, help='lines of earlier calls; what they hold is skipped')
     return parser.parse_args()
 
@@ -74,46 +85,48 @@ def name(members: Sequence[Problem]) -> str:
     return f'{kernels}-s{p.stride} {p.size}x{p.channels}-{features} n{p.batch} {p.dtype}'
 
 
-def problems(network: str, batch: int, dtype: str) -> list[Problem]:
-    """Returns the distinct convolutions of a network, the most expensive kinds first.
+def problems(network: str, batch: int, dtype: str) -> list[list[Problem]]:
+    """Returns the distinct convolutions of a network, and after each pyramid those that may be joined.
 
-    Matrix products are nearly the same everywhere: only some are measured.
+    Pyramids without a stride and with large images come first, the stem last. Matrix products are nearly the
+    same everywhere: only some are measured.
     """
     if network == 'rehearsal':  # a pyramid, a stem and a shortcut
         small = ((5, 1, 4, 16, 8, 6), (3, 1, 1, 16, 8, 6), (3, 2, 1, 3, 8, 8), (1, 2, 1, 8, 8, 4))
-        return [Problem(*sizes, batch, dtype) for sizes in small]
-    if network == 'resnext50':
+        found = [Problem(*sizes, batch, dtype) for sizes in small]
+    elif network == 'resnext50':
         convs = [c for c in CONVS if c.family == 'resnext-50']
         return [
-            Problem(c.kernel, c.stride, c.groups, c.inputs, c.outputs, c.size, batch, dtype) for c in convs
+            [Problem(c.kernel, c.stride, c.groups, c.inputs, c.outputs, c.size, batch, dtype)] for c in convs
         ]
-    found = grouped_conv.problems(network, batch, dtype, 224)
-    spatial = [p for p in found if p.kernel > 1]
-    products = [p for p in found if p.kernel == 1]
-    chosen = [p for p in products if p.stride == 1][:2] + [p for p in products if p.stride > 1]
-    # Without a stride first, then large images, then large kernels; the stem last.
-    spatial.sort(key=lambda p: (p.channels <= 3, p.stride, -p.size, -p.kernel))
-    return spatial + chosen
+    else:
+        found = grouped_conv.problems(network, batch, dtype, 224)
+    products = [[p] for p in found if p.kernel == 1]
+    products = [s for s in products if s[0].stride == 1][:2] + [s for s in products if s[0].stride > 1]
+    stems = [[p] for p in found if p.channels <= 3]
+    spatial = [p for p in found if p.kernel > 1 and p.channels > 3]
+    spatial.sort(key=lambda p: (p.stride, -p.size, -p.channels, -p.kernel))
+    pyramids = [list(same) for _, same in itertools.groupby(spatial, key=lambda p: p[1:2] + p[3:])]
+    first, *rest = ([*([p] for p in pyramid), *together(pyramid)] for pyramid in pyramids)
+    return [*first, *products[:2], *itertools.chain(*rest), *products[2:], *stems]
 
 
-def together(wanted: Sequence[Problem]) -> Iterator[tuple[Problem, ...]]:
-    """Yields convolutions of a pyramid that may be one convolution: all, the last three, the last two."""
-    grouped = sorted((p for p in wanted if p.channels > 3 and p.kernel > 1), key=lambda p: p[1:2] + p[3:] + p)
-    for _, same in itertools.groupby(grouped, key=lambda p: p[1:2] + p[3:]):
-        pyramid = tuple(same)
-        for count in dict.fromkeys((len(pyramid), 3, 2)):
-            if 1 < count <= len(pyramid):
-                yield pyramid[-count:]
+def together(pyramid: Sequence[Problem]) -> Iterator[list[Problem]]:
+    """Yields convolutions of a pyramid that may be one convolution: all."""
+    if len(pyramid) > 1:
+        yield list(pyramid[::-1])
 
 
 def operands(members: Sequence[Problem]) -> dict[str, tuple[list[Any], list[Any]]]:
     """Returns the two arguments of each direction, random, COPIES of each."""
     x, kernels = shapes(members)
     outs = [window(p).outputs(x.shape[1:3], k.shape) for p, k in zip(members, kernels, strict=True)]
+    values = noise(str(x.dtype))
 
     def draw(seed: int, shape: Sequence[int]) -> list[jax.Array]:
-        keys = jax.random.split(jax.random.key(seed), COPIES)
-        return list(jax.jit(jax.vmap(lambda key: jax.random.normal(key, shape, x.dtype)))(keys))
+        size = math.prod(shape)
+        firsts = [1000 * seed + 100 * copy for copy in range(COPIES)]
+        return [jnp.resize(values[first : first + size], shape) for first in firsts]
 
     xs = draw(0, x.shape)
     ks = list(zip(*(draw(1, k.shape) for k in kernels), strict=True))
@@ -122,10 +135,17 @@ def operands(members: Sequence[Problem]) -> dict[str, tuple[list[Any], list[Any]
     return {'forward': (xs, ks), 'input_gradient': (ks, dys), 'weight_gradient': (xs, dys)}
 
 
-def measure(members: Sequence[Problem], about: dict[str, Any]) -> None:
+@functools.cache
+def noise(dtype: str) -> jax.Array:
+    """Returns random values of a normal distribution; NOISE of them on a GPU."""
+    count = NOISE if jax.devices()[0].platform == 'gpu' else 2**20
+    return jax.jit(lambda key: jax.random.normal(key, (count,), dtype))(jax.random.key(0))
+
+
+def measure(members: Sequence[Problem], about: dict[str, Any], others: bool) -> None:
     """Prints a line for each way and direction, in ms for one convolution of a batch."""
     given = operands(members)
-    jobs = [(way, d) for way in ways(members) for d in way.directions]
+    jobs = [(way, d) for way in ways(members, others) for d in way.directions]
     about |= members[0]._asdict() if len(members) == 1 else {}
     references: dict[str, list[jax.Array]] = {}
     with ThreadPoolExecutor(min(12, os.cpu_count() or 1)) as pool:  # all before the first measurement
@@ -142,9 +162,6 @@ def measure(members: Sequence[Problem], about: dict[str, Any]) -> None:
         except Exception as e:  # too little memory, or not supported: the others are measured
             record['failed'] = f'{type(e).__name__}: {" ".join(str(e).split())[:300]}'
         common.emit(record, None)
-    if len(members) == 1:
-        del given, references
-        in_torch(members[0], about)
 
 
 def compiled(function: Function, given: tuple[list[Any], list[Any]]) -> Any:
@@ -171,7 +188,7 @@ def distance(results: Sequence[jax.Array], references: Sequence[jax.Array]) -> f
     return round(max(float(relative(a, b)) for a, b in pairs), 5)
 
 
-def per_call(run: Callable[[], Any], wait: Callable[[Any], Any], budget: float = 0.04) -> float:
+def per_call(run: Callable[[], Any], wait: Callable[[Any], Any], budget: float = 0.02) -> float:
     """Returns the median seconds of a call of several that are started without waiting for each other."""
     wait(run())
     start = time.perf_counter()

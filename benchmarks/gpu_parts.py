@@ -1,6 +1,7 @@
-"""Parts of `gpu.py`: the device, the tests, golden outputs of torchvision.
+"""Parts of `gpu.py`: the device, the kernels of a training step, the tests, golden outputs of torchvision.
 
     python benchmarks/gpu_parts.py device
+    python benchmarks/gpu_parts.py kernels
     python benchmarks/gpu_parts.py tests --files tests/ops/test_bilinear.py
     python benchmarks/gpu_parts.py golden --write golden.npz
 
@@ -8,10 +9,14 @@ Each prints lines of JSON. Packages that only one part needs are imported there.
 """
 
 import argparse
+import collections
+import gzip
+import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -27,6 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 import train_step
 
+from epsanet_jax.commands.common import use_persistent_cache
+
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ('ops', 'layers', 'models', 'convert', 'data', 'analysis', 'weights')  # without training
 
@@ -38,6 +45,12 @@ def main() -> None:
     part = parts.add_parser('device', help='its bandwidth and rate, and a small training step')
     part.add_argument('--megabytes', type=int, default=2048, help='size of the copied array')
     part.set_defaults(run=check_device)
+    part = parts.add_parser('kernels', help='the kernels of our training step that take most time')
+    part.add_argument('--model', default='epsanet50_small')
+    part.add_argument('--small', action='store_true', help='as in train_step.py')
+    part.add_argument('--batch', type=int, default=256)
+    part.add_argument('--most', type=int, default=60, help='number of kernels')
+    part.set_defaults(run=list_kernels, image_size=224, dtype='bfloat16', conv='auto')
     part = parts.add_parser('tests', help='test files, each in a process')
     part.add_argument('--files', nargs='+', type=Path, help='by default those of most folders')
     part.add_argument('--platforms', default='cpu', help="such as 'cuda,cpu'; the first one is used")
@@ -66,6 +79,37 @@ def check_device(args: argparse.Namespace) -> None:
     settings.dtype, settings.conv, facts = 'float32', 'auto', {}
     train_step.ours(settings, 'train', facts)()
     common.emit({'benchmark': 'gpu_device', 'small_train_step': 'runs', **facts}, None)
+
+
+def list_kernels(args: argparse.Namespace) -> None:
+    """Runs our training step under the profiler and prints its kernels, in ms for a step."""
+    use_persistent_cache()
+    run, steps = train_step.ours(args, 'train', {}), 2
+    run()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(steps):
+                run()
+        files = Path(folder).rglob('*.trace.json.gz')
+        traces = [json.loads(gzip.decompress(path.read_bytes())) for path in files]
+    events = [event for trace in traces for event in trace['traceEvents'] if 'pid' in event]
+    threads = [e for e in events if e['name'] == 'thread_name']
+    names = {(e['pid'], e['tid']): e['args']['name'] for e in threads}
+    on_gpu = jax.devices()[0].platform == 'gpu'
+    took: collections.Counter[tuple[str, str]] = collections.Counter()
+    for event in (e for e in events if e['ph'] == 'X'):
+        if not on_gpu or 'Stream' in names.get((event['pid'], event['tid']), ''):
+            took[event['name'][:200], event.get('args', {}).get('name', '')[-200:]] += event['dur']
+    record = {
+        'benchmark': 'gpu_kernels',
+        **common.describe_device(),
+        'model': args.model,
+        'batch': args.batch,
+    }
+    common.emit({**record, 'all_ms': round(sum(took.values()) / steps / 1e3, 3)}, None)
+    for (kernel, source), total in took.most_common(args.most):
+        ms = round(total / steps / 1e3, 3)
+        common.emit({'benchmark': 'gpu_kernels', 'kernel_name': kernel, 'source': source, 'ms': ms}, None)
 
 
 def run_tests(args: argparse.Namespace) -> None:

@@ -135,6 +135,7 @@ def pack(folder: Path, file: Path, size: int, most: int) -> None:
     rows = np.random.default_rng(0).permutation(len(source))[:most]
     records = [source[int(row)] for row in rows]
     images = np.stack([crop(decode(record['image'])) for record in records])
+    file.parent.mkdir(parents=True, exist_ok=True)
     np.savez_compressed(file, images=images, labels=np.array([record['label'] for record in records]))
     print(f'{file}: {len(images)} images of {size} px, {file.stat().st_size / 1e6:.1f} MB')
 

@@ -1,8 +1,8 @@
 """The fastest algorithm for a platform and shape, from a table of measurements and a rule for other shapes.
 
-`choices.json` is written by `benchmarks/grouped_conv.py` and, for TPUs, by `benchmarks/tpu_choices.py`. A
-shape that is near to one in the table uses its algorithms. For others a rule estimates the time of each
-algorithm on a CPU; other platforms use XLA's own lowering.
+`choices.json` is written by `benchmarks/grouped_conv.py`, for TPUs by `benchmarks/tpu_choices.py` and for
+GPUs by `benchmarks/gpu.py`. A shape that is near to one in the table uses its algorithms. For others a rule
+estimates the time of each algorithm on a CPU; other platforms use XLA's own lowering.
 """
 
 import functools
@@ -25,6 +25,7 @@ TABLE = 'choices.json'
 MOST_SPLIT = 32  # matrix products for one 1x1 convolution; more take long to compile
 NEAR = 5.0  # distance, in octaves, up to which the algorithms of a measured convolution are used for another
 TRIVIAL = 0.3  # ms that are not worth the time to compile more than one dense convolution
+HALF = ('bfloat16', 'float16')
 LANES = 8  # values of a vector register
 
 
@@ -79,9 +80,13 @@ def _with_plain_gradients(choice: Choice, p: Problem) -> Choice:
 
 def _choose(platform: str, problem: Problem) -> Choice:
     rows = _table().get(platform, ())
+    if platform == 'cuda':
+        # With 16 bits, products of zeros cost a matrix unit little; with 32 they cost twice as much or more.
+        rows = [row for row in rows if (row[0].dtype in HALF) == (problem.dtype in HALF)]
     if rows and problem.size:
         known, choice = min(rows, key=lambda row: _distance(row[0], problem))
-        if problem.kernel * problem.groups == 1 or _distance(known, problem) <= NEAR:
+        product = problem.kernel * problem.groups == known.kernel * known.groups == 1
+        if product or _distance(known, problem) <= NEAR:
             return Choice(*(_fit(algorithm, known, problem) for algorithm in choice))
     if platform != 'cpu' or problem.groups == 1:
         return Choice(*(Algorithm('stock'),) * 3)

@@ -40,6 +40,22 @@ def test_a_platform_without_measurements_uses_stock():
     assert choose('cuda', SMALL) == STOCK
 
 
+def test_on_a_gpu_16_bits_and_32_bits_have_rows_of_their_own(monkeypatch):
+    half = SMALL._replace(dtype='bfloat16')
+    monkeypatch.setattr(choice, '_table', lambda: {'cuda': [(half, TILED)]})
+    choose.cache_clear()
+    assert choose('cuda', half) == choose('cuda', half._replace(dtype='float16', batch=16)) == TILED
+    assert choose('cuda', SMALL) == STOCK
+    choose.cache_clear()
+
+
+def test_a_product_does_not_use_the_algorithms_of_a_convolution(monkeypatch):
+    monkeypatch.setattr(choice, '_table', lambda: {'cpu': [(SMALL, TILED)]})
+    choose.cache_clear()
+    assert choose('cpu', POINT._replace(stride=1)) == STOCK
+    choose.cache_clear()
+
+
 @pytest.mark.usefixtures('table')
 @pytest.mark.parametrize(
     ('changes', 'expected'),
