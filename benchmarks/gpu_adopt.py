@@ -185,7 +185,8 @@ def _convolutions(lines: Lines) -> Iterator[Sequence[str]]:
                     text = f'{text} {_short(chosen)}'.removeprefix('- ')
                 cells.append(f'{text} {way}' if kind is kinds[3] and way is not None else text)
         name = f'{p.kernel}x{p.kernel}, {p.groups} groups, {p.size}x{p.size}x{p.channels} to {p.features}'
-        yield (name + (f', stride {p.stride}' if p.stride > 1 else ''), *(' / '.join(c) for c in columns))
+        name += f', stride {p.stride}' if p.stride > 1 else ''
+        yield (f'{name}, batch {p.batch}', *(' / '.join(c) for c in columns))
 
 
 def _short(a: Algorithm) -> str:

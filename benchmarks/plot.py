@@ -38,6 +38,7 @@ def main() -> None:
     args = parser.parse_args()
     files = sorted(args.results.glob('*.jsonl'))
     lines = [json.loads(line) for f in files for line in f.read_text().splitlines()]
+    lines = [line for line in lines if 'benchmark' in line]  # not how the parts of a GPU's run ended
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.6), layout='constrained')
     draw(left, tpu_groups(lines), CONVOLUTIONS)
     left.set_title('TPU v5e: training, bfloat16, 128 images per chip')

@@ -194,6 +194,16 @@ from epsanet_jax.convert import torch_model
 
 
 @pytest.mark.usefixtures('scripts')
+def test_the_results_of_the_repository_can_be_plotted(tmp_path, monkeypatch):
+    import plot
+
+    results = Path(__file__).parents[2] / 'benchmarks/results'
+    monkeypatch.setattr('sys.argv', ['plot.py', str(results), str(tmp_path / 'figure.png')])
+    plot.main()
+    assert (tmp_path / 'figure.png').stat().st_size > 10_000
+
+
+@pytest.mark.usefixtures('scripts')
 def test_the_plot_groups_bars_by_network_and_compares_with_the_resnet_of_the_same_depth():
     import plot
 

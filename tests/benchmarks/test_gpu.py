@@ -243,7 +243,7 @@ def test_results_become_rows_a_page_and_a_file_of_lines(tmp_path, checkout):
         text = page.read_text()
         row = '| epsanet50_small | train | 256 | 4,000 | 1,000 |  | 2,000 (channels-last) | 2.00 '
         assert text.count(f'{row}| 20.0 GB | 20.0 GB | 0.50 |\n') == 1
-        assert '| 7x7, 8 groups, 56x56x64 to 16 | 1000 / - / - | 250 merged 4 / - / - |' in text
+        assert '| 7x7, 8 groups, 56x56x64 to 16, batch 128 | 1000 / - / - | 250 merged 4 / - / - |' in text
         assert '| 200 Triton kernel / - / - |' in text
         assert '- Part "tests": failed.\n' in text
     untouched = text.split('<!-- GPU: begin -->')[0], text.split('<!-- GPU: end -->')[1]
