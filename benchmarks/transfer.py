@@ -6,11 +6,13 @@ A small ResNet is trained on the first half of the classes. EPSANets of the same
 the other half with every seed, started in one of these ways:
 
     drawn        all weights are drawn
-    partial      `weights.start_from`: what fits is taken; statistics of BatchNorms behind pyramids are reset
-    statistics   the same, but these statistics are taken too
-    kernels      as partial, and each branch of a pyramid starts with the ResNet's 3x3 kernel in its middle
+    kernels      `weights.start_from`: what fits is taken; each branch of a pyramid starts with the ResNet's
+                 3x3 kernel in its middle; statistics of BatchNorms behind pyramids are reset
+    partial      the same, but pyramids are drawn
+    statistics   as partial, but these statistics are taken too
 
-Finished runs are not repeated. Prints one line of JSON per run, and one per way with mean and standard error.
+Finished runs are not repeated. Prints one line of JSON per run, and one per way and epoch with mean and
+standard error. --plot FILE draws the means after every epoch.
 """
 
 import argparse
@@ -24,16 +26,21 @@ from typing import Any
 import accuracy
 import common
 import jax
+import matplotlib
 import numpy as np
+
+matplotlib.use('Agg')
+import matplotlib.pyplot as plt
 
 from epsanet_jax.commands.common import use_persistent_cache
 from epsanet_jax.convert.state_dict import from_torch, to_torch
+from epsanet_jax.models.epsanet import abstract_images
 from epsanet_jax.models.zoo import build_model
 from epsanet_jax.training.config import Config
 from epsanet_jax.training.loop import train
 from epsanet_jax.weights import Network, load, start_from
 
-WAYS = ('drawn', 'partial', 'statistics', 'kernels')
+WAYS = ('drawn', 'statistics', 'partial', 'kernels')
 EPOCHS = (1, 5, 15)
 
 
@@ -48,13 +55,15 @@ def main() -> None:
     resnet.model = dataclasses.replace(resnet.model, name='resnet50', kernels=(), groups=())
     train(resnet, str(args.out / 'resnet'))
     source = load(str(args.out / 'resnet'))
+    curves: dict[str, list[list[float]]] = {}
     for way in args.ways:
         found: dict[int, list[float]] = {epoch: [] for epoch in EPOCHS}
         for seed in args.seeds:
             workdir = args.out / f'{way}-{seed}'
             config = recipe(args, second, seed, EPOCHS[-1])
             train(config, str(workdir), init_from=start(way, source, config, second))
-            top1 = read_top1(workdir)
+            curves.setdefault(way, []).append(read_top1(workdir))
+            top1 = {epoch: curves[way][-1][epoch - 1] for epoch in EPOCHS}
             for epoch, value in top1.items():
                 found[epoch].append(value)
             common.emit({**shared, 'start': way, 'seed': seed, 'top1_%': top1}, args.json)
@@ -63,6 +72,8 @@ def main() -> None:
             summary = {'start': way, 'epoch': epoch, 'runs': len(values)}
             summary |= {'top1_mean_%': round(statistics.mean(values), 2), 'standard_error_%': round(error, 2)}
             common.emit({**shared, **summary}, args.json)
+    if args.plot:
+        plot(curves, args.plot)
 
 
 def split_classes(data: Path, out: Path) -> tuple[Path, Path]:
@@ -91,38 +102,42 @@ def start(way: str, source: Network, config: Config, data: Path) -> Network | No
         return None
     names = tuple(sorted(path.name for path in (data / 'train').iterdir()))
     model = build_model(config.model, len(names))
-    variables, report = start_from(source, model, jax.random.key(config.seed), with_classifier=False)
+    key = jax.random.key(config.seed)
+    variables, report = start_from(source, model, key, with_classifier=False)
     for line in report:
         common.log(f'{way}: {line}')
+    if way == 'kernels':
+        return Network(model, variables, names)
     given, tensors = dict(source.state_dict), to_torch(variables, model)
+    drawn = to_torch(model.init(key, np.zeros(abstract_images(model).shape, np.float32)), model)
+    tensors |= {name: drawn[name] for name in tensors if '.conv2.conv_' in name}
     if way == 'statistics':
         tensors |= {name: given[name] for name in tensors if 'bn2.running' in name}
-    if way == 'kernels':
-        for name in tensors:
-            if '.conv2.conv_' in name:
-                tensors[name] = in_the_middle(tensors[name], given, name)
     return Network(model, from_torch(tensors, model), names)
 
 
-def in_the_middle(branch: np.ndarray, given: dict[str, np.ndarray], name: str) -> np.ndarray:
-    """Returns the part of a ResNet's 3x3 kernel that a branch can hold, in the middle of zeros."""
-    block, _, place = name.removesuffix('.weight').rpartition('.conv2.conv_')
-    kernel = given[f'{block}.conv2.weight']
-    outputs, inputs, size, _ = branch.shape
-    first = kernel.shape[0] - outputs * int(place)  # the largest kernel comes first
-    groups = kernel.shape[1] // inputs
-    margin, result = (size - 3) // 2, np.zeros_like(branch)
-    for row in range(outputs):
-        low = row // (outputs // groups) * inputs
-        result[row, :, margin : margin + 3, margin : margin + 3] = kernel[first + row, low : low + inputs]
-    return result
-
-
-def read_top1(workdir: Path) -> dict[int, float]:
-    """Returns the top-1 accuracy in percent after the epochs to report."""
+def read_top1(workdir: Path) -> list[float]:
+    """Returns the top-1 accuracy in percent after each epoch."""
     lines = map(json.loads, (workdir / 'metrics.jsonl').read_text().splitlines())
-    evaluations = [line['top1'] for line in lines if line['split'] == 'eval']
-    return {epoch: round(100 * evaluations[epoch - 1], 2) for epoch in EPOCHS}
+    found = [round(100 * line['top1'], 2) for line in lines if line['split'] == 'eval']
+    return found[: EPOCHS[-1]]  # the last evaluation is repeated at the end
+
+
+def plot(curves: dict[str, list[list[float]]], image: Path) -> None:
+    """Draws the mean of each way's curves, with a band from the lowest to the highest."""
+    figure, axis = plt.subplots(figsize=(6, 4), layout='constrained')
+    for way, runs in curves.items():
+        values = np.array(runs)
+        epochs = np.arange(1, values.shape[1] + 1)
+        (line,) = axis.plot(epochs, values.mean(0), label=way)
+        axis.fill_between(
+            epochs, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0
+        )
+    axis.set(xlabel='epochs', ylabel='top-1, %', xlim=(1, None))
+    axis.spines[['top', 'right']].set_visible(False)
+    axis.grid(alpha=0.3)
+    axis.legend(title='start', frameon=False)
+    figure.savefig(image, dpi=120)
 
 
 def _parse() -> argparse.Namespace:
@@ -135,6 +150,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument('--seeds', nargs='+', type=int, default=[0, 1, 2])
     parser.add_argument('--source-epochs', type=int, default=30, help='epochs of the ResNet')
     parser.add_argument('--size', type=int, default=64, help='height and width of the images, pixels')
+    parser.add_argument('--plot', type=Path, help='image to write')
     parser.add_argument('--json', type=Path, help='file to append the results to')
     return parser.parse_args()
 

@@ -1,7 +1,7 @@
 """Starts a network from the weights of another one, as far as they fit.
 
-ResNets share every tensor with EPSANets but those of the pyramids. PyConvResNets also share the pyramids of
-the first stage, whose branches they concatenate in the opposite order.
+ResNets share every tensor with EPSANets but those of the pyramids, which start from the 3x3 kernels.
+PyConvResNets share the pyramids of the first stage too, and concatenate their branches in the opposite order.
 """
 
 import collections
@@ -30,6 +30,7 @@ from epsanet_jax.weights.network import Network
 LEAST_SHARE = 0.1  # of the parameters; with less, the weights are those of another kind of network
 _STEM = 'conv1.weight'
 _STATISTICS = ('running_mean', 'running_var')
+_COUNTER = 'num_batches_tracked'
 _SOURCE_STEM = 3  # channels of the stem that can be adapted to another number
 
 
@@ -39,7 +40,8 @@ def start_from(
     """Returns variables for a model: what fits of the weights of a network, and the rest drawn.
 
     Every tensor of the same name and shape is taken. A stem for three channels is adapted to other numbers
-    (`adapt_stem`). The statistics of BatchNorms behind convolutions that are drawn keep their initial values.
+    (`adapt_stem`), and the branches of a pyramid start with the 3x3 kernel of a ResNet in their middle. The
+    statistics of BatchNorms behind convolutions that are not taken keep their initial values.
 
     Args:
         network: the network to start from, see `weights.load`.
@@ -72,6 +74,8 @@ def fitting(
     if network.model.middle == 'pyconv' and model.middle == 'psa':
         given, line = _of_pyconv(given, table)
         lines = [*lines, *line]
+    made = _branches_of_resnet(given, table) if model.middle == 'psa' else {}
+    given |= made
     if not with_classifier:
         given = {name: value for name, value in given.items() if not name.startswith('fc.')}
     same = {
@@ -83,7 +87,7 @@ def fitting(
     taken, problems = read_tensors(given, {name: row for name, row in same.items() if name not in reset})
     if problems:
         raise InputError(f'{network.source.path}: {some(problems, 3)}')
-    return taken, (*lines, *_report(network, table, same, reset, given))
+    return taken, (*lines, *_report(network, table, same, reset, given, made))
 
 
 def adapt_stem(given: Mapping[str, Any], model: EPSANet) -> tuple[dict[str, Any], list[str]]:
@@ -135,6 +139,34 @@ def _of_pyconv(given: Mapping[str, Any], table: Table) -> tuple[dict[str, Any], 
     ]
 
 
+def _branches_of_resnet(given: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
+    """Returns branches of pyramids that compute what the 3x3 kernels of a ResNet do within their groups.
+
+    An EPSANet concatenates the largest kernel first. A branch has the rows of its outputs in the middle of
+    its larger kernel and, for each output, the inputs of its group.
+    """
+    made: dict[str, np.ndarray] = {}
+    blocks = dict.fromkeys(m[1] for n in table if (m := re.match(r'(layer\d+\.\d+)\.conv2\.conv_', n)))
+    for block in blocks:
+        source, prefix = given.get(f'{block}.conv2.weight'), f'{block}.conv2.conv_'
+        names = sorted((n for n in table if n.startswith(prefix)), key=lambda n: -int(n.split('_')[-1][:-7]))
+        shapes = [torch_shape(table[n][1].shape) for n in names]  # the largest kernel first
+        if (
+            source is None
+            or tuple(source.shape[2:]) != (3, 3)
+            or source.shape[0] != sum(s[0] for s in shapes)
+        ):
+            continue
+        rows = np.split(as_numpy(source), np.cumsum([s[0] for s in shapes])[:-1])
+        for name, (outputs, inputs, size, _), kernel in zip(names, shapes, rows, strict=True):
+            groups, rest = divmod(kernel.shape[1], inputs)
+            if size >= 3 and size % 2 and not rest and outputs % groups == 0:
+                within = kernel.reshape(groups, outputs // groups, groups, inputs, 3, 3)
+                within = within[np.arange(groups), :, np.arange(groups)].reshape(outputs, inputs, 3, 3)
+                made[name] = np.pad(within, ((0, 0), (0, 0), *(((size - 3) // 2,) * 2,) * 2))
+    return {name: value for name, value in made.items() if name not in given}
+
+
 def _behind_drawn(table: Table, same: Mapping[str, Any]) -> set[str]:
     """Returns the names of the statistics of BatchNorms behind convolutions that are not all taken."""
     reset = set()
@@ -150,12 +182,18 @@ def _behind_drawn(table: Table, same: Mapping[str, Any]) -> set[str]:
 
 
 def _report(
-    network: Network, table: Table, same: Mapping[str, Any], reset: set[str], given: Mapping[str, Any]
+    network: Network,
+    table: Table,
+    same: Mapping[str, Any],
+    reset: set[str],
+    given: Mapping[str, Any],
+    made: Mapping[str, Any],
 ) -> list[str]:
     def parameters(names: Any) -> int:
         return sum(int(np.prod(table[n][1].shape)) for n in names if not n.endswith(_STATISTICS))
 
-    taken = [name for name in table if name in same and name not in reset]
+    taken = [name for name in table if name in same and name not in reset and name not in made]
+    sources = {name.partition('conv_')[0] + 'weight' for name in made}
     share = parameters(taken) / parameters(table)
     line = f'{len(taken)} of {len(table)} tensors taken, {share:.1%} of the parameters'
     if share < LEAST_SHARE:
@@ -165,9 +203,10 @@ def _report(
         )
     lines = [line]
     for what, names in (
+        ('3x3 kernels in the middle of', [n for n in table if n in made]),
         ('drawn', [n for n in table if n not in same]),
         ('statistics reset', sorted(reset)),
-        ('not used', [n for n in given if n not in table and not n.endswith('num_batches_tracked')]),
+        ('not used', [n for n in given if not (n in table or n in sources or n.endswith(_COUNTER))]),
     ):
         if names:
             lines.append(f'{what}: {some(_kinds(names), 40)}')

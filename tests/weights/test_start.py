@@ -23,32 +23,62 @@ def resnet(**changes):
     return Network(model, small.random_variables(model, dtype=np.float32))
 
 
-def test_a_resnet_starts_all_but_the_pyramids():
+def test_a_resnet_starts_all_but_the_attention():
     network = resnet()
     variables, report = start_from(network, MODEL, jax.random.key(0))
     theirs = flatten(network.variables)
-    drawn = MODEL.init(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
     for path, value in flatten(variables).items():
-        if 'conv2' in path:
-            np.testing.assert_allclose(value, flatten(drawn)[path], rtol=1e-6)
-        elif path[0] == 'batch_stats' and 'bn2' in path:
+        if path[0] == 'batch_stats' and 'bn2' in path:
             assert set(np.unique(value)) <= {0.0, 1.0}
-        else:
+        elif 'conv2' not in path:
             np.testing.assert_array_equal(value, theirs[path])
     kernels = [f'layer*.*.conv2.conv_{i}.weight (1)' for i in (1, 2, 3, 4)]
     attention = [f'layer*.*.conv2.se.fc{i}.{leaf} (1)' for i in (1, 2) for leaf in ('weight', 'bias')]
-    drawn = [p for p in theirs if 'conv2' in p or (p[0] == 'batch_stats' and 'bn2' in p)]
-    taken = len(theirs) - len(drawn)
+    made = [p for p in theirs if 'conv2' in p or (p[0] == 'batch_stats' and 'bn2' in p)]
+    taken = len(theirs) - len(made)
     assert report[0].startswith(f'{taken} of {len(name_table(MODEL))} tensors taken, ')
-    assert report[1] == f'drawn: {", ".join([*kernels, *attention])}'
-    statistics = 'layer*.*.bn2.running_mean (1), layer*.*.bn2.running_var (1)'
-    assert report[2:] == (f'statistics reset: {statistics}', 'not used: layer*.*.conv2.weight (1)')
+    assert report[1:] == (
+        f'3x3 kernels in the middle of: {", ".join(kernels)}',
+        f'drawn: {", ".join(attention)}',
+        'statistics reset: layer*.*.bn2.running_mean (1), layer*.*.bn2.running_var (1)',
+    )
+
+
+def test_a_pyramid_computes_at_first_what_the_3x3_convolution_does_within_its_groups(rng):
+    network = resnet()
+    kernel = network.variables['params']['layer1_0']['conv2']['kernel']  # [3, 3, 8, 8]
+    tensors = to_torch(start_from(network, MODEL, jax.random.key(0))[0], MODEL)
+    x = rng.standard_normal((2, 8, 8, 11)).astype(np.float32)
+    first = 0  # output channel; an EPSANet concatenates the largest kernel first
+    for branch, groups in zip((4, 3, 2, 1), reversed(MODEL.groups), strict=True):
+        weight = np.asarray(tensors[f'layer1.0.conv2.conv_{branch}.weight'])
+        outputs, inputs, size, _ = weight.shape
+        y = jax.lax.conv_general_dilated(
+            x, weight, (1, 1), [(size // 2,) * 2] * 2, feature_group_count=groups, precision='highest',
+            dimension_numbers=('NCHW', 'OIHW', 'NCHW'),
+        )  # fmt: skip
+        for row in range(outputs):
+            low = row // (outputs // groups) * inputs
+            theirs = kernel[:, :, low : low + inputs, first + row].transpose(2, 0, 1)[None]
+            expected = jax.lax.conv_general_dilated(
+                x[:, low : low + inputs], theirs, (1, 1), [(1, 1)] * 2, precision='highest'
+            )
+            np.testing.assert_allclose(y[:, row : row + 1], expected, rtol=1e-4, atol=1e-4)
+        first += outputs
+
+
+def test_kernels_of_other_widths_are_not_cut():
+    wider = small.model(**{**small.ONE_BLOCK, 'planes': (16,)})
+    _, report = fitting(resnet(), wider, with_classifier=False)
+    assert not any('3x3 kernels' in line for line in report)
+    assert any('not used: ' in line and 'layer*.*.conv2.weight (1)' in line for line in report)
 
 
 @pytest.mark.parametrize(
     ('name', 'tensors'),
-    # Of ResNet-50's 161 parameters and 106 statistics, all but the 16 kernels of 3x3 and the statistics of
-    # bn2. The wide network shares the stem, the shortcuts and what has the width of their outputs.
+    # Of ResNet-50's 161 parameters and 106 statistics, all but the 16 kernels of 3x3, which start the 64
+    # branches, and the statistics of bn2. The wide network shares the stem, the shortcuts and what has the
+    # width of their outputs.
     [
         ('epsanet50_small', 161 + 106 - 16 - 2 * 16),
         pytest.param('epsanet50_large', None, marks=pytest.mark.slow),
@@ -69,8 +99,10 @@ def test_resnet50_starts_the_published_networks(name, tensors):
         assert names <= expected
         assert {'conv1.weight', 'bn1.running_var', 'fc.weight', 'layer4.0.downsample.0.weight'} <= names
     else:
-        assert names == expected
-        assert len(names) == tensors
+        branches = {n for n in names if '.conv2.conv_' in n}
+        assert names - branches == expected
+        assert (len(expected), len(branches)) == (tensors, 64)
+        names = expected
     assert report[0].startswith(f'{len(names)} of {len(name_table(model))} tensors taken, ')
 
 
