@@ -18,7 +18,7 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -60,10 +60,10 @@ def main() -> None:
     for i, members in enumerate(missing):
         common.log(f'{i + 1} of {len(missing)}: {title(members)}')
         common.emit({'benchmark': 'gpu_op', 'begun': title(members)}, None)
-        about = {'benchmark': 'gpu_op', **device}
+        about = {'benchmark': 'gpu_op', **device, **(members[0]._asdict() if len(members) == 1 else {})}
         measure(members, about, args.others)
         if args.others:
-            in_torch(members[0], {**about, 'torch': torch.__version__, **members[0]._asdict()})
+            in_torch(members[0], {**about, 'torch': torch.__version__})
         common.emit({'benchmark': 'gpu_op', 'finished': title(members)}, None)
 
 
@@ -107,14 +107,10 @@ def problems(network: str, batch: int, dtype: str) -> list[list[Problem]]:
     spatial = [p for p in found if p.kernel > 1 and p.channels > 3]
     spatial.sort(key=lambda p: (p.stride, -p.size, -p.channels, -p.kernel))
     pyramids = [list(same) for _, same in itertools.groupby(spatial, key=lambda p: p[1:2] + p[3:])]
-    first, *rest = ([*([p] for p in pyramid), *together(pyramid)] for pyramid in pyramids)
+    first, *rest = (
+        [*([p] for p in pyramid), *([pyramid[::-1]] if len(pyramid) > 1 else [])] for pyramid in pyramids
+    )
     return [*first, *products[:2], *itertools.chain(*rest), *products[2:], *stems]
-
-
-def together(pyramid: Sequence[Problem]) -> Iterator[list[Problem]]:
-    """Yields convolutions of a pyramid that may be one convolution: all."""
-    if len(pyramid) > 1:
-        yield list(pyramid[::-1])
 
 
 def operands(members: Sequence[Problem]) -> dict[str, tuple[list[Any], list[Any]]]:
@@ -146,7 +142,6 @@ def measure(members: Sequence[Problem], about: dict[str, Any], others: bool) -> 
     """Prints a line for each way and direction, in ms for one convolution of a batch."""
     given = operands(members)
     jobs = [(way, d) for way in ways(members, others) for d in way.directions]
-    about |= members[0]._asdict() if len(members) == 1 else {}
     references: dict[str, list[jax.Array]] = {}
     with ThreadPoolExecutor(min(12, os.cpu_count() or 1)) as pool:  # all before the first measurement
         programs = list(pool.map(lambda job: compiled(job[0].directions[job[1]], given[job[1]]), jobs))

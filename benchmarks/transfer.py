@@ -57,17 +57,16 @@ def main() -> None:
     source = load(str(args.out / 'resnet'))
     curves: dict[str, list[list[float]]] = {}
     for way in args.ways:
-        found: dict[int, list[float]] = {epoch: [] for epoch in EPOCHS}
+        curves[way] = []
         for seed in args.seeds:
             workdir = args.out / f'{way}-{seed}'
             config = recipe(args, second, seed, EPOCHS[-1])
             train(config, str(workdir), init_from=start(way, source, config, second))
-            curves.setdefault(way, []).append(read_top1(workdir))
+            curves[way].append(read_top1(workdir))
             top1 = {epoch: curves[way][-1][epoch - 1] for epoch in EPOCHS}
-            for epoch, value in top1.items():
-                found[epoch].append(value)
             common.emit({**shared, 'start': way, 'seed': seed, 'top1_%': top1}, args.json)
-        for epoch, values in found.items():
+        for epoch in EPOCHS:
+            values = [curve[epoch - 1] for curve in curves[way]]
             error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
             summary = {'start': way, 'epoch': epoch, 'runs': len(values)}
             summary |= {'top1_mean_%': round(statistics.mean(values), 2), 'standard_error_%': round(error, 2)}

@@ -30,7 +30,6 @@ from epsanet_jax.weights.network import Network
 LEAST_SHARE = 0.1  # of the parameters; with less, the weights are those of another kind of network
 _STEM = 'conv1.weight'
 _STATISTICS = ('running_mean', 'running_var')
-_COUNTER = 'num_batches_tracked'
 _SOURCE_STEM = 3  # channels of the stem that can be adapted to another number
 
 
@@ -74,8 +73,7 @@ def fitting(
     if network.model.middle == 'pyconv' and model.middle == 'psa':
         given, line = _of_pyconv(given, table)
         lines = [*lines, *line]
-    made = _branches_of_resnet(given, table) if model.middle == 'psa' else {}
-    given |= made
+    given, made = _of_resnet(given, table)
     if not with_classifier:
         given = {name: value for name, value in given.items() if not name.startswith('fc.')}
     same = {
@@ -116,17 +114,14 @@ def _of_pyconv(given: Mapping[str, Any], table: Table) -> tuple[dict[str, Any], 
     An EPSANet concatenates the largest kernel first. So where all branches of a pyramid fit, the channels of
     bn2 and the inputs of conv3 are reordered.
     """
-    renamed, blocks = {}, set()
+    renamed, blocks = {}, []
     for name, value in given.items():
         new = re.sub(r'\.downsample\.(\d)\.', lambda m: f'.downsample.{int(m[1]) - 1}.', name)
         renamed[re.sub(r'\.conv2\.conv2_(\d+)\.', r'.conv2.conv_\1.', new)] = value
-    for block in {
-        match[1] for name in renamed if (match := re.match(r'(layer\d+\.\d+)\.conv2\.conv_', name))
-    }:
-        branches = [n for n in table if re.fullmatch(rf'{re.escape(block)}\.conv2\.conv_\d+\.weight', n)]
+    for block, branches in _pyramids(table).items():
         if all(n in renamed and torch_shape(table[n][1].shape) == tuple(renamed[n].shape) for n in branches):
-            blocks.add(block)
-            widths = [renamed[n].shape[0] for n in sorted(branches)]
+            blocks.append(block)
+            widths = [renamed[n].shape[0] for n in branches]
             ends = np.cumsum(widths)
             order = np.concatenate([np.arange(e - w, e) for w, e in zip(widths, ends, strict=True)][::-1])
             for name in (n for n in given if n.startswith(f'{block}.bn2.') and given[n].ndim):
@@ -139,32 +134,39 @@ def _of_pyconv(given: Mapping[str, Any], table: Table) -> tuple[dict[str, Any], 
     ]
 
 
-def _branches_of_resnet(given: Mapping[str, Any], table: Table) -> dict[str, np.ndarray]:
-    """Returns branches of pyramids that compute what the 3x3 kernels of a ResNet do within their groups.
+def _pyramids(table: Table) -> dict[str, list[str]]:
+    """Returns the names of the branches of an EPSANet's pyramids by block, the smallest kernel first."""
+    found: dict[str, list[str]] = {}
+    for name in sorted(table):
+        if match := re.fullmatch(r'(layer\d+\.\d+)\.conv2\.conv_\d+\.weight', name):
+            found.setdefault(match[1], []).append(name)
+    return found
 
-    An EPSANet concatenates the largest kernel first. A branch has the rows of its outputs in the middle of
-    its larger kernel and, for each output, the inputs of its group.
+
+def _of_resnet(given: Mapping[str, Any], table: Table) -> tuple[dict[str, Any], list[str]]:
+    """Puts branches of pyramids in place of 3x3 kernels; returns the tensors and the names of the branches.
+
+    A branch computes what the 3x3 kernel does within its groups: it has the rows of its outputs in the middle
+    of its larger kernel and, for each output, the inputs of its group. An EPSANet concatenates the largest
+    kernel first.
     """
-    made: dict[str, np.ndarray] = {}
-    blocks = dict.fromkeys(m[1] for n in table if (m := re.match(r'(layer\d+\.\d+)\.conv2\.conv_', n)))
-    for block in blocks:
-        source, prefix = given.get(f'{block}.conv2.weight'), f'{block}.conv2.conv_'
-        names = sorted((n for n in table if n.startswith(prefix)), key=lambda n: -int(n.split('_')[-1][:-7]))
-        shapes = [torch_shape(table[n][1].shape) for n in names]  # the largest kernel first
-        if (
-            source is None
-            or tuple(source.shape[2:]) != (3, 3)
-            or source.shape[0] != sum(s[0] for s in shapes)
-        ):
+    changed, made = dict(given), []
+    for block, branches in _pyramids(table).items():
+        source = f'{block}.conv2.weight'
+        shapes = [torch_shape(table[name][1].shape) for name in branches][::-1]
+        total = sum(outputs for outputs, *_ in shapes)
+        if source not in given or (given[source].shape[0], *given[source].shape[2:]) != (total, 3, 3):
             continue
-        rows = np.split(as_numpy(source), np.cumsum([s[0] for s in shapes])[:-1])
-        for name, (outputs, inputs, size, _), kernel in zip(names, shapes, rows, strict=True):
+        rows = np.split(as_numpy(given[source]), np.cumsum([outputs for outputs, *_ in shapes])[:-1])
+        for name, (outputs, inputs, size, _), kernel in zip(branches[::-1], shapes, rows, strict=True):
             groups, rest = divmod(kernel.shape[1], inputs)
-            if size >= 3 and size % 2 and not rest and outputs % groups == 0:
+            if size >= 3 and not rest and outputs % groups == 0:
                 within = kernel.reshape(groups, outputs // groups, groups, inputs, 3, 3)
                 within = within[np.arange(groups), :, np.arange(groups)].reshape(outputs, inputs, 3, 3)
-                made[name] = np.pad(within, ((0, 0), (0, 0), *(((size - 3) // 2,) * 2,) * 2))
-    return {name: value for name, value in made.items() if name not in given}
+                changed[name] = np.pad(within, ((0, 0), (0, 0), *(((size - 3) // 2,) * 2,) * 2))
+                changed.pop(source, None)
+                made.append(name)
+    return changed, sorted(made)
 
 
 def _behind_drawn(table: Table, same: Mapping[str, Any]) -> set[str]:
@@ -187,13 +189,12 @@ def _report(
     same: Mapping[str, Any],
     reset: set[str],
     given: Mapping[str, Any],
-    made: Mapping[str, Any],
+    made: list[str],
 ) -> list[str]:
     def parameters(names: Any) -> int:
         return sum(int(np.prod(table[n][1].shape)) for n in names if not n.endswith(_STATISTICS))
 
     taken = [name for name in table if name in same and name not in reset and name not in made]
-    sources = {name.partition('conv_')[0] + 'weight' for name in made}
     share = parameters(taken) / parameters(table)
     line = f'{len(taken)} of {len(table)} tensors taken, {share:.1%} of the parameters'
     if share < LEAST_SHARE:
@@ -203,10 +204,10 @@ def _report(
         )
     lines = [line]
     for what, names in (
-        ('3x3 kernels in the middle of', [n for n in table if n in made]),
+        ('3x3 kernels in the middle of', made),
         ('drawn', [n for n in table if n not in same]),
         ('statistics reset', sorted(reset)),
-        ('not used', [n for n in given if not (n in table or n in sources or n.endswith(_COUNTER))]),
+        ('not used', [n for n in given if n not in table and not n.endswith('num_batches_tracked')]),
     ):
         if names:
             lines.append(f'{what}: {some(_kinds(names), 40)}')

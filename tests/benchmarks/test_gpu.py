@@ -68,17 +68,14 @@ def test_padded_channels_do_not_change_a_convolution(rng):
     np.testing.assert_allclose(result, expected, atol=1e-5)
 
 
-def test_the_step_of_both_frameworks_is_measured_within_twelve_minutes(capsys):
+def test_the_plan_takes_twelve_minutes_and_begins_with_the_op_and_the_step():
     import gpu
 
     parts = gpu.plan(Path('out'), Path('images.npz'), rehearse=False)
+    assert sum(part.seconds for part in parts if not part.later) <= 720
+    assert parts == sorted(parts, key=lambda part: part.later)
     assert [part.name for part in parts][:3] == ['device', 'op epsanet50_small', 'ours']
-    gpu.show(parts)
-    first, _, later = capsys.readouterr().out.partition('--- 12 minutes')
-    assert {'torch', 'torch compiled', 'stock', 'tests on the GPU', 'golden'} <= {
-        part.name for part in parts if f'  {part.name}\n' in first
-    }
-    assert later.count('\n') > 5
+    assert {'torch', 'torch compiled', 'stock', 'tests on the GPU'} <= {p.name for p in parts if not p.later}
     assert len({part.name for part in parts}) == len(parts)
     rehearsal = gpu.plan(Path('out'), Path('images.npz'), rehearse=True)
     assert [part.name for part in rehearsal] == [part.name for part in parts]
@@ -289,7 +286,7 @@ def test_images_are_packed_with_their_labels(tmp_path, image_folder):
     for name in ('ant', 'bee'):
         (tmp_path / 'data' / name).mkdir(parents=True)
         shutil.copy(source, tmp_path / 'data' / name / 'image.png')
-    gpu_train.pack(tmp_path / 'data', tmp_path / 'new' / 'images.npz', size=16, most=5)
+    gpu_train.pack(tmp_path / 'data', tmp_path / 'new/images.npz', size=16, most=5)
     with np.load(tmp_path / 'new/images.npz') as file:
         assert (file['images'].shape, file['images'].dtype) == ((2, 16, 16, 3), np.uint8)
         assert sorted(file['labels']) == [0, 1]
