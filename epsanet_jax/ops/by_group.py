@@ -1,16 +1,19 @@
-"""Grouped convolutions as plain ones, one group after another, for many groups on a CPU.
+"""Grouped convolutions as plain ones, one for each group, for CPUs.
 
-In a loop only one convolution has to be compiled, however many groups there are. XLA:CPU computes a
-convolution in a loop quickly only if its arrays have the order [N, H, W, C] and [H, W, I, O]. JAX writes
-gradients with other orders, so they are written out here, each in its fastest form:
+Few groups are convolved side by side, many in a loop, where only one convolution has to be compiled. XLA:CPU
+computes a convolution in a loop quickly only if its arrays have the order [N, H, W, C] and [H, W, I, O]. JAX
+writes gradients with other orders, so they are written out here, each in its fastest form:
 
+    forward          Images lie beside each other where that lets XLA:CPU use all threads, see `wide`.
     input gradient   With a stride, pixels that lie a stride apart meet the same values of the kernel. Each
                      phase of the images is a convolution without stride; no inserted zeros are multiplied.
     weight gradient  Each value is a sum over the pixels of all images. XLA:CPU is slow at long sums, so they
                      are taken over one image or a few small ones at a time.
 """
 
+import functools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -23,11 +26,15 @@ from epsanet_jax.ops import plain
 from epsanet_jax.ops.materialize import materialize
 from epsanet_jax.ops.plain import Window, interleave, pad
 from epsanet_jax.ops.primitive import make_primitive
+from epsanet_jax.ops.wide import MANY_OUTPUTS, Wide
 
+MOST_SEPARATE = 16  # groups side by side; a loop over more is slower, but compiles quickly
+MOST_CONVS = 32  # of all groups side by side
 MOST_PHASES = 9  # each is a convolution to compile
 NARROW = 16  # up to as many channels XLA:CPU takes vectors of images in a weight gradient
 # Values of the outputs' gradient that a weight gradient reads at a time; the cache holds them.
 LARGEST = 2**18
+TOGETHER = 2**20  # values of images of which one transposition is faster than one for each group
 
 
 def conv(x: jax.Array, kernels: jax.Array, window: Window) -> jax.Array:
@@ -36,13 +43,32 @@ def conv(x: jax.Array, kernels: jax.Array, window: Window) -> jax.Array:
 
 
 def _forward(x: jax.Array, kernels: jax.Array, *, window: Window) -> jax.Array:
-    inputs, blocks, outputs = kernels.shape[2:]
+    kh, kw, inputs, blocks, outputs = kernels.shape
     out = window.outputs(x.shape[1:3], kernels.shape)
+    wide = _wide(x, (kh, kw, inputs, outputs), blocks, [(window, kernels.shape)], out[1])
 
-    def group(i: jax.Array | int) -> jax.Array:
-        return _plain(_channels(x, i, inputs), _kernel(kernels, i), window)
+    def group(x: jax.Array, i: jax.Array | int) -> jax.Array:
+        return _plain(x, _kernel(kernels, i), wide.window(window, kernels.shape))
 
-    return _for_each(blocks, group, lax.full_like(x, 0, shape=(x.shape[0], *out, blocks * outputs)))
+    return _for_each(x, blocks, 1, wide, group, (*out, outputs))
+
+
+def _wide(
+    x: jax.Array,
+    shape: Sequence[int],
+    blocks: int,
+    each: Sequence[tuple[Window, Sequence[int]]],
+    columns: int,
+) -> Wide:
+    """Returns how to join the images, as `Wide.of`; few or many channels take all threads as they are."""
+    if not _side_by_side(blocks, len(each)) or max(shape[2:]) <= NARROW or shape[3] >= MANY_OUTPUTS:
+        return Wide()
+    return Wide.of(x, math.prod(shape[:3]), each, columns)
+
+
+def _side_by_side(blocks: int, convs: int) -> bool:
+    """Returns whether the groups, of `convs` convolutions each, are not convolved in a loop."""
+    return (blocks <= MOST_SEPARATE and blocks * convs <= MOST_CONVS) or blocks == 1
 
 
 class _Phase(NamedTuple):
@@ -77,18 +103,29 @@ def _input_gradient(dy: jax.Array, kernels: jax.Array, window: Window, size: Seq
     lows = [low for low, _ in window.padding]
     rows, columns = map(_phases, size, dy.shape[1:3], kernels.shape[:2], strides, window.dilation, lows)
 
-    def phase(dy: jax.Array, kernel: jax.Array, row: _Phase, column: _Phase) -> jax.Array:
+    def phase(kernel: jax.Array, row: _Phase, column: _Phase) -> tuple[jax.Array, Window]:
+        """Returns the values of the kernel that the phase meets, and their window."""
         kernel = kernel[row.begin :: strides[0], column.begin :: strides[1]]
-        if 0 in kernel.shape[:2]:  # no value of the kernel meets these pixels
-            return lax.full_like(dy, 0, shape=(dy.shape[0], row.count, column.count, inputs))
-        return _plain(dy, kernel, Window((1, 1), (row.padding, column.padding), window.dilation))
+        return kernel, Window((1, 1), (row.padding, column.padding), window.dilation)
 
-    def group(i: jax.Array | int) -> jax.Array:
-        dy_i, kernel = _channels(dy, i, outputs), _kernel(flipped, i)
-        each = [interleave([phase(dy_i, kernel, row, column) for column in columns], 2) for row in rows]
-        return interleave(each, 1)[:, : size[0], : size[1]]
+    windows = [phase(flipped, row, column) for row in rows for column in columns]
+    windows = [(each, kernel.shape) for kernel, each in windows if 0 not in kernel.shape[:2]]
+    shape = (*kernels.shape[:2], outputs, inputs)
+    wide = _wide(dy, shape, blocks, windows, columns[0].count)
 
-    return _for_each(blocks, group, lax.full_like(dy, 0, shape=(dy.shape[0], *size, blocks * inputs)))
+    def group(dy: jax.Array, i: jax.Array | int) -> jax.Array:
+        def convolve(row: _Phase, column: _Phase) -> jax.Array:
+            kernel, each = phase(_kernel(flipped, i), row, column)
+            if 0 in kernel.shape[:2]:  # no value of the kernel meets these pixels
+                width = column.count if wide.images == 1 else dy.shape[2]
+                return lax.full_like(dy, 0, shape=(dy.shape[0], row.count, width, inputs))
+            return _plain(dy, kernel, wide.window(each, kernel.shape))
+
+        each = [interleave([convolve(row, column) for column in columns], 2) for row in rows]
+        return interleave(each, 1)[:, : size[0]]
+
+    dx = _for_each(dy, blocks, len(windows), wide, group, (size[0], columns[0].count * len(columns), inputs))
+    return dx[:, :, : size[1]]
 
 
 def _weight_gradient(x: jax.Array, dy: jax.Array, window: Window, shape: Sequence[int]) -> jax.Array:
@@ -100,23 +137,35 @@ def _weight_gradient(x: jax.Array, dy: jax.Array, window: Window, shape: Sequenc
         x.shape[1:3], (rows, columns), window.extents(shape), window.strides, window.padding, strict=True
     )
     above, beside = ((low, (m - 1) * stride + extent - low - n) for n, m, extent, stride, (low, _) in each)
-    # [B, parts, I, H, W, n] and [B, parts, H, W, n, O]
-    x = x.reshape(parts, n // parts, *x.shape[1:3], blocks, inputs).transpose(4, 0, 5, 2, 3, 1)
-    dy = dy.reshape(parts, n // parts, rows, columns, blocks, outputs).transpose(4, 0, 2, 3, 1, 5)
+
+    def by_part(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns [B, parts, I, H, W, n] and [B, parts, H, W, n, O]."""
+        few = parts, n // parts
+        x = x.reshape(*few, *x.shape[1:3], x.shape[3] // inputs, inputs)
+        dy = dy.reshape(*few, rows, columns, dy.shape[3] // outputs, outputs)
+        return materialize(x.transpose(4, 0, 5, 2, 3, 1)), materialize(dy.transpose(4, 0, 2, 3, 1, 5))
 
     def part(x: jax.Array, dy: jax.Array) -> jax.Array:
         # The images' channels are the batch here, and the images are the channels.
         return _plain(x, dy, Window(window.dilation, (above, beside), window.strides))  # [I, kh, kw, O]
 
     def group(xy: tuple[jax.Array, jax.Array]) -> jax.Array:
+        if _side_by_side(blocks, parts):
+            return functools.reduce(operator.add, [part(*each) for each in zip(*xy, strict=True)])
         if parts == 1:
             return part(xy[0][0], xy[1][0])
         zero = lax.full_like(dy, 0, shape=(inputs, kh, kw, outputs))
         return lax.scan(lambda total, xy: (total + part(*xy), None), zero, xy)[0]
 
-    x, dy = materialize(x), materialize(dy)
-    gradient = group((x[0], dy[0]))[None] if blocks == 1 else lax.map(group, (x, dy))
-    return gradient.transpose(2, 3, 1, 0, 4)
+    if not _side_by_side(blocks, 1):
+        return lax.map(group, by_part(x, dy)).transpose(2, 3, 1, 0, 4)
+    if isinstance(x.size, int) and x.size > TOGETHER:
+        each = [by_part(x, dy)]
+    else:
+        pairs = zip(jnp.split(x, blocks, axis=3), jnp.split(dy, blocks, axis=3), strict=True)
+        each = [by_part(*pair) for pair in pairs]
+    gradients = [group((x[i], dy[i])) for x, dy in each for i in range(x.shape[0])]
+    return jnp.stack(gradients, 3).transpose(1, 2, 0, 3, 4)
 
 
 def _parts(images: int, pixels: int, inputs: int, outputs: int) -> int:
@@ -144,16 +193,37 @@ def _kernel(kernels: jax.Array, i: jax.Array | int) -> jax.Array:
     return lax.dynamic_index_in_dim(kernels, i, axis=3, keepdims=False)
 
 
-def _for_each(blocks: int, group: Callable[[jax.Array | int], jax.Array], y: jax.Array) -> jax.Array:
-    """Returns y with the channels that `group` gives for each group."""
-    if blocks == 1:
-        return group(0)
-    each = y.shape[3] // blocks
+def _for_each(
+    x: jax.Array,
+    blocks: int,
+    convs: int,
+    wide: Wide,
+    group: Callable[[jax.Array, jax.Array | int], jax.Array],
+    shape: Sequence[int],
+) -> jax.Array:
+    """Returns [N, rows, columns, B * O] from the images of each group.
+
+    Args:
+        x: images, [N, H, W, C].
+        blocks: number of groups, B.
+        convs: number of convolutions for each group.
+        wide: how the images are joined.
+        group: function that convolves the images of a group with its kernel.
+        shape: (rows, columns, O) of the result of `group`.
+    """
+    each = x.shape[3] // blocks
+    if wide.images > 1:
+        joined = wide.join(x, blocks)
+        return wide.separate(jnp.stack([group(joined[i], i) for i in range(blocks)]), shape[1])
+    if _side_by_side(blocks, convs):
+        parts = jnp.split(x, blocks, axis=3)
+        return jnp.concatenate([group(part, i) for i, part in enumerate(parts)], axis=3)
 
     def body(i: jax.Array, y: jax.Array) -> jax.Array:
-        return lax.dynamic_update_slice_in_dim(y, group(i), i * each, axis=3)
+        return lax.dynamic_update_slice_in_dim(y, group(_channels(x, i, each), i), i * shape[2], axis=3)
 
-    return lax.fori_loop(0, blocks, body, y)
+    zeros = lax.full_like(x, 0, shape=(x.shape[0], *shape[:2], blocks * shape[2]))
+    return lax.fori_loop(0, blocks, body, zeros)
 
 
 _conv = make_primitive('conv_by_group', multiple_results=False)

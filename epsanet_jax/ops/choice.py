@@ -18,6 +18,7 @@ from epsanet_jax.ops.algorithms import DIRECT, Algorithm, divisors
 from epsanet_jax.ops.by_group import LARGEST, MOST_PHASES
 from epsanet_jax.ops.direct import has_few_terms
 from epsanet_jax.ops.plain import Window
+from epsanet_jax.ops.wide import MANY_OUTPUTS
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
 DIRECTIONS = ('forward', 'input_gradient', 'weight_gradient')
@@ -62,16 +63,17 @@ class Choice(NamedTuple):
 def choose(platform: str, problem: Problem) -> Choice:
     """Returns the algorithms that 'auto' uses on a platform."""
     choice = _choose(platform, problem)
-    return _with_plain_gradients(choice, problem) if platform == 'cpu' and problem.groups == 1 else choice
+    return _with_plain(choice, problem) if platform == 'cpu' and problem.groups == 1 else choice
 
 
-def _with_plain_gradients(choice: Choice, p: Problem) -> Choice:
-    """Replaces XLA's own gradients of a convolution without groups where those of `by_group` are faster."""
+def _with_plain(choice: Choice, p: Problem) -> Choice:
+    """Replaces XLA's own convolution without groups, and its gradients, by faster ones of `by_group`."""
     plain, values = Algorithm('merged', split=True), 0
     if p.size and isinstance(p.batch, int):
         values = p.batch * (p.size / p.stride) ** 2 * p.features
     faster = {
-        'input_gradient': 1 < p.stride**2 <= MOST_PHASES and p.kernel > 1,
+        'forward': p.kernel > 1 and p.features < MANY_OUTPUTS,
+        'input_gradient': p.kernel > 1 and (1 < p.stride**2 <= MOST_PHASES or p.channels < MANY_OUTPUTS),
         'weight_gradient': p.kernel > 1 and p.features >= 64 and values > LARGEST,
     }
     chosen = {d: plain for d, wins in faster.items() if wins and getattr(choice, d).name == 'stock'}

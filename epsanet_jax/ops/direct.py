@@ -105,18 +105,21 @@ def weight_gradient(
     padded = [count * b for count, b in zip(counts, block, strict=True)]
     x = _pad(x, window, extents, padded)
     dy = pad(dy, ((0, 0), *((0, p - size) for p, size in zip(padded, (oh, ow), strict=True)), (0, 0)))
-    # By image: [H, W, I, B, 1, N] and [H, W, B, O, N]. By channel: [lanes, parts, H, W, I, C_out] and
-    # [lanes, parts, H, W, C_out], where the loop goes over the parts of the batch.
+    # By image: [H, W, I, B, N] and [H, W, B, O, N]. By channel: [lanes, parts, H, W, I, C_out] and
+    # [lanes, parts, H, W, C_out], where the loop goes over the parts of the batch. A single input has no axis
+    # here: XLA:CPU would copy the images once more for one of size 1.
     lanes, parts, rows = n, 1, 0
     if by_image:
-        x = materialize(x.transpose(1, 2, 3, 0)).reshape(*x.shape[1:3], groups, inputs, n)
-        x = x.transpose(0, 1, 3, 2, 4)[:, :, :, :, None]
+        x = x.reshape(*x.shape[:3], groups, inputs).transpose(1, 2, 4, 3, 0)
+        x = materialize(x[:, :, 0] if inputs == 1 else x)
         dy = materialize(dy.transpose(1, 2, 3, 0)).reshape(*padded, groups, each, n)
     else:
         if isinstance(n, int):
             lanes = math.gcd(n, max(LANES, jax.device_count()))
             parts, rows = n // lanes, 1
-        x = _by_input(materialize(x), groups, each)
+        x = materialize(x)
+        x = x if inputs == each == 1 else _by_input(x, groups, each)
+        x = x[:, :, :, 0] if inputs == 1 < each else x
         x, dy = (a.reshape(lanes, parts, *a.shape[1:]) for a in (x, dy))
 
     def take(a: jax.Array, part: jax.Array, place: Sequence[jax.Array], size: Sequence[int]) -> jax.Array:
@@ -134,6 +137,8 @@ def weight_gradient(
             place = first[0] + row, first[1] + column
             seen = take(x, part, (place[0] * window.strides[0], place[1] * window.strides[1]), extents)
             seen = _window(seen, (0, 0), kernel, window.dilation, rows)
+            seen = jnp.expand_dims(seen, rows + 2) if inputs == 1 else seen
+            seen = jnp.expand_dims(seen, 4) if by_image else seen
             pixel = jnp.expand_dims(take(dy, part, place, (1, 1)), rows + 2)
             products.append(seen.astype(total.dtype) * pixel.astype(total.dtype))
         return total + _add(products), None

@@ -14,7 +14,6 @@ from jax import lax
 from epsanet_jax.ops import by_group
 from epsanet_jax.ops.plain import Window, conv, pad
 
-MOST_SEPARATE = 16  # groups side by side; a loop over more is slower, but compiles quickly
 Phases = Mapping[tuple[int, int], jax.Array]  # (first row, first column) -> every stride-th row and column
 
 
@@ -104,23 +103,7 @@ def merged(x: jax.Array, kernels: jax.Array, window: Window, split: bool) -> jax
     if not split:
         kernel = kernels.reshape(kh, kw, inputs, blocks * outputs)
         return conv(x, kernel, window.strides, window.padding, blocks, window.dilation)
-    return (_separate if 1 < blocks <= MOST_SEPARATE else by_group.conv)(x, kernels, window)
-
-
-def _separate(x: jax.Array, kernels: jax.Array, window: Window) -> jax.Array:
-    """Convolves by one convolution for each group, side by side."""
-    size, blocks, out = x.shape[1:3], kernels.shape[3], window.outputs(x.shape[1:3], kernels.shape)
-    if all(isinstance(n, int) for n in size):
-        # XLA's fast path on the CPU needs images at least as large as the kernel, for the gradient too.
-        missing = [max(0, e - n) for e, n in zip(window.extents(kernels.shape), size, strict=True)]
-        x = pad(x, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)))
-    # `split` instead of slices, whose gradient would be a sum of padded arrays.
-    each = zip(jnp.split(x, blocks, axis=3), jnp.split(kernels, blocks, axis=3), strict=True)
-    parts = [
-        conv(x_i, kernel[:, :, :, 0], window.strides, window.padding, dilation=window.dilation)
-        for x_i, kernel in each
-    ]
-    return jnp.concatenate(parts, axis=3)[:, : out[0], : out[1]]
+    return by_group.conv(x, kernels, window)
 
 
 def split_phases(x: jax.Array, strides: tuple[int, int]) -> Phases:
