@@ -139,11 +139,11 @@ def _weight_gradient(x: jax.Array, dy: jax.Array, window: Window, shape: Sequenc
     above, beside = ((low, (m - 1) * stride + extent - low - n) for n, m, extent, stride, (low, _) in each)
 
     def by_part(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns [B, parts, I, H, W, n] and [B, parts, H, W, n, O]."""
-        few = parts, n // parts
+        """Returns [B, parts, I, H, W, n] and [B, parts, H, W, n, O]; each part has images of every device."""
+        few = n // parts, parts
         x = x.reshape(*few, *x.shape[1:3], x.shape[3] // inputs, inputs)
         dy = dy.reshape(*few, rows, columns, dy.shape[3] // outputs, outputs)
-        return materialize(x.transpose(4, 0, 5, 2, 3, 1)), materialize(dy.transpose(4, 0, 2, 3, 1, 5))
+        return materialize(x.transpose(4, 1, 5, 2, 3, 0)), materialize(dy.transpose(4, 1, 2, 3, 0, 5))
 
     def part(x: jax.Array, dy: jax.Array) -> jax.Array:
         # The images' channels are the batch here, and the images are the channels.
@@ -173,7 +173,9 @@ def _parts(images: int, pixels: int, inputs: int, outputs: int) -> int:
     if not (isinstance(images, int) and isinstance(pixels, int)):
         return 1
     most = NARROW if max(inputs, outputs) <= NARROW else max(1, LARGEST // max(1, pixels * outputs))
-    return next((d for d in range(1, images + 1) if images % d == 0 and images // d <= most), 1)
+    shared = math.gcd(images, jax.device_count())
+    each = images // shared  # images of a device
+    return next((d for d in range(1, each + 1) if each % d == 0 and each // d <= most), 1)
 
 
 def _plain(x: jax.Array, kernel: jax.Array, window: Window) -> jax.Array:

@@ -136,6 +136,19 @@ def test_no_device_gathers_the_images_of_others(rng, kind, shape):
     chex.assert_trees_all_close(jax.device_get(actual), jax.device_get(expected), rtol=1e-9, atol=1e-8)
 
 
+@pytest.mark.parametrize('groups', [2, 17])  # side by side, and in a loop
+@pytest.mark.parametrize('stride', [1, 2])
+def test_no_device_gathers_images_of_large_batches(groups, stride):
+    """Weight gradients take large batches in parts."""
+    mesh = jax.make_mesh((8,), ('data',), axis_types=(AxisType.Auto,))
+    sharded, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
+    x = jax.ShapeDtypeStruct((64, 14, 14, 64 * groups), jnp.float32, sharding=sharded)
+    kernel = jax.ShapeDtypeStruct((3, 3, 64, 64 * groups), jnp.float32, sharding=whole)
+    function = functools.partial(loss_of, groups=groups, stride=stride)
+    compiled = jax.jit(jax.grad(function, (0, 1))).lower(x, kernel).compile().as_text()
+    assert re.findall(r'(all-gather|all-to-all|collective-permute)[\w.-]*\(', compiled) == []
+
+
 @pytest.mark.parametrize('shape', SHAPES)
 @pytest.mark.parametrize('checked', [True, False])
 def test_in_a_shard_map_kernel_gradients_are_sums_over_the_devices(rng, shape, checked):
