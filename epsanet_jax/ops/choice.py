@@ -73,7 +73,9 @@ def _with_plain(choice: Choice, p: Problem) -> Choice:
         values = p.batch * (p.size / p.stride) ** 2 * p.features
     faster = {
         'forward': p.kernel > 1 and p.features < MANY_OUTPUTS,
-        'input_gradient': p.kernel > 1 and (1 < p.stride**2 <= MOST_PHASES or p.channels < MANY_OUTPUTS),
+        'input_gradient': p.kernel > 1
+        and p.stride**2 <= MOST_PHASES
+        and (p.stride > 1 or p.channels < MANY_OUTPUTS),
         'weight_gradient': p.kernel > 1 and p.features >= 64 and values > LARGEST,
     }
     chosen = {d: plain for d, wins in faster.items() if wins and getattr(choice, d).name == 'stock'}
