@@ -26,7 +26,7 @@ from epsanet_jax.ops import plain
 from epsanet_jax.ops.materialize import materialize
 from epsanet_jax.ops.plain import Window, interleave, pad
 from epsanet_jax.ops.primitive import make_primitive
-from epsanet_jax.ops.wide import MANY_OUTPUTS, Wide
+from epsanet_jax.ops.wide import MANY_OUTPUTS, Wide, images_of_a_device
 
 MOST_SEPARATE = 16  # groups side by side; a loop over more is slower, but compiles quickly
 MOST_CONVS = 32  # of all groups side by side
@@ -103,26 +103,29 @@ def _input_gradient(dy: jax.Array, kernels: jax.Array, window: Window, size: Seq
     lows = [low for low, _ in window.padding]
     rows, columns = map(_phases, size, dy.shape[1:3], kernels.shape[:2], strides, window.dilation, lows)
 
-    def phase(kernel: jax.Array, row: _Phase, column: _Phase) -> tuple[jax.Array, Window]:
-        """Returns the values of the kernel that the phase meets, and their window."""
-        kernel = kernel[row.begin :: strides[0], column.begin :: strides[1]]
-        return kernel, Window((1, 1), (row.padding, column.padding), window.dilation)
-
-    windows = [phase(flipped, row, column) for row in rows for column in columns]
-    windows = [(each, kernel.shape) for kernel, each in windows if 0 not in kernel.shape[:2]]
-    shape = (*kernels.shape[:2], outputs, inputs)
-    wide = _wide(dy, shape, blocks, windows, columns[0].count)
+    # For each phase the values of the kernel that it meets, [kh, kw, O, B, I], and their window.
+    phases = [
+        [
+            (
+                flipped[row.begin :: strides[0], column.begin :: strides[1]],
+                Window((1, 1), (row.padding, column.padding), window.dilation),
+            )
+            for column in columns
+        ]
+        for row in rows
+    ]
+    windows = [(each, met.shape) for line in phases for met, each in line if 0 not in met.shape[:2]]
+    wide = _wide(dy, (*kernels.shape[:2], outputs, inputs), blocks, windows, columns[0].count)
 
     def group(dy: jax.Array, i: jax.Array | int) -> jax.Array:
-        def convolve(row: _Phase, column: _Phase) -> jax.Array:
-            kernel, each = phase(_kernel(flipped, i), row, column)
-            if 0 in kernel.shape[:2]:  # no value of the kernel meets these pixels
-                width = column.count if wide.images == 1 else dy.shape[2]
-                return lax.full_like(dy, 0, shape=(dy.shape[0], row.count, width, inputs))
-            return _plain(dy, kernel, wide.window(each, kernel.shape))
+        def convolve(met: jax.Array, each: Window) -> jax.Array:
+            if 0 in met.shape[:2]:  # no value of the kernel meets these pixels
+                width = columns[0].count if wide.images == 1 else dy.shape[2]
+                return lax.full_like(dy, 0, shape=(dy.shape[0], rows[0].count, width, inputs))
+            return _plain(dy, _kernel(met, i), wide.window(each, met.shape))
 
-        each = [interleave([convolve(row, column) for column in columns], 2) for row in rows]
-        return interleave(each, 1)[:, : size[0]]
+        lines = [interleave([convolve(*phase) for phase in line], 2) for line in phases]
+        return interleave(lines, 1)[:, : size[0]]
 
     dx = _for_each(dy, blocks, len(windows), wide, group, (size[0], columns[0].count * len(columns), inputs))
     return dx[:, :, : size[1]]
@@ -150,10 +153,8 @@ def _weight_gradient(x: jax.Array, dy: jax.Array, window: Window, shape: Sequenc
         return _plain(x, dy, Window(window.dilation, (above, beside), window.strides))  # [I, kh, kw, O]
 
     def group(xy: tuple[jax.Array, jax.Array]) -> jax.Array:
-        if _side_by_side(blocks, parts):
-            return functools.reduce(operator.add, [part(*each) for each in zip(*xy, strict=True)])
-        if parts == 1:
-            return part(xy[0][0], xy[1][0])
+        if parts == 1 or _side_by_side(blocks, parts):
+            return functools.reduce(operator.add, [part(xy[0][j], xy[1][j]) for j in range(parts)])
         zero = lax.full_like(dy, 0, shape=(inputs, kh, kw, outputs))
         return lax.scan(lambda total, xy: (total + part(*xy), None), zero, xy)[0]
 
@@ -173,8 +174,7 @@ def _parts(images: int, pixels: int, inputs: int, outputs: int) -> int:
     if not (isinstance(images, int) and isinstance(pixels, int)):
         return 1
     most = NARROW if max(inputs, outputs) <= NARROW else max(1, LARGEST // max(1, pixels * outputs))
-    shared = math.gcd(images, jax.device_count())
-    each = images // shared  # images of a device
+    each = images_of_a_device(images)
     return next((d for d in range(1, each + 1) if each % d == 0 and each // d <= most), 1)
 
 

@@ -117,9 +117,8 @@ def weight_gradient(
         if isinstance(n, int):
             lanes = math.gcd(n, max(LANES, jax.device_count()))
             parts, rows = n // lanes, 1
-        x = materialize(x)
-        x = x if inputs == each == 1 else _by_input(x, groups, each)
-        x = x[:, :, :, 0] if inputs == 1 < each else x
+        x = _by_input(materialize(x), groups, each)
+        x = x[:, :, :, 0] if inputs == 1 else x
         x, dy = (a.reshape(lanes, parts, *a.shape[1:]) for a in (x, dy))
 
     def take(a: jax.Array, part: jax.Array, place: Sequence[jax.Array], size: Sequence[int]) -> jax.Array:

@@ -52,8 +52,7 @@ class Wide(NamedTuple):
             if not 0 <= low <= extent - stride:
                 return cls()
             gap = max(gap, low, (columns - 1) * stride + extent - low - width)
-        # Each device keeps its own images.
-        images = n // math.gcd(n, jax.device_count()) if n and jax.device_count() > 1 else n
+        images = images_of_a_device(n)
         stride = max((window.strides[1] for window, _ in each), default=1)
         return cls(images, -(-(width + gap) // stride) * stride) if images > 1 else cls()
 
@@ -79,3 +78,8 @@ class Wide(NamedTuple):
         y = materialize(y).reshape(blocks, n, h, self.images, w // self.images, channels)
         y = y[:, :, :, :, :columns].transpose(1, 3, 2, 4, 0, 5)
         return y.reshape(n * self.images, h, columns, blocks * channels)
+
+
+def images_of_a_device(images: int) -> int:
+    """Returns how many images may be joined or taken apart so that each device keeps its own."""
+    return images // math.gcd(images, jax.device_count())
