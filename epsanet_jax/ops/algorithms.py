@@ -20,7 +20,7 @@ or combined:
               results are added. The gradient of the input then convolves no inserted zeros.
 
     direct    Multiply-adds of shifted images instead of matrix products, see `direct`.
-    pallas    Weight gradients by a kernel of our own for TPUs, see `pallas_tpu`.
+    pallas    Kernels of our own for TPUs, for the forward pass and weight gradients, see `pallas_tpu`.
 
 When several convolutions read the same input, as the branches of a pyramid do:
 
@@ -49,7 +49,8 @@ class Algorithm(NamedTuple):
 
     Attributes:
         name: 'stock', 'merged', 'joint' (for a single convolution the same as 'merged'), 'tiled', 'folded',
-            'banded', 'by_channel', 'by_image', for 1x1 kernels 'matmul' or, for weight gradients, 'pallas'.
+            'banded', 'by_channel', 'by_image', for 1x1 kernels 'matmul' or, not for input gradients,
+            'pallas'.
         merge: number of neighbouring groups that are merged into one; divides the number of groups. 'banded'
             always merges all groups.
         tile: rows and columns of output pixels that are computed at once; 'banded' uses only the columns.
@@ -91,7 +92,7 @@ def by_name(name: str, kernel_shape: tuple[int, ...], groups: int) -> Algorithm:
     phases: groups are not merged; each phase of the stride is a separate convolution
     matmul: a matrix product for each group, for 1x1 kernels
     by_channel, by_image: multiply-adds of shifted images, for few of them (`direct.has_few_terms`)
-    pallas: none of its own; `bilinear` takes those of 'auto' and, for weight gradients, `pallas_tpu`
+    pallas: none of its own; `bilinear` takes those of 'auto' and, where one applies, of `pallas_tpu`
     """
     rows, columns, channels, outputs = kernel_shape
     size = max(rows, columns)
@@ -155,6 +156,30 @@ def convolve_all(
         parts = _joint(x, by_phase if phases else None, merged, [windows[i] for i in members])
         outputs.update(zip(members, parts, strict=True))
     return tuple(outputs[i] for i in range(len(kernels)))
+
+
+def forward(
+    x: jax.Array,
+    kernels: Sequence[jax.Array],
+    windows: Sequence[Window],
+    groups: Sequence[int],
+    algorithms: Sequence[Algorithm],
+    interpret: bool = False,
+) -> list[jax.Array]:
+    """Returns the same as `convolve_all`, whose arguments it has, also by Pallas kernels.
+
+    With `interpret`, Pallas kernels are computed by XLA's operations, because this is no TPU.
+    """
+    outputs = {
+        i: pallas_tpu.convolve(x, kernels[i], groups[i], windows[i].strides[0], interpret)
+        for i, algorithm in enumerate(algorithms)
+        if algorithm.name == 'pallas'
+    }
+    rest = [i for i in range(len(kernels)) if i not in outputs]
+    if rest:
+        settings = [windows[i] for i in rest], [groups[i] for i in rest], [algorithms[i] for i in rest]
+        outputs.update(zip(rest, convolve_all(x, [kernels[i] for i in rest], *settings), strict=True))
+    return [outputs[i] for i in range(len(kernels))]
 
 
 def convolve(x: jax.Array, kernel: jax.Array, window: Window, groups: int, algorithm: Algorithm) -> jax.Array:

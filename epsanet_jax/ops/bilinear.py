@@ -95,15 +95,14 @@ def _choose(platform: str, direction: str, x: Any, kernels: Sequence[tuple[int, 
     chosen = []
     for shape, window, g in each:
         chosen.append(getattr(choice.choose(platform, choice.Problem.of(x, shape, window, g)), direction))
-        by_kernel = spec.algorithm == 'pallas' and direction == 'weight_gradient'
-        if by_kernel and pallas_tpu.applies(x.shape, x.dtype, shape, window, g):
+        if spec.algorithm == 'pallas' and pallas_tpu.applies(direction, x.shape, x.dtype, shape, window, g):
             chosen[-1] = Algorithm('pallas')
     return chosen
 
 
 def _lower_forward(x, *kernels, spec, platform):
     chosen = _choose(platform, 'forward', x, [k.shape for k in kernels], spec)
-    return algorithms.convolve_all(x, kernels, spec.windows, spec.groups, chosen)
+    return algorithms.forward(x, kernels, spec.windows, spec.groups, chosen, interpret=platform != 'tpu')
 
 
 def _lower_input_gradient(*args, spec, size, platform):

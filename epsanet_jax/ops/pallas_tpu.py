@@ -1,222 +1,45 @@
-"""Weight gradients of grouped convolutions as Pallas kernels for TPUs, on Toeplitz tiles.
+"""Grouped convolutions and their weight gradients as Pallas kernels for TPUs: for which there is one."""
 
-A matrix unit multiplies 128 by 128 values at once, and a group of the pyramid has 1 to 8 outputs. Here the
-outputs of a tile of pixels, `tile rows x tile columns x outputs of a group`, up to 128, are one side of the
-matrix, and the window of the input that the tile reads is the other. 128 images are the side that is summed:
+from collections.abc import Sequence
 
-    sums[window row, window column, input, (tile row, tile column, output)] += window x gradient of the tile
-
-Each value of the kernel meets a tile's pixels at different places of the window. After all tiles, those
-places are picked from `sums`. All images of a batch lie in the lanes, [H, W, C, N]. This is how the TPU
-compiler lays out the images of this network, so that no copy is needed. Groups of less than `CHANNELS` inputs
-are merged.
-"""
-
-import functools
-import itertools
-import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
+from epsanet_jax.ops import pallas_convolve, pallas_weights
+from epsanet_jax.ops.pallas_convolve import convolve
+from epsanet_jax.ops.pallas_weights import weight_gradient
 from epsanet_jax.ops.plain import Window
 
-LANES = 128
-CHANNELS = 8  # fewer inputs of a group are merged: they would lie across the sublanes of a register
-CHUNK = 16  # channels that are copied to the chip's memory at once: a register of bfloat16
-MEMORY = 96 * 2**20  # bytes of the chip's fast memory (VMEM) that a kernel may take; v5e and v6e have 128 MiB
+__all__ = ['applies', 'convolve', 'weight_gradient']
+
 DTYPES = ('bfloat16', 'float32')
+SMALLEST = 14  # rows and columns of outputs; for fewer, XLA's own convolutions with groups are as fast
+FEWEST = 32  # outputs; for fewer, XLA's own convolutions without groups are as fast
 
 
 def applies(
-    shape: Sequence[int], dtype: jnp.dtype, kernel: Sequence[int], window: Window, groups: int
+    direction: str,
+    shape: Sequence[int],
+    dtype: jnp.dtype,
+    kernel: Sequence[int],
+    window: Window,
+    groups: int,
 ) -> bool:
     """Returns whether there is a kernel for images [N, H, W, C] and a convolution [kh, kw, I, C_out].
 
-    The convolution needs an odd square kernel larger than 1x1 with its usual padding, stride and dilation 1,
-    more than one group, and channels in whole registers; images and sums must fit into the chip's memory.
+    The convolution needs an odd square kernel larger than 1x1, its usual padding, dilation 1, and channels
+    in whole registers. All of an image, and what is kept beside it, must fit into the chip's memory. Weight
+    gradients need stride 1 and more than one group. Where XLA's own takes no longer by its schedule on a v5e
+    there is no kernel: for input gradients, `SMALLEST` and `FEWEST`.
     """
-    size, half = kernel[0], (kernel[0] // 2, kernel[0] // 2)
+    size, stride = kernel[0], window.strides[0]
     if dtype.name not in DTYPES or not all(isinstance(n, int) and n for n in shape):
         return False
-    if kernel[0] != kernel[1] or size % 2 == 0 or size == 1 or window != Window((1, 1), (half, half)):
+    if kernel[0] != kernel[1] or size % 2 == 0 or size == 1:
         return False
-    merge = _merged(kernel[2], groups)
-    if groups == 1 or merge is None or shape[3] % CHUNK or merge * kernel[3] // groups > LANES:
+    half = size // 2, size // 2
+    if window != Window((stride, stride), (half, half)):
         return False
-    return _plan(shape, kernel[3], groups // merge, size, dtype.itemsize).needed <= MEMORY
-
-
-def weight_gradient(
-    x: jax.Array, dy: jax.Array, groups: int, size: int, interpret: bool = False
-) -> jax.Array:
-    """Returns the gradient of a kernel [size, size, C_in / groups, C_out] where `applies`.
-
-    Args:
-        x: images, [N, H, W, C_in].
-        dy: gradient of the outputs, [N, H, W, C_out].
-        groups: number of groups.
-        size: height and width of the kernel.
-        interpret: whether to compute it by XLA's operations instead, on any platform; slow.
-    """
-    n, channels = x.shape[0], x.shape[3]
-    inputs, each = channels // groups, dy.shape[3] // groups
-    merge = _merged(inputs, groups) or 1
-    plan = _plan(x.shape, dy.shape[3], groups // merge, size, x.dtype.itemsize)
-    images = [(0, 0)] * 3 + [(0, -n % LANES)]
-    x, dy = (jnp.pad(a.transpose(1, 2, 3, 0), images) for a in (x, dy))  # [H, W, C, N]
-    sums = _sums(x, dy, plan, interpret)  # [B, k, k, m * I, tile pixels * m * O]
-    # Products of the inputs of one merged group with the outputs of another one are left out.
-    sums = sums.reshape(groups // merge, size, size, merge, inputs, -1, merge, each)
-    sums = jnp.einsum('guvmipmo->uvigmo', sums, precision=lax.Precision.HIGHEST)
-    return sums.reshape(size, size, inputs, groups * each).astype(x.dtype)
-
-
-def _merged(inputs: int, groups: int) -> int | None:
-    """Returns how many groups become one, None if their inputs cannot fill whole registers."""
-    merge = max(1, CHANNELS // inputs)
-    whole = inputs * merge
-    fits = whole == CHANNELS or whole % CHUNK == 0
-    return merge if groups % merge == 0 and fits else None
-
-
-def _tile(h: int, w: int, size: int, outputs: int) -> tuple[int, int]:
-    """Returns rows and columns of a tile, of at most 128 values, with the fewest products."""
-    tiles = [(r, c) for r in _divisors(h) for c in _divisors(w) if r * c * outputs <= LANES]
-    return min(tiles, key=lambda t: (t[0] + size - 1) * (t[1] + size - 1) / (t[0] * t[1]))
-
-
-def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
-
-
-class Plan(NamedTuple):
-    """Sizes of a kernel, after groups are merged to `blocks`."""
-
-    size: int  # of the convolution's kernel
-    tile: tuple[int, int]  # pixels
-    values: int  # tile pixels * outputs of a block
-    window: tuple[int, ...]  # two chunks of the padded images, [2, rows, columns, channels, LANES]
-    sums: tuple[int, ...]  # [blocks, rows and columns of what a tile reads, inputs, values]
-    needed: int  # bytes of memory
-
-
-def _plan(shape: Sequence[int], outputs: int, blocks: int, size: int, itemsize: int) -> Plan:
-    _, h, w, channels = shape
-    inputs, each = channels // blocks, outputs // blocks
-    tile = _tile(h, w, size, each)
-    window = (2, h + size - 1, w + size - 1, max(CHUNK, inputs), LANES)
-    sums = (blocks, tile[0] + size - 1, tile[1] + size - 1, inputs, tile[0] * tile[1] * each)
-    rows = -(-outputs // CHUNK) * CHUNK
-    needed = (math.prod(window) + h * w * rows * LANES) * itemsize
-    needed += 4 * LANES * inputs * blocks * (sums[1] * sums[2] + size**2)
-    return Plan(size, tile, sums[-1], window, sums, needed)
-
-
-def _sums(x: jax.Array, dy: jax.Array, plan: Plan, interpret: bool) -> jax.Array:
-    """Returns float32 [blocks, size, size, inputs, tile rows * tile columns * outputs]; x is [H, W, C, N]."""
-    from jax.experimental import pallas as pl  # here, because importing it takes long
-    from jax.experimental.pallas import tpu as pltpu
-
-    blocks, inputs = plan.sums[0], plan.sums[3]
-    out = blocks, plan.size, plan.size, inputs, plan.values
-    tiles = x.shape[0] * x.shape[1] * x.shape[3] // math.prod(plan.tile)
-    cost = pl.CostEstimate(
-        flops=2 * tiles * math.prod(plan.sums), bytes_accessed=x.nbytes + dy.nbytes, transcendentals=0
-    )
-    return pl.pallas_call(
-        functools.partial(_kernel, size=plan.size, tile=plan.tile),
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
-        out_specs=pl.BlockSpec(memory_space=pltpu.VMEM),
-        # Like x: in a shard_map the result varies over the same mesh axes.
-        out_shape=jax.eval_shape(lambda x: lax.full_like(x, 0, jnp.float32, out), x),
-        scratch_shapes={
-            'window': pltpu.VMEM(plan.window, x.dtype),
-            'gradient': pltpu.VMEM((*dy.shape[:3], LANES), dy.dtype),
-            'sums': pltpu.VMEM(plan.sums, jnp.float32),
-            'arrived': pltpu.SemaphoreType.DMA((3,)),
-        },
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=plan.needed + 2**23),
-        cost_estimate=cost,
-        interpret=interpret,
-        name='toeplitz_weight_gradient',
-    )(x, dy)
-
-
-def _kernel(x, dy, out, window, gradient, sums, arrived, *, size, tile):
-    """Adds up all tiles of all images in `sums`, and picks the gradient of the kernel from it."""
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
-    h, w, channels, n = x.shape
-    blocks, *seen, inputs, values = sums.shape
-    chunk, half, outputs = window.shape[3], size // 2, values // math.prod(tile)
-    slots = np.int32(0), np.int32(1)  # of this type in 64-bit mode, too
-    window[...] = jnp.zeros_like(window)  # the borders stay zero
-    sums[...] = jnp.zeros_like(sums)
-
-    def add(batch):
-        images = pl.ds(pl.multiple_of(batch * LANES, LANES), LANES)
-        inside = pl.ds(half, h), pl.ds(half, w)
-        gradients = pltpu.make_async_copy(dy.at[:, :, :, images], gradient, arrived.at[np.int32(2)])
-        copies = [
-            pltpu.make_async_copy(
-                x.at[:, :, pl.ds(first, chunk), images], window.at[(slot, *inside)], arrived.at[slot]
-            )
-            for slot, first in zip(itertools.cycle(slots), range(0, channels, chunk), strict=False)
-        ]
-        gradients.start()
-        copies[0].start()
-        gradients.wait()
-        for i, copy in enumerate(copies):
-            if i + 1 < len(copies):
-                copies[i + 1].start()
-            copy.wait()
-            for part in range(chunk // inputs):
-                block = i * chunk // inputs + part
-                _loop(h * w // math.prod(tile), functools.partial(add_tile, slots[i % 2], part, block))
-
-    def add_tile(slot, part, block, place):
-        row, column = _divide(place, w // tile[1])
-        channel = slice(part * inputs, (part + 1) * inputs)
-        left = window[slot, pl.ds(row * tile[0], seen[0]), pl.ds(column * tile[1], seen[1]), channel, :]
-        output = slice(block * outputs, (block + 1) * outputs)
-        right = gradient[pl.ds(row * tile[0], tile[0]), pl.ds(column * tile[1], tile[1]), output, :]
-        products = lax.dot_general(
-            left.reshape(-1, LANES),
-            right.reshape(values, LANES),
-            (((1,), (1,)), ((), ())),
-            precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-            preferred_element_type=jnp.float32,
-        )
-        sums[block] += products.reshape(*seen, inputs, values)
-
-    _loop(n // LANES, add)
-    pixel, _ = _divide(lax.broadcasted_iota(jnp.int32, (1, 1, values), 2), outputs)
-    rows, columns = _divide(pixel, tile[1])
-
-    def pick(place):
-        """Takes for each output of the tile, in its lane, what lies under a row of the kernel."""
-        block, u = _divide(place, size)
-        met = sums[block, u]
-        for r in range(1, tile[0]):
-            met = jnp.where(rows == r, sums[block, u + r], met)
-        found = met[:size]
-        for q in range(1, tile[1]):
-            found = jnp.where(columns == q, met[q : q + size], found)
-        out[block, u] = found
-
-    _loop(blocks * size, pick)
-
-
-def _loop(count: int, body: Callable[[jax.Array], None]) -> None:
-    lax.fori_loop(jnp.int32(0), jnp.int32(count), lambda i, _: body(i), None)
-
-
-def _divide(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
-    """Returns quotient and remainder of numbers >= 0; // and % would ask for the TPU of this machine."""
-    return lax.div(a, jnp.int32(b)), lax.rem(a, jnp.int32(b))
+    if direction == 'weight_gradient':
+        return stride == 1 and pallas_weights.fits(shape, dtype.itemsize, kernel, groups)
+    gains = kernel[3] >= FEWEST if groups == 1 else min(window.outputs(shape[1:3], kernel)) >= SMALLEST
+    return direction == 'forward' and gains and pallas_convolve.fits(shape, dtype, kernel, groups, stride)

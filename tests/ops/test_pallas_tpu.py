@@ -1,4 +1,4 @@
-"""Weight gradients by the kernel for TPUs, computed by XLA's operations, against XLA's own convolution."""
+"""Kernels for TPUs, computed by XLA's operations, against XLA's own convolution."""
 
 import jax
 import jax.numpy as jnp
@@ -7,54 +7,19 @@ import pytest
 from jax import export
 from jax.sharding import AxisType, PartitionSpec
 
-from epsanet_jax.ops import grouped_conv, pallas_tpu, rewrites
+from epsanet_jax.ops import grouped_conv, pallas_tpu
 from epsanet_jax.ops.plain import Window
 
-# images, rows, columns, groups, inputs and outputs of a group, kernel
-CASES = {
-    'own groups': (3, 4, 6, 2, 8, 2, 3),
-    'merged groups': (2, 4, 4, 4, 4, 1, 5),
-    'groups of two chunks, several tiles': (2, 6, 4, 2, 32, 16, 3),
-    'more images than lanes': (130, 2, 2, 2, 8, 1, 3),
-}
+
+@pytest.fixture(autouse=True)
+def small_images_have_kernels(monkeypatch):
+    monkeypatch.setattr(pallas_tpu, 'SMALLEST', 1)
+    monkeypatch.setattr(pallas_tpu, 'FEWEST', 1)
 
 
-def window(size):
-    return Window((1, 1), ((size // 2, size // 2),) * 2)
-
-
-def arguments(rng, case, dtype):
-    n, h, w, groups, inputs, outputs, size = CASES[case]
-    x = jnp.asarray(rng.standard_normal((n, h, w, groups * inputs)), dtype)
-    dy = jnp.asarray(rng.standard_normal((n, h, w, groups * outputs)), dtype)
-    return x, dy, groups, size, (size, size, inputs, groups * outputs)
-
-
-def stock(x, dy, groups, size, shape):
-    def forward(kernel):
-        return rewrites.stock(x, kernel, window(size), groups)
-
-    return jax.linear_transpose(forward, jax.ShapeDtypeStruct(shape, x.dtype))(dy)[0]
-
-
-@pytest.mark.parametrize(
-    ('case', 'dtype', 'tolerance'),
-    [
-        ('own groups', 'float32', 1e-5),
-        ('merged groups', 'float32', 1e-5),
-        ('groups of two chunks, several tiles', 'float32', 1e-5),
-        ('more images than lanes', 'float32', 1e-5),
-        ('merged groups', 'bfloat16', 2**-8),
-    ],
-)
-def test_weight_gradient_equals_stock(rng, case, dtype, tolerance):
-    x, dy, groups, size, shape = arguments(rng, case, dtype)
-    assert pallas_tpu.applies(x.shape, x.dtype, shape, window(size), groups)
-    actual = jax.jit(lambda x, dy: pallas_tpu.weight_gradient(x, dy, groups, size, interpret=True))(x, dy)
-    expected = stock(x.astype('float32'), dy.astype('float32'), groups, size, shape)
-    assert (actual.dtype, actual.shape) == (x.dtype, shape)
-    limit = tolerance * np.abs(expected).max()
-    np.testing.assert_allclose(actual.astype('float32'), expected, rtol=tolerance, atol=limit)
+def window(size, stride=1):
+    half = size // 2, size // 2
+    return Window((stride, stride), (half, half))
 
 
 @pytest.mark.parametrize(
@@ -65,28 +30,53 @@ def test_weight_gradient_equals_stock(rng, case, dtype, tolerance):
         {'kernel': (4, 4, 8, 16)},
         {'kernel': (3, 5, 8, 16)},
         {'kernel': (1, 1, 8, 16), 'window': Window()},
-        {'window': Window((2, 2), ((1, 1), (1, 1)))},
+        {'window': Window((2, 1), ((1, 1), (1, 1)))},
         {'window': Window((1, 1), ((1, 1), (1, 1)), (2, 2))},
         {'window': Window()},
-        {'groups': 1, 'kernel': (3, 3, 64, 16)},
         {'groups': 16, 'shape': (2, 8, 8, 192), 'kernel': (3, 3, 12, 16)},  # no whole registers
         {'shape': (2, 8, 8, 40), 'groups': 5, 'kernel': (3, 3, 8, 5)},
         {'shape': (2, 224, 224, 64)},  # too large for the memory of the chip
     ],
 )
-def test_other_convolutions_are_left_to_xla(change):
+@pytest.mark.parametrize('direction', ['forward', 'weight_gradient'])
+def test_other_convolutions_are_left_to_xla(direction, change):
     given = {'shape': (2, 8, 8, 64), 'dtype': 'float32', 'kernel': (3, 3, 8, 16), 'groups': 8}
     given = {**given, 'window': window(3)}
-    assert pallas_tpu.applies(**{**given, 'dtype': jnp.dtype('float32')})
+    assert pallas_tpu.applies(direction, **{**given, 'dtype': jnp.dtype('float32')})
     given |= change
-    assert not pallas_tpu.applies(**{**given, 'dtype': jnp.dtype(given['dtype'])})
+    assert not pallas_tpu.applies(direction, **{**given, 'dtype': jnp.dtype(given['dtype'])})
+
+
+@pytest.mark.parametrize(
+    ('direction', 'stride', 'groups', 'expected'),
+    [
+        ('forward', 2, 8, True),
+        ('forward', 1, 1, True),
+        ('weight_gradient', 2, 8, False),
+        ('weight_gradient', 1, 1, False),
+        ('input_gradient', 1, 8, False),  # XLA's own are as fast
+    ],
+)
+def test_which_directions_have_a_kernel(direction, stride, groups, expected):
+    arguments = (2, 8, 8, 64), jnp.dtype('float32'), (3, 3, 64 // groups, 16), window(3, stride), groups
+    assert pallas_tpu.applies(direction, *arguments) == expected
+
+
+@pytest.mark.parametrize(
+    ('size', 'outputs', 'groups', 'expected'),
+    [(14, 16, 4, True), (13, 16, 4, False), (7, 32, 1, True), (56, 16, 1, False)],
+)
+def test_forward_has_a_kernel_where_it_is_faster(monkeypatch, size, outputs, groups, expected):
+    monkeypatch.undo()
+    arguments = (2, size, size, 64), jnp.dtype('bfloat16'), (3, 3, 64 // groups, outputs), window(3), groups
+    assert pallas_tpu.applies('forward', *arguments) == expected
 
 
 @pytest.fixture
 def small(rng):
     """Returns images and a kernel of 2 groups."""
     return jnp.asarray(rng.standard_normal((4, 4, 4, 16)), 'float32'), jnp.asarray(
-        rng.standard_normal((3, 3, 8, 4)), 'float32'
+        rng.standard_normal((3, 3, 8, 16)), 'float32'
     )
 
 
@@ -132,9 +122,10 @@ def lowered(function, *arguments):
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=('tpu',)).as_text()
 
 
-def test_kernel_is_used_on_tpus_by_name_alone(small):
-    assert 'toeplitz_weight_gradient' in lowered(gradients('pallas'), *small)
-    assert 'toeplitz_weight_gradient' not in lowered(gradients('auto'), *small)
+@pytest.mark.parametrize('kernel', ['toeplitz_convolution', 'toeplitz_weight_gradient'])
+def test_kernel_is_used_on_tpus_by_name_alone(small, kernel):
+    assert kernel in lowered(gradients('pallas'), *small)
+    assert kernel not in lowered(gradients('auto'), *small)
 
 
 @pytest.mark.parametrize('check_vma', [False, True])

@@ -1,0 +1,53 @@
+"""What the Pallas kernels for TPUs share: sizes of the chip, tiles, and loops.
+
+A matrix unit multiplies 128 by 128 values at once, and a group of the pyramid has 1 to 64 outputs. The
+kernels compute the outputs of a tile of pixels, `tile rows x tile columns x outputs of a group`, together:
+they are one side of a matrix product, and the window of the input that the tile reads is the other. All
+images of a batch lie in the lanes, [H, W, C, N]. This is how the TPU compiler lays out the images of this
+network, so that no copy is needed.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+LANES = 128
+CHANNELS = 8  # fewer inputs of a group are merged: they would lie across the sublanes of a register
+CHUNK = 16  # channels that are copied to the chip's memory at once: a register of bfloat16
+MEMORY = 96 * 2**20  # bytes of the chip's fast memory (VMEM) that a kernel may take; v5e and v6e have 128 MiB
+MARGIN = 2**23  # bytes for what the compiler adds
+
+
+def merged(inputs: int, groups: int) -> int | None:
+    """Returns how many groups become one, None if their inputs cannot fill whole registers."""
+    merge = max(1, CHANNELS // inputs)
+    whole = inputs * merge
+    fits = whole == CHANNELS or whole % CHUNK == 0
+    return merge if groups % merge == 0 and fits else None
+
+
+def chunk(inputs: int) -> int:
+    """Returns how many channels are copied at once for blocks of this many inputs."""
+    return max(CHUNK, inputs)
+
+
+def divisors(n: int) -> list[int]:
+    """Returns the divisors of n, smallest first."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def loop(count: int, body: Callable[[jax.Array], None]) -> None:
+    """Calls `body` with 0 to count - 1, in a loop of the compiled program."""
+    lax.fori_loop(jnp.int32(0), jnp.int32(count), lambda i, _: body(i), None)
+
+
+def divide(a: jax.Array, b: int) -> tuple[jax.Array, jax.Array]:
+    """Returns quotient and remainder of numbers >= 0; // and % would ask for the TPU of this machine."""
+    return lax.div(a, jnp.int32(b)), lax.rem(a, jnp.int32(b))
+
+
+def precision(dtype: jnp.dtype) -> lax.Precision | None:
+    """Returns the precision of products: float32 is multiplied as float32."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
