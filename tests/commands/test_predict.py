@@ -58,7 +58,7 @@ def test_classes_without_names_are_printed_as_numbers(capsys, weights, image_fol
     assert plain['class'] == str(plain['number'])
     assert run(capsys, 'convert', weights, tmp_path / 'x.safetensors')[0] == 0
     tensors = of_json(capsys, tmp_path / 'x.safetensors', image_folder / 'a.png', '--top', 1)[0]
-    assert tensors['predictions'][0] == named
+    assert_same_predictions(tensors['predictions'], [named])
 
 
 @pytest.fixture(scope='module')
@@ -201,6 +201,13 @@ def test_damaged_metadata_of_an_image_gives_no_warning(weights, tmp_path, image_
     assert (done.stderr, done.stdout.count('\n')) == ('', 6)
 
 
+def assert_same_predictions(actual, expected):
+    """The last digits may differ: they depend on how XLA shares out its work among threads."""
+    assert [a['class'] for a in actual] == [e['class'] for e in expected]
+    probabilities = [e['probability'] for e in expected]
+    assert [a['probability'] for a in actual] == pytest.approx(probabilities, rel=1e-4)
+
+
 def test_images_in_files_and_tables_have_the_predictions_of_the_files(capsys, weights, tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     folder = class_folders(tmp_path / 'train', 6)
@@ -213,7 +220,8 @@ def test_images_in_files_and_tables_have_the_predictions_of_the_files(capsys, we
         ['metadata/train/metadata.jsonl'],
     ):
         content = of_json(capsys, weights, *(tmp_path / path for path in paths))
-        assert [c['predictions'] for c in content] == expected
+        for actual, predictions in zip(content, expected, strict=True):
+            assert_same_predictions(actual['predictions'], predictions)
         assert len({c['image'] for c in content}) == len(folder)
     assert content[3]['image'] == f'{tmp_path}/metadata/train/metadata.jsonl line 4: 00003.jpg'
     (tmp_path / 'no.parquet').write_bytes(b'')
@@ -229,4 +237,4 @@ def test_images_without_labels_are_predicted(capsys, weights, tmp_path, monkeypa
     (tmp_path / 'x.csv').write_text('file_name\n1.jpg\n')
     first, second = (of_json(capsys, weights, tmp_path / name) for name in ('x.tar', 'x.csv'))
     assert len(first) == 2
-    assert first[0]['predictions'] == second[0]['predictions']
+    assert_same_predictions(first[0]['predictions'], second[0]['predictions'])
