@@ -26,9 +26,9 @@ from epsanet_jax.analysis import hlo
 from epsanet_jax.models import create_model
 from epsanet_jax.models.conv import Conv
 from epsanet_jax.ops import algorithms, choice
-from epsanet_jax.ops.algorithms import DIRECT, Algorithm, by_name, convolve, divisors
+from epsanet_jax.ops.algorithms import DIRECT, Algorithm, by_name, convolve
 from epsanet_jax.ops.choice import DIRECTIONS, MOST_SPLIT, Problem
-from epsanet_jax.ops.plain import Window
+from epsanet_jax.ops.plain import Window, divisors
 from epsanet_jax.ops.rewrites import bands
 
 TILES = ((1, 2), (2, 2), (1, 4), (2, 4), (4, 4), (2, 8))

@@ -41,7 +41,7 @@ from jax import lax
 
 from epsanet_jax.errors import InputError, suggest
 from epsanet_jax.ops import direct, pallas_tpu, rewrites
-from epsanet_jax.ops.plain import Window, pad
+from epsanet_jax.ops.plain import Window, divisors, pad
 
 
 class Algorithm(NamedTuple):
@@ -113,11 +113,6 @@ def by_name(name: str, kernel_shape: tuple[int, ...], groups: int) -> Algorithm:
     if name == 'phases':
         return Algorithm('merged', phases=True)
     return Algorithm('stock')
-
-
-def divisors(n: int) -> list[int]:
-    """Returns the divisors of n, smallest first."""
-    return [d for d in range(1, n + 1) if n % d == 0]
 
 
 def convolve_all(

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from epsanet_jax.ops.algorithms import DIRECT, Algorithm, divisors
+from epsanet_jax.ops.algorithms import DIRECT, Algorithm
 from epsanet_jax.ops.by_group import LARGEST, MOST_PHASES
 from epsanet_jax.ops.direct import has_few_terms
-from epsanet_jax.ops.plain import Window
+from epsanet_jax.ops.plain import Window, divisors
 from epsanet_jax.ops.wide import MANY_OUTPUTS
 
 PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')

@@ -22,12 +22,14 @@ from epsanet_jax.ops.pallas_tiles import (
     LANES,
     MARGIN,
     MEMORY,
+    arriving_blocks,
     chunk,
+    chunk_copies,
     divide,
-    divisors,
     loop,
     precision,
 )
+from epsanet_jax.ops.plain import divisors
 
 
 class Plan(NamedTuple):
@@ -163,30 +165,17 @@ def _kernel(x, kernels, out, *, plan, matrices, rows, toeplitz, window, result, 
 
     _build(plan, kernels, matrices, rows, toeplitz)
     window[...] = jnp.zeros_like(window)  # the borders stay zero
-    h, w, channels, n = x.shape
-    copied, half, each = window.shape[3], plan.size // 2, plan.outputs[3] // plan.groups
-    slots = np.int32(0), np.int32(1)  # of this type in 64-bit mode, too
+    each = plan.outputs[3] // plan.groups
     tiles = math.prod(plan.outputs[1:3]) // math.prod(plan.tile)
 
     def add(batch):
         images = pl.ds(pl.multiple_of(batch * LANES, LANES), LANES)
-        inside = pl.ds(half, h), pl.ds(half, w)
-        copies = [
-            pltpu.make_async_copy(
-                x.at[:, :, pl.ds(first, copied), images], window.at[(slot, *inside)], arrived.at[slot]
-            )
-            for slot, first in zip(itertools.cycle(slots), range(0, channels, copied), strict=False)
-        ]
+        copies = chunk_copies(x, window, arrived, images, plan.size // 2)
         copies[0].start()
-        for i, copy in enumerate(copies):
-            if i + 1 < len(copies):
-                copies[i + 1].start()
-            copy.wait()
-            for part in range(copied // plan.inputs):
-                group = i * copied // plan.inputs + part
-                read = window.at[slots[i % 2], :, :, part * plan.inputs : (part + 1) * plan.inputs]
-                write = result.at[:, :, group * each : (group + 1) * each]
-                loop(tiles, functools.partial(_tile, plan, read, matrices.at[group], write))
+        for slot, part, group in arriving_blocks(copies, window.shape[3] // plan.inputs):
+            read = window.at[slot, :, :, part * plan.inputs : (part + 1) * plan.inputs]
+            write = result.at[:, :, group * each : (group + 1) * each]
+            loop(tiles, functools.partial(_tile, plan, read, matrices.at[group], write))
         if rounded is not None:
             loop(result.shape[0], functools.partial(_round_row, result, rounded))
         copy = pltpu.make_async_copy(
@@ -195,7 +184,7 @@ def _kernel(x, kernels, out, *, plan, matrices, rows, toeplitz, window, result, 
         copy.start()
         copy.wait()
 
-    loop(n // LANES, add)
+    loop(x.shape[3] // LANES, add)
 
 
 def _round_row(result, rounded, row):

@@ -9,7 +9,6 @@ places are picked from `sums`.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -24,13 +23,15 @@ from epsanet_jax.ops.pallas_tiles import (
     LANES,
     MARGIN,
     MEMORY,
+    arriving_blocks,
     chunk,
+    chunk_copies,
     divide,
-    divisors,
     loop,
     merged,
     precision,
 )
+from epsanet_jax.ops.plain import divisors
 
 
 def fits(shape: Sequence[int], itemsize: int, kernel: Sequence[int], groups: int) -> bool:
@@ -134,33 +135,21 @@ def _kernel(x, dy, out, window, gradient, sums, arrived, *, size, tile):
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    h, w, channels, n = x.shape
+    h, w, _, n = x.shape
     blocks, *seen, inputs, values = sums.shape
-    copied, half, outputs = window.shape[3], size // 2, values // math.prod(tile)
-    slots = np.int32(0), np.int32(1)  # of this type in 64-bit mode, too
+    outputs = values // math.prod(tile)
     window[...] = jnp.zeros_like(window)  # the borders stay zero
     sums[...] = jnp.zeros_like(sums)
 
     def add(batch):
         images = pl.ds(pl.multiple_of(batch * LANES, LANES), LANES)
-        inside = pl.ds(half, h), pl.ds(half, w)
         gradients = pltpu.make_async_copy(dy.at[:, :, :, images], gradient, arrived.at[np.int32(2)])
-        copies = [
-            pltpu.make_async_copy(
-                x.at[:, :, pl.ds(first, copied), images], window.at[(slot, *inside)], arrived.at[slot]
-            )
-            for slot, first in zip(itertools.cycle(slots), range(0, channels, copied), strict=False)
-        ]
+        copies = chunk_copies(x, window, arrived, images, size // 2)
         gradients.start()
         copies[0].start()
         gradients.wait()
-        for i, copy in enumerate(copies):
-            if i + 1 < len(copies):
-                copies[i + 1].start()
-            copy.wait()
-            for part in range(copied // inputs):
-                block = i * copied // inputs + part
-                loop(h * w // math.prod(tile), functools.partial(add_tile, slots[i % 2], part, block))
+        for slot, part, block in arriving_blocks(copies, window.shape[3] // inputs):
+            loop(h * w // math.prod(tile), functools.partial(add_tile, slot, part, block))
 
     def add_tile(slot, part, block, place):
         row, column = divide(place, w // tile[1])

@@ -67,3 +67,8 @@ def interleave(parts: list[jax.Array], axis: int) -> jax.Array:
     shape = list(parts[0].shape)
     shape[axis] *= len(parts)
     return jnp.stack(parts, axis + 1).reshape(shape)
+
+
+def divisors(n: int) -> list[int]:
+    """Returns the divisors of n, smallest first."""
+    return [d for d in range(1, n + 1) if n % d == 0]
