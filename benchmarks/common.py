@@ -85,3 +85,19 @@ def seconds(run: Callable[[], Any], wait: Callable[[Any], Any], budget: float = 
         wait(run())
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def per_call(run: Callable[[], Any], wait: Callable[[Any], Any], budget: float = 0.02) -> float:
+    """Returns the median seconds of a call of several that are started without waiting for each other."""
+    wait(run())
+    start = time.perf_counter()
+    wait(run())
+    once = time.perf_counter() - start
+    count, times = max(1, min(20, int(budget / once))), []
+    for _ in range(3 if once < 5 * budget else 1):
+        start = time.perf_counter()
+        for _ in range(count):
+            result = run()
+        wait(result)
+        times.append((time.perf_counter() - start) / count)
+    return statistics.median(times)

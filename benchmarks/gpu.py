@@ -135,17 +135,18 @@ def plan(out: Path, images: Path | None, rehearse: bool) -> list[Part]:
         return ['gpu_train.py', '--images', str(images), '--side', side, *tiny]
 
     device = ['gpu_parts.py', 'device', *(['--megabytes', '4'] if rehearse else [])]
-    kernels = ['gpu_parts.py', 'kernels', *(['--small', '--batch', '2'] if rehearse else [])]
+    kernels = ['gpu_parts.py', 'kernels', '--hlo', str(out / 'step.hlo')]
+    kernels += ['--small', '--batch', '2'] if rehearse else []
     if rehearse:
         on_gpu = ['--files', 'tests/ops/test_materialize.py']
     parts = [
         Part('device', 12, device),
-        Part('op epsanet50_small', 240, op(small)),
+        Part('op epsanet50_small', 210, op(small)),
         Part('ours', 75, step(small, ['ours'], ['train']), rows=True),
+        Part('kernels', 35, kernels, rows=True),
         Part('torch', 35, step(small, ['torch-channels-last'], ['train'])),
         Part('torch compiled', 150, step(small, ['torch-channels-last-compiled'], ['train'])),
         Part('stock', 55, [*step(small, ['ours'], ['train']), *stock]),
-        Part('kernels', 35, kernels, rows=True),
         Part('tests on the GPU', 30, [*tests, *on_gpu]),
         Part('torch nchw', 40, step(small, ['torch-nchw'], ['train'])),
         Part('golden', 8, ['gpu_parts.py', 'golden', '--write', str(out / 'golden.npz')]),

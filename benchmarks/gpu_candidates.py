@@ -48,8 +48,11 @@ def ways(members: Sequence[Problem], others: bool = False) -> Iterator[Way]:
 
     for algorithm in table_algorithms(p)[: 1 if others else None]:
         way = alone(lambda x, k, a=algorithm: algorithms.convolve(x, k, windows[0], p.groups, a))
-        if algorithm.name == 'tiled':  # this gradient convolves with zeros between the values: very slow
-            del way['input_gradient']
+        # Tiles: it convolves with zeros between the values, very slow. Folded: the same as phases, measured.
+        if algorithm.name in ('tiled', 'folded'):
+            way.pop('input_gradient', None)
+        elif algorithm.phases:  # only this gradient has zeros to save
+            way = {'input_gradient': way['input_gradient']}
         yield Way({'algorithm': grouped_conv.shorten(algorithm)}, way)
     if not others:
         return
@@ -86,22 +89,21 @@ def table_algorithms(p: Problem) -> list[Algorithm]:
     """Returns the algorithms of the package to measure, XLA's own first.
 
     Few, because cuDNN takes 0.4 s to choose how to compute a convolution: all groups merged; as many columns
-    as fill a matrix unit; for thin groups tiles of 2x2 pixels; with a stride its phases as channels.
+    as fill a matrix unit; tiles of 2x2 pixels, which give the groups of a pyramid as many output as input
+    channels; with a stride its phases, as channels or apart.
     """
     found = [Algorithm('stock')]
     if p.kernel == 1:
         return [*found, Algorithm('matmul')]
     if p.groups > 1:
-        found.append(Algorithm('merged', p.groups))
-    if p.groups > 1 and p.channels // p.groups <= 8:
-        found.append(Algorithm('tiled', 1, (2, 2)))
+        found += [Algorithm('merged', p.groups), Algorithm('tiled', 1, (2, 2))]
     if p.stride > 1:
         found.append(Algorithm('folded', p.groups))
+    if p.stride > 1 and p.groups > 1:
+        found.append(Algorithm('merged', p.groups, phases=True))
     wide = (WIDE // p.features, 2 * WIDE // p.features)
-    return [
-        *found,
-        *(Algorithm('banded', p.groups, (1, n)) for n in wide if 1 < n <= p.size // p.stride // 4),
-    ]
+    wide = [n for n in wide if 1 < n <= min(4, p.size // p.stride // 4)]
+    return found + [Algorithm('banded', p.groups, (1, n)) for n in wide[: 2 // p.stride]]
 
 
 def padded(

@@ -4,8 +4,8 @@
     python benchmarks/gpu_op.py --others  # PyTorch, and candidates that the package does not have
 
 For each distinct convolution it measures XLA's own lowering ('stock') and the package's algorithms that may
-suit a GPU, and after each pyramid its convolutions together. Each time is a line of JSON. Convolutions that
---lines holds completely are skipped.
+suit a GPU, and after the first pyramid its convolutions together. Each time is a line of JSON. What --lines
+holds is not measured again.
 
 A compiled program computes COPIES independent convolutions, so that the time to start it and the device's
 cache do not matter. 'error' is the distance from XLA's own result, relative to its norm.
@@ -14,11 +14,10 @@ cache do not matter. 'error' is the distance from XLA's own result, relative to 
 import argparse
 import functools
 import itertools
+import json
 import math
 import os
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ import grouped_conv
 import jax
 import jax.numpy as jnp
 import torch
-from gpu_candidates import Function, shapes, ways, window
+from gpu_candidates import Function, Way, shapes, ways, window
 from zoo_shapes import CONVS
 
 from epsanet_jax.ops.choice import Problem
@@ -54,17 +53,34 @@ def main() -> None:
     def title(members: Sequence[Problem]) -> str:
         return name(members) + (', others' if args.others else '')
 
-    missing = [members for members in sets if title(members) not in done]
+    known = {key(line) for line in earlier if 'direction' in line}
+    missing = []
+    for members in sets:
+        old = known if title(members) in done else set()
+        about = {'benchmark': 'gpu_op', **(members[0]._asdict() if len(members) == 1 else {})}
+        jobs = [
+            (way, direction)
+            for way in ways(members, args.others)
+            for direction in way.directions
+            if key({**about, 'direction': direction, **way.label}) not in old
+        ]
+        if jobs:
+            missing.append((members, about, jobs))
     # What may have stopped an earlier call comes last.
-    missing.sort(key=lambda members: title(members) in begun)
-    for i, members in enumerate(missing):
+    missing.sort(key=lambda entry: title(entry[0]) in begun - done)
+    for i, (members, about, jobs) in enumerate(missing):
         common.log(f'{i + 1} of {len(missing)}: {title(members)}')
         common.emit({'benchmark': 'gpu_op', 'begun': title(members)}, None)
-        about = {'benchmark': 'gpu_op', **device, **(members[0]._asdict() if len(members) == 1 else {})}
-        measure(members, about, args.others)
+        measure(members, {**about, **device}, jobs)
         if args.others:
-            in_torch(members[0], {**about, 'torch': torch.__version__})
+            in_torch(members[0], {**about, **device, 'torch': torch.__version__})
         common.emit({'benchmark': 'gpu_op', 'finished': title(members)}, None)
+
+
+def key(line: dict[str, Any]) -> str:
+    """Returns what identifies the convolution, direction and way of a line."""
+    fields = ('direction', 'algorithm', 'candidate', 'joint', *Problem._fields)
+    return json.dumps({field: line[field] for field in fields if field in line}, sort_keys=True)
 
 
 def _parse() -> argparse.Namespace:
@@ -88,8 +104,8 @@ def name(members: Sequence[Problem]) -> str:
 def problems(network: str, batch: int, dtype: str) -> list[list[Problem]]:
     """Returns the distinct convolutions of a network, and after each pyramid those that may be joined.
 
-    Pyramids without a stride and with large images come first, the stem last. Matrix products are nearly the
-    same everywhere: only some are measured.
+    Pyramids without a stride and with large images come first, the stem last. Matrix products differ little:
+    some are measured.
     """
     if network == 'rehearsal':  # a pyramid, a stem and a shortcut
         small = ((5, 1, 4, 16, 8, 6), (3, 1, 1, 16, 8, 6), (3, 2, 1, 3, 8, 8), (1, 2, 1, 8, 8, 4))
@@ -102,15 +118,13 @@ def problems(network: str, batch: int, dtype: str) -> list[list[Problem]]:
     else:
         found = grouped_conv.problems(network, batch, dtype, 224)
     products = [[p] for p in found if p.kernel == 1]
-    products = [s for s in products if s[0].stride == 1][:2] + [s for s in products if s[0].stride > 1]
     stems = [[p] for p in found if p.channels <= 3]
     spatial = [p for p in found if p.kernel > 1 and p.channels > 3]
     spatial.sort(key=lambda p: (p.stride, -p.size, -p.channels, -p.kernel))
     pyramids = [list(same) for _, same in itertools.groupby(spatial, key=lambda p: p[1:2] + p[3:])]
-    first, *rest = (
-        [*([p] for p in pyramid), *([pyramid[::-1]] if len(pyramid) > 1 else [])] for pyramid in pyramids
-    )
-    return [*first, *products[:2], *itertools.chain(*rest), *products[2:], *stems]
+    joint = [first[::-1] for first in pyramids[:1] if len(first) > 1]  # slower than apart in all measurements
+    rest = [[p] for pyramid in pyramids[1:] for p in pyramid]
+    return [*([p] for p in pyramids[0]), *joint, *products[:2], *rest, *products[2::3], *stems]
 
 
 def operands(members: Sequence[Problem]) -> dict[str, tuple[list[Any], list[Any]]]:
@@ -138,10 +152,17 @@ def noise(dtype: str) -> jax.Array:
     return jax.jit(lambda key: jax.random.normal(key, (count,), dtype))(jax.random.key(0))
 
 
-def measure(members: Sequence[Problem], about: dict[str, Any], others: bool) -> None:
-    """Prints a line for each way and direction, in ms for one convolution of a batch."""
+def measure(members: Sequence[Problem], about: dict[str, Any], jobs: Sequence[tuple[Way, str]]) -> None:
+    """Prints a line for each way and direction, in ms for one convolution of a batch.
+
+    XLA's own is measured in each of these directions, because the results are compared with its result.
+    """
     given = operands(members)
-    jobs = [(way, d) for way in ways(members, others) for d in way.directions]
+    first = next(iter(ways(members)))
+    asked = {direction for _, direction in jobs}
+    jobs = [(first, d) for d in first.directions if d in asked] + [
+        (way, d) for way, d in jobs if way.label != first.label
+    ]
     references: dict[str, list[jax.Array]] = {}
     with ThreadPoolExecutor(min(12, os.cpu_count() or 1)) as pool:  # all before the first measurement
         programs = list(pool.map(lambda job: compiled(job[0].directions[job[1]], given[job[1]]), jobs))
@@ -152,7 +173,7 @@ def measure(members: Sequence[Problem], about: dict[str, Any], others: bool) -> 
                 raise program
             result = jax.tree.leaves(program(*given[direction])[0])
             record['error'] = distance(result, references.setdefault(direction, result))
-            took = per_call(lambda p=program, d=direction: p(*given[d]), jax.block_until_ready)
+            took = common.per_call(lambda p=program, d=direction: p(*given[d]), jax.block_until_ready)
             record['ms'] = round(1e3 * took / COPIES, 4)
         except Exception as e:  # too little memory, or not supported: the others are measured
             record['failed'] = f'{type(e).__name__}: {" ".join(str(e).split())[:300]}'
@@ -181,22 +202,6 @@ def distance(results: Sequence[jax.Array], references: Sequence[jax.Array]) -> f
 
     pairs = zip(results, references, strict=True)
     return round(max(float(relative(a, b)) for a, b in pairs), 5)
-
-
-def per_call(run: Callable[[], Any], wait: Callable[[Any], Any], budget: float = 0.02) -> float:
-    """Returns the median seconds of a call of several that are started without waiting for each other."""
-    wait(run())
-    start = time.perf_counter()
-    wait(run())
-    once = time.perf_counter() - start
-    count, times = max(1, min(20, int(budget / once))), []
-    for _ in range(3 if once < 5 * budget else 1):
-        start = time.perf_counter()
-        for _ in range(count):
-            result = run()
-        wait(result)
-        times.append((time.perf_counter() - start) / count)
-    return statistics.median(times)
 
 
 def in_torch(p: Problem, about: dict[str, Any]) -> None:
@@ -232,7 +237,7 @@ def in_torch(p: Problem, about: dict[str, Any]) -> None:
         for direction, run in runs.items():
             record = {**about, 'direction': direction, 'side': f'torch-{side}'}
             try:
-                record['ms'] = round(1e3 * per_call(run, wait) / COPIES, 4)
+                record['ms'] = round(1e3 * common.per_call(run, wait) / COPIES, 4)
             except RuntimeError as e:
                 record['failed'] = f'{type(e).__name__}: {" ".join(str(e).split())[:300]}'
             common.emit(record, None)

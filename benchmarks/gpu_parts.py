@@ -50,6 +50,7 @@ def main() -> None:
     part.add_argument('--small', action='store_true', help='as in train_step.py')
     part.add_argument('--batch', type=int, default=256)
     part.add_argument('--most', type=int, default=60, help='number of kernels')
+    part.add_argument('--hlo', type=Path, help='write the compiled program to this file')
     part.set_defaults(run=list_kernels, image_size=224, dtype='bfloat16', conv='auto')
     part = parts.add_parser('tests', help='test files, each in a process')
     part.add_argument('--files', nargs='+', type=Path, help='by default those of most folders')
@@ -69,8 +70,8 @@ def check_device(args: argparse.Namespace) -> None:
     array = jax.random.normal(jax.random.key(0), (count,), jnp.bfloat16)
     square = jax.random.normal(jax.random.key(1), (side, side), jnp.bfloat16)
     copy, multiply = jax.jit(jnp.negative), jax.jit(jnp.dot)
-    copied = common.seconds(lambda: copy(array), jax.block_until_ready)
-    product = common.seconds(lambda: multiply(square, square), jax.block_until_ready)
+    copied = common.per_call(lambda: copy(array), jax.block_until_ready)
+    product = common.per_call(lambda: multiply(square, square), jax.block_until_ready)
     record = {'benchmark': 'gpu_device', **common.describe_device()}
     record |= {'tb_per_s': round(4 * count / copied / 1e12, 4), 'tflops': round(2e-12 * side**3 / product, 3)}
     common.emit(record, None)
@@ -84,7 +85,7 @@ def check_device(args: argparse.Namespace) -> None:
 def list_kernels(args: argparse.Namespace) -> None:
     """Runs our training step under the profiler and prints its kernels, in ms for a step."""
     use_persistent_cache()
-    run, steps = train_step.ours(args, 'train', {}), 2
+    run, steps = train_step.ours(args, 'train', {}, args.hlo), 2
     run()
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
@@ -125,7 +126,8 @@ def run_tests(args: argparse.Namespace) -> None:
         command = [sys.executable, '-m', 'pytest', '-o', 'addopts=-q', '-rfE', '--tb=line', '-m']
         # Without the flags of tests/fake_devices.py for fast compilation: a newer JAX may not know them.
         env = {**os.environ, 'EPSANET_TESTS_OPTIMIZE': '1', 'EPSANET_TESTS_PLATFORMS': args.platforms}
-        env['COLUMNS'] = '200'
+        # Without TensorFloat-32, whose products have the precision of 10 bits.
+        env |= {'JAX_DEFAULT_MATMUL_PRECISION': 'highest', 'COLUMNS': '200'}
         command += ['not slow and not faults', str(path)]
         process = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
         record = {'file': str(path), 'platforms': args.platforms, **outcome(process.stdout + process.stderr)}

@@ -138,8 +138,8 @@ def make_model(args: argparse.Namespace, **settings: Any) -> EPSANet:
     return create_model(args.model, dtype=jnp.dtype(args.dtype), conv=args.conv, **settings)
 
 
-def ours(args: argparse.Namespace, mode: str, facts: dict[str, Any]) -> Step:
-    """Compiles our step and writes its compile time and memory into `facts`."""
+def ours(args: argparse.Namespace, mode: str, facts: dict[str, Any], hlo: Path | None = None) -> Step:
+    """Compiles our step and writes its compile time and memory into `facts`, and its text into a file."""
     model = make_model(args)
     mesh = sharding.make_mesh(args.batch)
     optimizer = make_optimizer(OptimizerConfig(), lambda step: LR)
@@ -168,6 +168,8 @@ def ours(args: argparse.Namespace, mode: str, facts: dict[str, Any]) -> Step:
     compiled = step.lower(carried, on_device).compile()
     facts['compile_s'] = round(time.perf_counter() - start, 1)
     facts['conv'] = args.conv
+    if hlo:
+        hlo.write_text(compiled.as_text())
     memory = compiled.memory_analysis()
     facts['peak_bytes'] = memory.temp_size_in_bytes + memory.argument_size_in_bytes
     facts['bytes'] = (compiled.cost_analysis() or {}).get('bytes accessed')

@@ -13,7 +13,7 @@ def max_pool(x: jax.Array) -> jax.Array:
 
     If several positions of a window share the maximum, the gradient goes to the first one, as in PyTorch.
     """
-    return lax.platform_dependent(x, cpu=_max_of_slices, default=_max_window)
+    return lax.platform_dependent(x, tpu=_max_window, default=_max_of_slices)
 
 
 def _max_window(x: jax.Array) -> jax.Array:
@@ -22,7 +22,7 @@ def _max_window(x: jax.Array) -> jax.Array:
 
 
 def _max_of_slices(x: jax.Array) -> jax.Array:
-    """Returns the same from nine slices; on the CPU the gradient of `_max_window` is several times slower."""
+    """Returns the same from nine slices; its gradient is several times faster on CPUs and GPUs."""
     n, h, w, c = x.shape
     rows, columns = -(-h // 2), -(-w // 2)
     low = jnp.asarray(-jnp.inf, x.dtype)

@@ -92,6 +92,8 @@ def _choose(platform: str, problem: Problem) -> Choice:
         product = problem.kernel * problem.groups == known.kernel * known.groups == 1
         if product or _distance(known, problem) <= NEAR:
             return Choice(*(_fit(algorithm, known, problem) for algorithm in choice))
+    if platform == 'cuda' and problem.kernel == problem.stride == problem.groups == 1:
+        return Choice(*(Algorithm('matmul'),) * 3)
     if platform != 'cpu' or problem.groups == 1:
         return Choice(*(Algorithm('stock'),) * 3)
     candidates = list(_candidates(problem))

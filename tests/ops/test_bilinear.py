@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from epsanet_jax.ops import grouped_conv, pyramid_conv
+from epsanet_jax.ops import bilinear, grouped_conv, pyramid_conv
 
 BATCH = PartitionSpec('data')
 
@@ -41,6 +41,28 @@ def test_each_order_of_derivative_uses_the_three_primitives(rng):
     assert {'grouped_conv[', 'grouped_conv_input_gradient[', 'grouped_conv_weight_gradient['} <= set(
         re.findall(r'grouped_conv\w*\[', text)
     )
+
+
+def pyramid(x, kernels, algorithm):
+    return pyramid_conv(x, kernels, groups=(1, 2, 4), algorithm=algorithm)
+
+
+@pytest.mark.parametrize(('algorithm', 'barriers'), [('dense', 1), ('tiled', 7)])
+def test_on_a_gpu_tiles_and_gradients_of_large_kernels_are_stored(rng, monkeypatch, algorithm, barriers):
+    x = jnp.asarray(rng.standard_normal((2, 6, 6, 8)))
+    sizes = ((3, 8), (5, 4), (7, 2))  # only 7x7 is larger than the images
+    kernels = [jnp.asarray(rng.standard_normal((k, k, inputs, 8))) for k, inputs in sizes]
+
+    def loss(x, kernels):
+        return sum((y**3).sum() for y in pyramid(x, kernels, algorithm))
+
+    gradient = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    lowered = gradient.trace(x, kernels).lower(lowering_platforms=('cuda',))
+    assert lowered.as_text().count('optimization_barrier') == barriers
+    expected = gradient(x, kernels)
+    monkeypatch.setattr(bilinear, 'GPUS', ('cpu',))
+    jax.clear_caches()
+    chex.assert_trees_all_close(gradient(x, kernels), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize('dims', [(0, None), (None, 0), (0, 0), (1, 3), (3, None), (None, 2)])

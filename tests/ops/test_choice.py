@@ -49,6 +49,13 @@ def test_on_a_gpu_16_bits_and_32_bits_have_rows_of_their_own(monkeypatch):
     choose.cache_clear()
 
 
+def test_on_a_gpu_1x1_kernels_without_groups_and_strides_are_a_matrix_product_in_32_bits():
+    product = Choice(*(Algorithm('matmul'),) * 3)
+    squeeze = Problem(1, 1, 1, 64, 8, 4, 256, 'float32')
+    assert choose('cuda', squeeze) == product
+    assert choose('cuda', squeeze._replace(stride=2)) == choose('cuda', squeeze._replace(groups=8)) == STOCK
+
+
 def test_a_product_does_not_use_the_algorithms_of_a_convolution(monkeypatch):
     monkeypatch.setattr(choice, '_table', lambda: {'cpu': [(SMALL, TILED)]})
     choose.cache_clear()
