@@ -239,7 +239,9 @@ def weight_gradient(
             by_image = algorithm.name == 'by_image'
             gradients[i] = direct.weight_gradient(x, dys[i], windows[i], groups[i], shapes[i][:2], by_image)
         elif algorithm.name == 'pallas':
-            gradients[i] = pallas_tpu.weight_gradient(x, dys[i], groups[i], shapes[i][0], interpret)
+            gradients[i] = pallas_tpu.weight_gradient(
+                x, dys[i], groups[i], shapes[i][0], windows[i].strides[0], interpret
+            )
     rest = [i for i in range(len(shapes)) if i not in gradients]
     if rest:
         kernels = [_like(x, shapes[i]) for i in rest]

@@ -28,7 +28,7 @@ def applies(
 
     The convolution needs an odd square kernel larger than 1x1, its usual padding, dilation 1, and channels
     in whole registers. All of an image, and what is kept beside it, must fit into the chip's memory. Weight
-    gradients need stride 1 and more than one group. Where XLA's own takes no longer by its schedule on a v5e
+    gradients need more than one group. Where XLA's own takes no longer by its schedule on a v5e
     there is no kernel: for input gradients, `SMALLEST` and `FEWEST`.
     """
     size, stride = kernel[0], window.strides[0]
@@ -40,6 +40,6 @@ def applies(
     if window != Window((stride, stride), (half, half)):
         return False
     if direction == 'weight_gradient':
-        return stride == 1 and pallas_weights.fits(shape, dtype.itemsize, kernel, groups)
+        return pallas_weights.fits(shape, dtype.itemsize, kernel, groups, stride)
     gains = kernel[3] >= FEWEST if groups == 1 else min(window.outputs(shape[1:3], kernel)) >= SMALLEST
     return direction == 'forward' and gains and pallas_convolve.fits(shape, dtype, kernel, groups, stride)

@@ -34,30 +34,32 @@ from epsanet_jax.ops.pallas_tiles import (
 from epsanet_jax.ops.plain import divisors
 
 
-def fits(shape: Sequence[int], itemsize: int, kernel: Sequence[int], groups: int) -> bool:
+def fits(shape: Sequence[int], itemsize: int, kernel: Sequence[int], groups: int, stride: int) -> bool:
     """Returns whether the kernel exists for images [N, H, W, C] and a convolution [kh, kw, I, C_out]."""
     merge = merged(kernel[2], groups)
     if groups == 1 or merge is None or shape[3] % CHUNK or merge * kernel[3] // groups > LANES:
         return False
-    return _plan(shape, kernel[3], groups // merge, kernel[0], itemsize).needed <= MEMORY
+    outputs = *(-(-n // stride) for n in shape[1:3]), kernel[3]
+    return _plan(shape, outputs, groups // merge, kernel[0], stride, itemsize).needed <= MEMORY
 
 
 def weight_gradient(
-    x: jax.Array, dy: jax.Array, groups: int, size: int, interpret: bool = False
+    x: jax.Array, dy: jax.Array, groups: int, size: int, stride: int, interpret: bool = False
 ) -> jax.Array:
     """Returns the gradient of a kernel [size, size, C_in / groups, C_out] where `fits`.
 
     Args:
         x: images, [N, H, W, C_in].
-        dy: gradient of the outputs, [N, H, W, C_out].
+        dy: gradient of the outputs, [N, rows, columns, C_out].
         groups: number of groups.
         size: height and width of the kernel.
+        stride: pixels between two outputs, for rows and columns.
         interpret: whether to compute it by XLA's operations instead, on any platform; slow.
     """
     n, channels = x.shape[0], x.shape[3]
     inputs, each = channels // groups, dy.shape[3] // groups
     merge = merged(inputs, groups) or 1
-    plan = _plan(x.shape, dy.shape[3], groups // merge, size, x.dtype.itemsize)
+    plan = _plan(x.shape, dy.shape[1:], groups // merge, size, stride, x.dtype.itemsize)
     images = [(0, 0)] * 3 + [(0, -n % LANES)]
     x, dy = (jnp.pad(a.transpose(1, 2, 3, 0), images) for a in (x, dy))  # [H, W, C, N]
     sums = _sums(x, dy, plan, interpret)  # [B, k, k, m * I, tile pixels * m * O]
@@ -71,16 +73,17 @@ def weight_gradient(
     return gradient.reshape(size, size, inputs, groups * each).astype(x.dtype)
 
 
-def _tile(h: int, w: int, size: int, outputs: int) -> tuple[int, int]:
+def _tile(rows: int, columns: int, size: int, stride: int, outputs: int) -> tuple[int, int]:
     """Returns rows and columns of a tile, of at most 128 values, with the fewest products."""
-    tiles = [(r, c) for r in divisors(h) for c in divisors(w) if r * c * outputs <= LANES]
-    return min(tiles, key=lambda t: (t[0] + size - 1) * (t[1] + size - 1) / (t[0] * t[1]))
+    tiles = [(r, c) for r in divisors(rows) for c in divisors(columns) if r * c * outputs <= LANES]
+    return min(tiles, key=lambda t: math.prod(stride * (n - 1) + size for n in t) / math.prod(t))
 
 
 class Plan(NamedTuple):
     """Sizes of a kernel, after groups are merged to `blocks`."""
 
     size: int  # of the convolution's kernel
+    stride: int
     tile: tuple[int, int]  # pixels
     values: int  # tile pixels * outputs of a block
     window: tuple[int, ...]  # two chunks of the padded images, [2, rows, columns, channels, LANES]
@@ -88,16 +91,21 @@ class Plan(NamedTuple):
     needed: int  # bytes of memory
 
 
-def _plan(shape: Sequence[int], outputs: int, blocks: int, size: int, itemsize: int) -> Plan:
-    _, h, w, channels = shape
-    inputs, each = channels // blocks, outputs // blocks
-    tile = _tile(h, w, size, each)
-    window = (2, h + size - 1, w + size - 1, chunk(inputs), LANES)
-    sums = (blocks, tile[0] + size - 1, tile[1] + size - 1, inputs, tile[0] * tile[1] * each)
-    rows = -(-outputs // CHUNK) * CHUNK
-    needed = (math.prod(window) + h * w * rows * LANES) * itemsize
+def _plan(
+    shape: Sequence[int], outputs: Sequence[int], blocks: int, size: int, stride: int, itemsize: int
+) -> Plan:
+    """Plans for images of a shape [N, H, W, C] and outputs of [rows, columns, C_out]."""
+    rows, columns, features = outputs
+    inputs, each = shape[3] // blocks, features // blocks
+    tile = _tile(rows, columns, size, stride, each)
+    pairs = zip(shape[1:3], (rows, columns), strict=True)
+    border = [max(n + size // 2, stride * (m - 1) + size) for n, m in pairs]
+    window = (2, *border, chunk(inputs), LANES)
+    sums = (blocks, *(stride * (n - 1) + size for n in tile), inputs, math.prod(tile) * each)
+    channels = -(-features // CHUNK) * CHUNK
+    needed = (math.prod(window) + rows * columns * channels * LANES) * itemsize
     needed += 4 * LANES * inputs * blocks * (sums[1] * sums[2] + size**2)
-    return Plan(size, tile, sums[-1], window, sums, needed)
+    return Plan(size, stride, tile, sums[-1], window, sums, needed)
 
 
 def _sums(x: jax.Array, dy: jax.Array, plan: Plan, interpret: bool) -> jax.Array:
@@ -107,12 +115,12 @@ def _sums(x: jax.Array, dy: jax.Array, plan: Plan, interpret: bool) -> jax.Array
 
     blocks, inputs = plan.sums[0], plan.sums[3]
     out = blocks, plan.size, plan.size, inputs, plan.values
-    tiles = x.shape[0] * x.shape[1] * x.shape[3] // math.prod(plan.tile)
+    tiles = dy.shape[0] * dy.shape[1] * dy.shape[3] // math.prod(plan.tile)
     cost = pl.CostEstimate(
         flops=2 * tiles * math.prod(plan.sums), bytes_accessed=x.nbytes + dy.nbytes, transcendentals=0
     )
     return pl.pallas_call(
-        functools.partial(_kernel, size=plan.size, tile=plan.tile),
+        functools.partial(_kernel, size=plan.size, stride=plan.stride, tile=plan.tile),
         in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * 2,
         out_specs=pl.BlockSpec(memory_space=pltpu.VMEM),
         # Like x: in a shard_map the result varies over the same mesh axes.
@@ -130,12 +138,12 @@ def _sums(x: jax.Array, dy: jax.Array, plan: Plan, interpret: bool) -> jax.Array
     )(x, dy)
 
 
-def _kernel(x, dy, out, window, gradient, sums, arrived, *, size, tile):
+def _kernel(x, dy, out, window, gradient, sums, arrived, *, size, stride, tile):
     """Adds up all tiles of all images in `sums`, and picks the gradient of the kernel from it."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
 
-    h, w, _, n = x.shape
+    h, w, _, n = dy.shape
     blocks, *seen, inputs, values = sums.shape
     outputs = values // math.prod(tile)
     window[...] = jnp.zeros_like(window)  # the borders stay zero
@@ -154,7 +162,8 @@ def _kernel(x, dy, out, window, gradient, sums, arrived, *, size, tile):
     def add_tile(slot, part, block, place):
         row, column = divide(place, w // tile[1])
         channel = slice(part * inputs, (part + 1) * inputs)
-        left = window[slot, pl.ds(row * tile[0], seen[0]), pl.ds(column * tile[1], seen[1]), channel, :]
+        rows, columns = (pl.ds(i * t * stride, k) for i, t, k in zip((row, column), tile, seen, strict=True))
+        left = window[slot, rows, columns, channel, :]
         output = slice(block * outputs, (block + 1) * outputs)
         right = gradient[pl.ds(row * tile[0], tile[0]), pl.ds(column * tile[1], tile[1]), output, :]
         products = lax.dot_general(
@@ -175,10 +184,10 @@ def _kernel(x, dy, out, window, gradient, sums, arrived, *, size, tile):
         block, u = divide(place, size)
         met = sums[block, u]
         for r in range(1, tile[0]):
-            met = jnp.where(rows == r, sums[block, u + r], met)
+            met = jnp.where(rows == r, sums[block, u + stride * r], met)
         found = met[:size]
         for q in range(1, tile[1]):
-            found = jnp.where(columns == q, met[q : q + size], found)
+            found = jnp.where(columns == q, met[stride * q : stride * q + size], found)
         out[block, u] = found
 
     loop(blocks * size, pick)

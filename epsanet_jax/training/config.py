@@ -188,6 +188,8 @@ class Config:
         freeze: regular expression. Parameters whose names match, such as 'layer1_0/conv1/kernel', do not
             change, nor do the statistics of BatchNorms that match. Examples: '^conv1|^bn1|^layer[12]', or
             '^(?!fc)' for everything but the classifier.
+        check_kernels: whether a run on TPUs with conv='auto' compares the Pallas kernels with XLA's
+            convolutions when it starts, and uses them if they are right and faster.
         tensorboard: whether to write events for TensorBoard into the workdir, if it is on a local disk.
         tracker: 'wandb' (Weights & Biases), 'trackio' or '': where to send metrics and configuration too.
         tracker_project: name of the project there.
@@ -211,6 +213,7 @@ class Config:
     init_partial: bool = False
     init_optimizer: bool = False
     freeze: str = ''
+    check_kernels: bool = True
     tensorboard: bool = True
     tracker: str = ''
     tracker_project: str = 'epsanet_jax'
@@ -239,8 +242,8 @@ def mixing(config: Config) -> Mixing | None:
 # Fields that may change when a run is continued; all others, and the data's fingerprint, identify the run.
 _FREE = (
     'epochs', 'steps', 'gradient_accumulation_steps', 'log_every_steps', 'eval_every_epochs',
-    'eval_batch_size', 'checkpoint.', 'profile.', 'tensorboard', 'tracker', 'data.dir', 'data.workers',
-    'data.threads', 'data.on_bad', 'data.max_bad_images',
+    'eval_batch_size', 'check_kernels', 'checkpoint.', 'profile.', 'tensorboard', 'tracker', 'data.dir',
+    'data.workers', 'data.threads', 'data.on_bad', 'data.max_bad_images',
 )  # fmt: skip
 
 

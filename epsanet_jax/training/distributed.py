@@ -209,7 +209,7 @@ def check_shared(workdir: epath.Path, timeout: float = 20) -> None:
 
 def all_agree(ok: bool) -> bool:
     """Returns whether `ok` is true in every process."""
-    return jax.process_count() == 1 or bool(multihost_utils.process_allgather(np.asarray(ok)).all())
+    return ok if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(ok)).all())
 
 
 def barrier(name: str) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from epsanet_jax.data.decode import BadImageError
 from epsanet_jax.errors import InputError, Interrupted, TrainingError
-from epsanet_jax.training import distributed, inputs, sharding
+from epsanet_jax.training import distributed, inputs, kernel_check, sharding
 from epsanet_jax.training.checkpoint import Checkpoints
 from epsanet_jax.training.clock import Clock
 from epsanet_jax.training.config import CheckpointConfig, Config
@@ -147,8 +147,16 @@ def _advice(error: BadImageError, on_bad: str, step: int) -> str:
 
 def _compile(run: Run, state: TrainState) -> tuple[Any, Any]:
     """Compiles both steps before the first one runs, while a signal can still end the process at once."""
-    train_step = trace_train_step(run.config, run.model, run.optimizer, run.mesh, state)
-    eval_step = trace_eval_step(run.config, run.model, run.mesh, state.variables, run.eval_batch_size)
+    config, model, mesh = run.config, run.model, run.mesh
+    if config.check_kernels:
+        rows, size = (
+            config.batch_size // config.gradient_accumulation_steps // mesh.size,
+            config.data.image_size,
+        )
+        images = rows, size, size, model.in_channels
+        model = kernel_check.choose_conv(model, images, mesh.local_devices[0], run.workdir, log)
+    train_step = trace_train_step(config, model, run.optimizer, mesh, state)
+    eval_step = trace_eval_step(config, model, mesh, state.variables, run.eval_batch_size)
     return train_step.lower().compile(), eval_step.lower().compile()
 
 

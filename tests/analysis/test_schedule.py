@@ -48,6 +48,18 @@ def test_bundles_count_as_often_as_the_loops_around_them_with_those_after_the_br
     assert schedule.read_kernels(STORED) == {'negate.1': Kernel(64, expected, 0, 0)}
 
 
+def test_a_loop_may_count_in_steps(tmp_path):
+    bundles = [
+        ' LB: > { %s5_s1 = sadd.s32 256, %s4_s1 /* copy for cssa */ }',
+        '    : > { %p1 = scmp.ge.s32.totalorder %s5_s1, 1000 /* loop exit test */ }',
+        '    : > { %2 = sbr.rel (!%p1) target = $region3 }',
+        *['    : > { }'] * 6,
+    ]
+    path = tmp_path / '1-pad-01-final_bundles.txt'
+    path.write_text('header\n' + '\n'.join(f'   0x{i:x}{text}' for i, text in enumerate(bundles)))
+    assert schedule.read_kernel(path) == Kernel(9, 4 * 7 + 2, 0, 0)
+
+
 def test_matrix_units_bound_the_cycles_and_unknown_loops_are_counted(tmp_path):
     bundle = '   0x{:x} LB: > {{ %1 = vmatmul.bf16.gmra.mxu0 %v1 ;; %2 = vmatmul.f32.gmra.mxu1 %v2 }}'
     path = tmp_path / '1-fusion-01-final_bundles.txt'

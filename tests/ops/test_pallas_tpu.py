@@ -52,7 +52,7 @@ def test_other_convolutions_are_left_to_xla(direction, change):
     [
         ('forward', 2, 8, True),
         ('forward', 1, 1, True),
-        ('weight_gradient', 2, 8, False),
+        ('weight_gradient', 2, 8, True),
         ('weight_gradient', 1, 1, False),
         ('input_gradient', 1, 8, False),  # XLA's own are as fast
     ],
