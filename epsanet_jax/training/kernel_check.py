@@ -26,6 +26,7 @@ from epsanet_jax.training import distributed, sharding
 FILE = 'convolutions.json'  # in the workdir
 TOLERANCE = 0.02  # distance of the results, relative to their norm; TPUs multiply with 8 bits of precision
 ROUNDS, CALLS = 5, 10
+EVERY = 60.0  # seconds between two lines of progress
 
 
 class Call(NamedTuple):
@@ -83,7 +84,7 @@ def choose_conv(
         f'checking the Pallas kernels of {len(calls)} kinds of convolutions against XLA on this '
         f'{device.device_kind}; once for a run, each is compiled twice; --config.check_kernels=False skips it'
     )
-    outcomes = _worst_of_processes([_outcome(call, device, log) for call in calls])
+    outcomes = _worst_of_processes(_outcomes(list(calls), device, log))
     conv, text, record = decide(list(calls.values()), outcomes)
     log(f'convolutions: {text}')
     if jax.process_index() == 0:
@@ -119,6 +120,20 @@ def _has_kernel(call: Call) -> bool:
         for kernel, window, groups in each
         for direction in ('forward', 'weight_gradient')
     )
+
+
+def _outcomes(calls: Sequence[Call], device: sharding.Device, log: Callable[[str], None]) -> list[Outcome]:
+    """Compares all calls; says from time to time how long it takes."""
+    begin = shown = time.monotonic()
+    outcomes = []
+    for done, call in enumerate(calls, start=1):
+        outcomes.append(_outcome(call, device, log))
+        now = time.monotonic()
+        if done < len(calls) and now - shown >= EVERY:
+            left = (now - begin) / done * (len(calls) - done) / 60
+            log(f'checked {done} of {len(calls)} kinds, about {left:.0f} min left')
+            shown = now
+    return outcomes
 
 
 def _outcome(call: Call, device: sharding.Device, log: Callable[[str], None]) -> Outcome:

@@ -81,6 +81,13 @@ def test_a_kernel_that_fails_costs_a_warning(check):
     assert 'failed or differ in 1 of 4' in lines[2]
 
 
+def test_a_long_check_says_how_long_it_takes(check, monkeypatch):
+    monkeypatch.setattr(kernel_check, 'EVERY', 0.0)
+    _, lines, _ = check(FASTER)
+    assert [line.split(',')[0] for line in lines[1:-1]] == [f'checked {i} of 4 kinds' for i in (1, 2, 3)]
+    assert lines[1].endswith('about 0 min left')
+
+
 def test_calls_count_as_often_as_they_occur(check):
     # Only the first kind is faster, and it occurs twice.
     chosen, lines, _ = check(lambda i: Outcome(0, 2e-3, 1e-3) if i == 1 else Outcome(0, 2e-3, 2.5e-3))
