@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from etils import epath
+from runs import recipe
 
 from epsanet_jax.errors import InputError
 from epsanet_jax.models import create_model
@@ -15,7 +16,6 @@ from epsanet_jax.ops.plain import Window
 from epsanet_jax.training import kernel_check, loop
 from epsanet_jax.training.kernel_check import Outcome
 from epsanet_jax.training.loop import train
-from runs import recipe
 
 IMAGES = (2, 64, 64, 3)
 FASTER, SLOWER, WRONG = Outcome(0.004, 3e-3, 2e-3), Outcome(0.004, 2e-3, 3e-3), Outcome(0.5, 3e-3, 2e-3)
