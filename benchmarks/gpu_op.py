@@ -102,7 +102,7 @@ def name(members: Sequence[Problem]) -> str:
 
 
 def problems(network: str, batch: int, dtype: str) -> list[list[Problem]]:
-    """Returns the distinct convolutions of a network, and after each pyramid those that may be joined.
+    """Returns the distinct convolutions of a network, and after the first pyramid it as a whole.
 
     Pyramids without a stride and with large images come first, the stem last. Matrix products differ little:
     some are measured.

@@ -23,11 +23,13 @@ from epsanet_jax.ops.pallas_tiles import (
     MARGIN,
     MEMORY,
     arriving_blocks,
+    bordered,
     chunk,
     chunk_copies,
     divide,
     loop,
     precision,
+    seen,
 )
 from epsanet_jax.ops.plain import divisors
 
@@ -59,8 +61,7 @@ class Plan(NamedTuple):
     @property
     def seen(self) -> tuple[int, int]:
         """Rows and columns of the window that a tile reads."""
-        rows, columns = (self.stride * (t - 1) + self.size for t in self.tile)
-        return rows, columns
+        return seen(self.tile, self.size, self.stride)
 
     @property
     def inputs(self) -> int:
@@ -79,8 +80,7 @@ class Plan(NamedTuple):
 
     def scratch(self, dtype: jnp.dtype) -> dict[str, tuple[tuple[int, ...], jnp.dtype]]:
         """Returns shape and type of each array in the chip's memory."""
-        each = zip(self.shape[1:3], self.outputs[1:3], strict=True)
-        border = [max(n + self.size // 2, self.stride * (m - 1) + self.size) for n, m in each]
+        border = bordered(self.shape[1:3], self.outputs[1:3], self.size, self.stride)
         image = *self.outputs[1:], LANES
         single = jnp.dtype('float32')
         arrays = {

@@ -37,6 +37,18 @@ def chunk(inputs: int) -> int:
     return max(CHUNK, inputs)
 
 
+def seen(outputs: Sequence[int], size: int, stride: int) -> tuple[int, int]:
+    """Returns how many rows and columns of the images these rows and columns of outputs read."""
+    rows, columns = (stride * (n - 1) + size for n in outputs)
+    return rows, columns
+
+
+def bordered(images: Sequence[int], outputs: Sequence[int], size: int, stride: int) -> tuple[int, int]:
+    """Returns rows and columns of images with their border, as all rows and columns of outputs read them."""
+    rows, columns = map(max, [n + size // 2 for n in images], seen(outputs, size, stride))
+    return rows, columns
+
+
 def loop(count: int, body: Callable[[jax.Array], None]) -> None:
     """Calls `body` with 0 to count - 1, in a loop of the compiled program."""
     lax.fori_loop(jnp.int32(0), jnp.int32(count), lambda i, _: body(i), None)

@@ -24,12 +24,14 @@ from epsanet_jax.ops.pallas_tiles import (
     MARGIN,
     MEMORY,
     arriving_blocks,
+    bordered,
     chunk,
     chunk_copies,
     divide,
     loop,
     merged,
     precision,
+    seen,
 )
 from epsanet_jax.ops.plain import divisors
 
@@ -76,7 +78,7 @@ def weight_gradient(
 def _tile(rows: int, columns: int, size: int, stride: int, outputs: int) -> tuple[int, int]:
     """Returns rows and columns of a tile, of at most 128 values, with the fewest products."""
     tiles = [(r, c) for r in divisors(rows) for c in divisors(columns) if r * c * outputs <= LANES]
-    return min(tiles, key=lambda t: math.prod(stride * (n - 1) + size for n in t) / math.prod(t))
+    return min(tiles, key=lambda t: math.prod(seen(t, size, stride)) / math.prod(t))
 
 
 class Plan(NamedTuple):
@@ -98,10 +100,8 @@ def _plan(
     rows, columns, features = outputs
     inputs, each = shape[3] // blocks, features // blocks
     tile = _tile(rows, columns, size, stride, each)
-    pairs = zip(shape[1:3], (rows, columns), strict=True)
-    border = [max(n + size // 2, stride * (m - 1) + size) for n, m in pairs]
-    window = (2, *border, chunk(inputs), LANES)
-    sums = (blocks, *(stride * (n - 1) + size for n in tile), inputs, math.prod(tile) * each)
+    window = (2, *bordered(shape[1:3], (rows, columns), size, stride), chunk(inputs), LANES)
+    sums = (blocks, *seen(tile, size, stride), inputs, math.prod(tile) * each)
     channels = -(-features // CHUNK) * CHUNK
     needed = (math.prod(window) + rows * columns * channels * LANES) * itemsize
     needed += 4 * LANES * inputs * blocks * (sums[1] * sums[2] + size**2)
@@ -144,7 +144,7 @@ def _kernel(x, dy, out, window, gradient, sums, arrived, *, size, stride, tile):
     from jax.experimental.pallas import tpu as pltpu
 
     h, w, _, n = dy.shape
-    blocks, *seen, inputs, values = sums.shape
+    blocks, *read, inputs, values = sums.shape
     outputs = values // math.prod(tile)
     window[...] = jnp.zeros_like(window)  # the borders stay zero
     sums[...] = jnp.zeros_like(sums)
@@ -162,7 +162,7 @@ def _kernel(x, dy, out, window, gradient, sums, arrived, *, size, stride, tile):
     def add_tile(slot, part, block, place):
         row, column = divide(place, w // tile[1])
         channel = slice(part * inputs, (part + 1) * inputs)
-        rows, columns = (pl.ds(i * t * stride, k) for i, t, k in zip((row, column), tile, seen, strict=True))
+        rows, columns = (pl.ds(i * t * stride, k) for i, t, k in zip((row, column), tile, read, strict=True))
         left = window[slot, rows, columns, channel, :]
         output = slice(block * outputs, (block + 1) * outputs)
         right = gradient[pl.ds(row * tile[0], tile[0]), pl.ds(column * tile[1], tile[1]), output, :]
@@ -173,7 +173,7 @@ def _kernel(x, dy, out, window, gradient, sums, arrived, *, size, stride, tile):
             precision=precision(x.dtype),
             preferred_element_type=jnp.float32,
         )
-        sums[block] += products.reshape(*seen, inputs, values)
+        sums[block] += products.reshape(*read, inputs, values)
 
     loop(n // LANES, add)
     pixel, _ = divide(lax.broadcasted_iota(jnp.int32, (1, 1, values), 2), outputs)

@@ -209,15 +209,15 @@ def decide(counts: Sequence[int], outcomes: Sequence[Outcome]) -> tuple[str, str
         counts: how often each call occurs in the network.
         outcomes: the comparison for each call.
     """
+    wrong = sum(not outcome.error <= TOLERANCE for outcome in outcomes)  # also if it is NaN
+    if wrong:
+        text = f'XLA computes all: the Pallas kernels failed or differ in {wrong} of {len(outcomes)} kinds'
+        return 'auto', text, {'failed': wrong}
     error = max(outcome.error for outcome in outcomes)
     auto, pallas = (
         1e3 * sum(count * getattr(o, name) for count, o in zip(counts, outcomes, strict=True))
         for name in ('auto', 'pallas')
     )
-    if not error <= TOLERANCE:
-        wrong = sum(not outcome.error <= TOLERANCE for outcome in outcomes)
-        text = f'XLA computes all: the Pallas kernels failed or differ in {wrong} of {len(outcomes)} kinds'
-        return 'auto', text, {'failed': wrong}
     faster = pallas < auto
     text = (
         f'{"Pallas kernels are" if faster else "XLA is"} used: for {sum(counts)} calls, with gradients, the '

@@ -149,11 +149,8 @@ def _compile(run: Run, state: TrainState) -> tuple[Any, Any]:
     """Compiles both steps before the first one runs, while a signal can still end the process at once."""
     config, model, mesh = run.config, run.model, run.mesh
     if config.check_kernels:
-        rows, size = (
-            config.batch_size // config.gradient_accumulation_steps // mesh.size,
-            config.data.image_size,
-        )
-        images = rows, size, size, model.in_channels
+        rows = config.batch_size // config.gradient_accumulation_steps // mesh.size
+        images = (rows, *[config.data.image_size] * 2, model.in_channels)
         model = kernel_check.choose_conv(model, images, mesh.local_devices[0], run.workdir, log)
     train_step = trace_train_step(config, model, run.optimizer, mesh, state)
     eval_step = trace_eval_step(config, model, mesh, state.variables, run.eval_batch_size)
