@@ -93,8 +93,13 @@ def per_call(run: Callable[[], Any], wait: Callable[[Any], Any], budget: float =
     start = time.perf_counter()
     wait(run())
     once = time.perf_counter() - start
-    count, times = max(1, min(20, int(budget / once))), []
-    for _ in range(3 if once < 5 * budget else 1):
+    return queued(run, wait, max(1, min(20, int(budget / once))), 3 if once < 5 * budget else 1)
+
+
+def queued(run: Callable[[], Any], wait: Callable[[Any], Any], count: int, repetitions: int = 3) -> float:
+    """Returns the median seconds of one of `count` calls that are started without waiting for each other."""
+    times = []
+    for _ in range(repetitions):
         start = time.perf_counter()
         for _ in range(count):
             result = run()

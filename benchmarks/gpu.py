@@ -124,9 +124,9 @@ def plan(out: Path, images: Path | None, rehearse: bool) -> list[Part]:
         return ['gpu_op.py', *given, *more, *lines]
 
     def step(model: str, sides: list[str], modes: list[str], batch: int = 256) -> list[str]:
-        size = ['--batch', str(batch), '--dtype', 'bfloat16', '--rounds', '10']
+        size = ['--batch', str(batch), '--dtype', 'bfloat16', '--rounds', '10', '--queued', '10']
         if rehearse:
-            size = ['--batch', '2', '--image-size', '32', '--rounds', '1', '--small']
+            size = ['--batch', '2', '--image-size', '32', '--rounds', '1', '--queued', '2', '--small']
             sides = [side.removesuffix('-compiled') for side in sides]  # compiling takes a minute
         return ['train_step.py', '--model', model, '--sides', *sides, '--modes', *modes, *size]
 
@@ -153,17 +153,17 @@ def plan(out: Path, images: Path | None, rehearse: bool) -> list[Part]:
     ]
     every = ['torch-nchw', 'torch-channels-last', 'torch-channels-last-compiled']
     later = [
-        Part('resnet50, ours', 90, step('resnet50', ['ours'], ['train']), rows=True),
-        Part('resnet50, torch', 50, step('resnet50', ['torch-channels-last'], ['train'])),
-        Part('inference, ours', 80, step(small, ['ours'], ['inference']), rows=True),
+        Part('inference, ours', 70, step(small, ['ours'], ['inference']), rows=True),
+        Part('resnet50, ours', 70, step('resnet50', ['ours'], ['train']), rows=True),
+        Part('one image, ours', 50, step(small, ['ours'], ['inference'], 1), rows=True),
         Part('inference, torch', 80, step(small, every, ['inference'])),
-        Part('one image, ours', 60, step(small, ['ours'], ['inference'], 1), rows=True),
         Part('one image, torch', 80, step(small, every, ['inference'], 1)),
+        Part('conv fusion', 80, step(small, ['ours'], ['train']), rows=True, flags=fusion),
         Part('training, ours', 90, train('ours'), rows=True),
         Part('training, torch', 40, train('torch')),
         Part('large, ours', 120, step('epsanet50_large', ['ours'], ['train']), rows=True),
         Part('large, torch', 50, step('epsanet50_large', ['torch-channels-last'], ['train'])),
-        Part('conv fusion', 90, step(small, ['ours'], ['train']), rows=True, flags=fusion),
+        Part('resnet50, torch', 50, step('resnet50', ['torch-channels-last'], ['train'])),
         Part('op epsanet50_small, others', 120, op(small, '--others')),
         Part('op resnext50', 60, op('resnext50')),
         Part('tests', 60, [*tests, *(['--files', 'tests/data/test_walk.py'] if rehearse else [])]),

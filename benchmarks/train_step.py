@@ -8,7 +8,8 @@ with its median. PyTorch runs with NCHW and with channels_last, eager or compile
 is bfloat16. 'train' is forward pass, backward pass and the update by SGD with momentum.
 'forward' is the evaluation step. 'inference' is the same forward pass, on our side with BatchNorm folded into
 the convolutions as in `epsanet predict`. 'ratio' is a side's images per second divided by those of the
-fastest PyTorch side.
+fastest PyTorch side. With --queued, 'ms_queued' is the time of a step if the program does not wait for each,
+as in training.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 
@@ -45,7 +46,23 @@ SMALL_PYRAMID = {'kernels': (3, 5), 'groups': (1, 2), 'reduction': 2}
 LAYOUTS = ('nchw', 'channels-last')
 TORCH_SIDES = tuple(f'torch-{layout}{how}' for layout in LAYOUTS for how in ('', '-compiled'))
 MODES = ('forward', 'inference', 'train')
-Step = Callable[[], Any]  # runs once and returns when the result is computed
+
+
+class Step(NamedTuple):
+    """A program to measure.
+
+    Attributes:
+        start: starts a step.
+        wait: returns when all steps have ended.
+    """
+
+    start: Callable[[], Any]
+    wait: Callable[[], Any]
+
+    def __call__(self) -> None:
+        """Runs a step and waits for it."""
+        self.start()
+        self.wait()
 
 
 def main() -> None:
@@ -65,6 +82,10 @@ def main() -> None:
             keep_freed_memory()
         times = in_turn(sides, args.rounds)
         best = min((t for side, t in times.items() if side != 'ours'), default=None)
+        if args.queued:
+            for side, step in sides.items():
+                took = common.queued(step.start, lambda _, s=step: s.wait(), args.queued)
+                facts[side]['ms_queued'] = round(1e3 * took, 2)
         for side, took in times.items():
             record = {'benchmark': 'train_step', **device, 'model': args.model, 'side': side, 'mode': mode}
             record |= {'batch': args.batch, 'dtype': args.dtype, 'image_size': args.image_size}
@@ -87,6 +108,9 @@ def _parse() -> argparse.Namespace:
     parser.add_argument('--image-size', type=int, default=224)
     parser.add_argument('--modes', nargs='+', choices=MODES, default=['forward', 'train'])
     parser.add_argument('--rounds', type=int, default=7, help='number of rounds')
+    parser.add_argument(
+        '--queued', type=int, default=0, metavar='N', help='also time N steps without waiting for each'
+    )
     sides = ('ours', *TORCH_SIDES)
     eager = [side for side in sides if not side.endswith('compiled')]
     parser.add_argument('--sides', nargs='+', choices=sides, default=eager, help='programs to measure')
@@ -174,15 +198,15 @@ def ours(args: argparse.Namespace, mode: str, facts: dict[str, Any], hlo: Path |
     facts['peak_bytes'] = memory.temp_size_in_bytes + memory.argument_size_in_bytes
     facts['bytes'] = (compiled.cost_analysis() or {}).get('bytes accessed')
 
-    def run() -> None:
-        nonlocal carried
-        if mode != 'train':
-            jax.block_until_ready(compiled(carried, on_device))
-        else:
-            carried, sums = compiled(carried, on_device)
-            jax.block_until_ready((carried, sums))
+    result = None
 
-    return run
+    def run() -> None:
+        nonlocal carried, result
+        result = compiled(carried, on_device)
+        if mode == 'train':
+            carried, _ = result
+
+    return Step(run, lambda: jax.block_until_ready(result))
 
 
 def torch_step(args: argparse.Namespace, mode: str, facts: dict[str, Any], side: str) -> Step:
@@ -222,14 +246,13 @@ def torch_step(args: argparse.Namespace, mode: str, facts: dict[str, Any], side:
             loss = torch.nn.functional.cross_entropy(forward().float(), labels, label_smoothing=SMOOTHING)
             loss.backward()
             optimizer.step()
-        if on_gpu:
-            torch.cuda.synchronize()
 
+    step = Step(run, torch.cuda.synchronize if on_gpu else lambda: None)
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-        run()
+        step()
         facts['peak_bytes'] = torch.cuda.max_memory_allocated()
-    return run
+    return step
 
 
 if __name__ == '__main__':

@@ -171,13 +171,22 @@ def test_the_fastest_correct_algorithm_is_chosen_if_it_is_clearly_faster():
         *(timed(SMALL, STOCK, 1.0, direction) for direction in DIRECTIONS),
         timed(SMALL, DENSE, 0.5),
         timed(SMALL, TILED, 0.4, error=0.1),  # wrong
-        timed(SMALL, DENSE, 0.98, 'input_gradient'),  # noise
+        timed(SMALL, DENSE, 1.12, 'input_gradient'),
         timed(SMALL, TILED, 0.9, 'weight_gradient'),
         timed(SMALL, DENSE, 0.95, 'weight_gradient'),
         timed(LARGE, DENSE, 0.1),  # nothing to compare with
     ]
     expected = {'forward': DENSE, 'input_gradient': STOCK, 'weight_gradient': TILED}
     assert gpu_adopt.choose(lines) == {SMALL: expected}
+
+
+@pytest.mark.parametrize(('groups', 'ms', 'expected'), [(1, 0.98, STOCK), (8, 0.98, DENSE), (8, 1.05, DENSE)])
+def test_noise_is_no_gain_but_a_grouped_convolution_of_xla_must_be_clearly_faster(groups, ms, expected):
+    import gpu_adopt
+
+    problem = SMALL._replace(groups=groups)
+    rows = gpu_adopt.choose([timed(problem, STOCK, 1.0), timed(problem, DENSE, ms)])
+    assert rows[problem]['forward'] == expected
 
 
 @pytest.mark.parametrize(('ms', 'joined'), [(1.4, True), (1.49, False)])

@@ -104,12 +104,12 @@ def test_training_without_images_or_pixels_is_refused(group, size, message):
     assert BatchNorm(group=group, **F64).apply(variables, x).shape == x.shape
 
 
-@pytest.fixture(params=['tpu', 'default'])
+@pytest.fixture(params=['tpu', 'cuda', 'default'])
 def platform(request, monkeypatch):
     """Makes `platform_dependent` use the branch of this platform."""
 
     def chosen(*args, **branches):
-        return branches[request.param](*args)
+        return branches.get(request.param, branches['default'])(*args)
 
     monkeypatch.setattr(jax.lax, 'platform_dependent', chosen)
 
@@ -152,3 +152,19 @@ def test_the_value_of_a_weighted_activation_is_parts_times_weights(rng):
     weights = rng.uniform(size=(2, 4)).astype(np.float32)
     expected = np.concatenate(parts, -1) * weights[:, None, None]
     np.testing.assert_allclose(Weighted(parts, weights, weights).value(), expected, rtol=1e-6)
+
+
+def test_a_gpu_reads_the_result_of_a_matrix_product_behind_a_barrier_and_not_its_gradient(rng):
+    x = jnp.asarray(rng.standard_normal((4, 2, 2, 3)), np.float32)
+    norm = BatchNorm()
+    variables = norm.init(jax.random.key(0), x)
+
+    def normalised(x, train):
+        return norm.apply(variables, x, train=train, mutable=['batch_stats'])[0].sum()
+
+    def barriers(platform, function, *, train):
+        lowered = jax.jit(function, static_argnums=1).trace(x, train).lower(lowering_platforms=(platform,))
+        return lowered.as_text().count('optimization_barrier')
+
+    assert barriers('cuda', normalised, train=True) == barriers('cuda', jax.grad(normalised), train=True) == 1
+    assert barriers('cuda', normalised, train=False) == barriers('cpu', normalised, train=True) == 0
