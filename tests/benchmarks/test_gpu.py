@@ -228,15 +228,17 @@ def adopt(folder, checkout, lines, rehearsal=False):
 def test_results_become_rows_a_page_and_a_file_of_lines(tmp_path, checkout):
     step = {'platform': 'gpu', 'device': '1 x H100', 'jax': '1', 'flax': '2', 'benchmark': 'train_step'}
     step |= {'model': 'epsanet50_small', 'mode': 'train', 'batch': 256, 'ms': 64.0, 'peak_bytes': 2e10}
+    ours = {**step, 'part': 'ours', 'side': 'ours', 'bytes': 6.4e10, 'ms_queued': 50.0}
+    torch = {**step, 'part': 'torch', 'torch': '3'}
     lines = [
         {**step, 'part': 'device', 'benchmark': 'gpu_device', 'tb_per_s': 2.0, 'tflops': 700},
         timed(SMALL, STOCK, 1.0),
         timed(SMALL, DENSE, 0.25),
         {**timed(SMALL, STOCK, 0.2), 'candidate': 'Triton kernel'},
-        {**step, 'part': 'ours', 'side': 'ours', 'conv': 'auto', 'images_per_s': 4000.0, 'bytes': 6.4e10},
+        {**ours, 'conv': 'auto', 'images_per_s': 4000.0},
         {**step, 'part': 'stock', 'side': 'ours', 'conv': 'stock', 'images_per_s': 1000.0},
-        {**step, 'part': 'torch', 'side': 'torch-nchw', 'images_per_s': 1600.0, 'torch': '3'},
-        {**step, 'part': 'torch', 'side': 'torch-channels-last', 'images_per_s': 2000.0},
+        {**torch, 'side': 'torch-nchw', 'images_per_s': 1600.0, 'ms_queued': 125.0},
+        {**torch, 'side': 'torch-channels-last', 'images_per_s': 2000.0},
         {'part': 'tests', 'status': 'failed'},
     ]
     before = json.loads((checkout / 'epsanet_jax/ops/choices.json').read_text())
@@ -248,7 +250,7 @@ def test_results_become_rows_a_page_and_a_file_of_lines(tmp_path, checkout):
         assert [json.loads(line) for line in results.read_text().splitlines()] == lines
         text = page.read_text()
         row = '| epsanet50_small | train | 256 | 4,000 | 1,000 |  | 2,000 (channels-last) | 2.00 '
-        assert text.count(f'{row}| 20.0 GB | 20.0 GB | 0.50 |\n') == 1
+        assert text.count(f'{row}| 2.50 | 20.0 GB | 20.0 GB | 0.50 |\n') == 1
         assert '| 7x7, 8 groups, 56x56x64 to 16, batch 128 | 1000 / - / - | 250 merged 4 / - / - |' in text
         assert '| 200 Triton kernel / - / - |' in text
         assert '- Part "tests": failed.\n' in text
