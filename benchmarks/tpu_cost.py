@@ -7,11 +7,11 @@
     python benchmarks/tpu_cost.py --known                # the schedule where the answer is known
 
 Compiles the step for all chips of the topology as one program. Prints the sum of the compiler's estimates for
-one chip: cycles and bytes per image, temporary memory, compile time. The body of a loop counts as often as it
-runs. Collectives have no estimate, and that of a custom call is written by its author: both are listed
-separately. The compiler puts the batch into the 128 lanes: compare at 128 images per chip. --blocks compiles
-each distinct block alone instead, forward and backward, in seconds. --by-op N also lists the N most expensive
-operations.
+one chip: cycles and bytes per image, temporary memory, compile time; and the bytes that go through HBM. The
+body of a loop counts as often as it runs. Collectives have no estimate, and that of a custom call is written
+by its author: both are listed separately. The compiler puts the batch into the 128 lanes: compare at 128
+images per chip. --blocks compiles each distinct block alone instead, forward and backward, in seconds.
+--by-op N also lists the N most expensive operations.
 
 --schedule also reads the final schedules that the compiler writes (`epsanet_jax.analysis.schedule`): compute
 cycles, bytes in HBM and the roofline, the larger of the two for each operation. Next to it, the estimate is a
@@ -52,7 +52,7 @@ class Measure:
 
     by_op: int = 0
     folder: str = ''  # of the schedules
-    bytes_per_cycle: float = 0.0
+    bytes_per_cycle: float = 1.0
 
 
 def main() -> None:
@@ -212,15 +212,15 @@ def compile_cost(step: Any, arguments: tuple[Any, ...], images: int, measure: Me
         'compile_s': compile_s,
         **found,
     }
+    kernels = schedule.read_kernels(measure.folder) if measure.folder else {}
+    limits = schedule.roofline(text, kernels, measure.bytes_per_cycle)
+    record['hbm_bytes_per_image'] = round(limits.hbm_bytes / images)
     if measure.folder:
-        kernels = schedule.read_kernels(measure.folder)
-        limits = schedule.roofline(text, kernels, measure.bytes_per_cycle)
         schedule.clear(measure.folder)
         for line in schedule.describe(limits.ops, measure.by_op, images) if measure.by_op else ():
             common.log(line)
         record |= {
             'schedule_cycles_per_image': round(limits.schedule_cycles / images),
-            'hbm_bytes_per_image': round(limits.hbm_bytes / images),
             'roofline_cycles_per_image': round(limits.roofline_cycles / images),
             'unknown_loops_in_kernels': limits.unknown_loops,
             'unscheduled': limits.unscheduled,

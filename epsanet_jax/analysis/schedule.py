@@ -51,6 +51,7 @@ class Op(NamedTuple):
     label: str  # where it comes from in the model
     shape: str  # of the result
     cycles: int | None  # of its schedule; None if the compiler wrote none
+    matrix_cycles: int  # of these, those in which the busiest matrix unit gets a row
     hbm_bytes: int
     roofline: float  # cycles
 
@@ -174,7 +175,8 @@ def roofline(text: str, kernels: dict[str, Kernel], bytes_per_cycle: float) -> R
                 moved = times * _hbm_bytes(line, shape, opcode, shapes)
                 cycles = None if kernel is None else times * kernel.cycles
                 limit = 0 if opcode.endswith('-start') else max(cycles or 0, moved / bytes_per_cycle)
-                ops.append(Op(name, _label(line), shape, cycles, moved, limit))
+                busy = times * kernel.matrix_cycles if kernel else 0
+                ops.append(Op(name, _label(line), shape, cycles, busy, moved, limit))
 
     visit(entry, 1)
     moved = sum(op.hbm_bytes for op in ops)
@@ -243,11 +245,13 @@ def describe(ops: list[Op], count: int, images: int) -> Iterator[str]:
     """Yields a line for each of the operations with the largest roofline; figures are per image."""
     sums: dict[tuple[str, str], list[float]] = {}
     for op in ops:
-        total = sums.setdefault((op.shape, op.label), [0.0] * 4)
-        for i, value in enumerate((op.roofline / 1e3, (op.cycles or 0) / 1e3, op.hbm_bytes / 1e6)):
+        total = sums.setdefault((op.shape, op.label), [0.0] * 5)
+        cycles = op.roofline / 1e3, (op.cycles or 0) / 1e3, op.matrix_cycles / 1e3
+        for i, value in enumerate((*cycles, op.hbm_bytes / 1e6)):
             total[i] += value / images
-        total[3] += 1
-    yield 'k cycles: roofline  schedule  MB in HBM  calls  operation'
+        total[4] += 1
+    yield 'k cycles: roofline  schedule  matrix units  MB in HBM  calls  operation'
     for (shape, label), values in sorted(sums.items(), key=lambda item: -item[1][0])[:count]:
-        limit, cycles, moved, calls = values
-        yield f'{limit:18.1f} {cycles:9.1f} {moved:10.2f} {calls:6.0f}  {shape[:40]:40} {label[-90:]}'
+        limit, cycles, busy, moved, calls = values
+        numbers = f'{limit:18.1f} {cycles:9.1f} {busy:13.1f} {moved:10.2f} {calls:6.0f}'
+        yield f'{numbers}  {shape[:40]:40} {label[-90:]}'

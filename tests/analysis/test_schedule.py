@@ -39,7 +39,7 @@ copy-start(%x)
 }
 """
 ARRAY = 128 * 128 * 2  # bytes
-KERNELS = {'fusion.1': Kernel(10, 200, 0, 0), 'loop_fusion': Kernel(5, 5, 0, 1)}
+KERNELS = {'fusion.1': Kernel(10, 200, 100, 0), 'loop_fusion': Kernel(5, 5, 0, 1)}
 
 
 def test_bundles_count_as_often_as_the_loops_around_them_with_those_after_the_branch():
@@ -104,9 +104,9 @@ def test_operations_of_one_origin_are_added_up():
     found = schedule.roofline(HLO, KERNELS, 500)
     lines = list(schedule.describe([*found.ops, *found.ops], 2, images=2))
     assert len(lines) == 3
-    assert 'roofline  schedule  MB in HBM  calls' in lines[0]
+    assert 'roofline  schedule  matrix units  MB in HBM  calls' in lines[0]
     (line,) = (line for line in schedule.describe([*found.ops] * 2, 9, 2) if line.endswith(' c'))
-    assert line.split()[1:4] == ['0.2', '0.07', '2']
+    assert line.split()[1:5] == ['0.2', '0.1', '0.07', '2']
 
 
 @pytest.mark.parametrize(
