@@ -1,6 +1,7 @@
 """Chooses the convolution algorithms for a TPU by the cost of the whole residual block.
 
     python benchmarks/tpu_choices.py --model epsanet50_small --topology v5e:2x4 --layers layer2_1
+    python benchmarks/tpu_choices.py --topology v5p:2x2x1 --layers layer3_1 --schedule --candidates 1
 
 The cost of a convolution inside a block differs from its cost alone, because the compiler fuses neighbouring
 operations and layouts must agree. For each convolution of a pyramid, largest kernel first, and each
@@ -8,23 +9,30 @@ direction, the script tries the algorithms that are cheapest alone. It keeps the
 forward and backward, takes the fewest cycles. Then it tries to join convolutions: the input gradients of two
 neighbours or, if all have equally many groups, all convolutions in every direction. The script rewrites the
 table that conv='auto' reads (epsanet_jax/ops/choices.json). It takes 10 to 20 minutes per block on 2 cores
-and needs libtpu, but no TPU.
+and needs libtpu, but no TPU. Rows for v5e are those for all TPUs, others replace them for their generation.
+
+Cycles are the compiler's estimate or, with --schedule, the roofline of its schedules: better, but compiling a
+block then takes one to several minutes.
 """
 
 import argparse
+import dataclasses
 import itertools
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import common
 import grouped_conv
 import jax.numpy as jnp
 import tpu_cost
 
+from epsanet_jax.analysis import schedule
+from epsanet_jax.analysis.topology import CHIPS
 from epsanet_jax.models import create_model
-from epsanet_jax.ops import choice
+from epsanet_jax.ops import choice, generation
 from epsanet_jax.ops.algorithms import Algorithm, divisors
 
 BATCH = 128  # the number of lanes of a TPU
@@ -33,7 +41,23 @@ BATCH = 128  # the number of lanes of a TPU
 def main() -> None:
     """Improves the table block by block."""
     args = _parse()
-    device = common.tpu_devices(args.topology)[0]
+    with tempfile.TemporaryDirectory() as folder:
+        if args.schedule:
+            schedule.write_schedules(folder)
+        device = common.tpu_devices(args.topology)[0]
+        chip = CHIPS[args.topology.partition(':')[0]]
+        measure = tpu_cost.Measure(device_kind=device.device_kind)
+        if args.schedule and not chip.clock:
+            raise SystemExit(f'error: --schedule: the clock of {args.topology} is not known')
+        if args.schedule:
+            measure = dataclasses.replace(measure, folder=folder, bytes_per_cycle=chip.bandwidth / chip.clock)
+        choose(args, device, measure)
+
+
+def choose(args: argparse.Namespace, device: Any, measure: tpu_cost.Measure) -> None:
+    """Improves the rows of a device's generation, for each block that was asked for."""
+    kind = generation.KINDS[device.device_kind]
+    rows = Rows('tpu' if kind == 'v5e' else f'tpu {kind}')
     model = create_model(args.model, dtype=jnp.bfloat16)
     for layer, (block, shape) in tpu_cost.blocks(model, BATCH, args.image_size).items():
         if args.layers and layer not in args.layers:
@@ -45,22 +69,41 @@ def main() -> None:
 
         def cost(block=block, shape=shape) -> int:
             choice.reload()
-            return tpu_cost.block_cost(block, shape, device)['cycles_per_image']
+            record = tpu_cost.block_cost(block, shape, device, measure)
+            return record['roofline_cycles_per_image' if measure.folder else 'cycles_per_image']
 
         where = {'benchmark': 'tpu_choices', 'model': args.model, 'topology': args.topology, 'block': layer}
         pyramid = sorted(set(convolutions))
         for problem in reversed(pyramid):
             if problem.groups > 1:
-                common.emit({**where, **problem._asdict(), **improve(problem, cost, device, args)}, args.out)
+                common.emit(
+                    {**where, **problem._asdict(), **improve(problem, cost, rows, device, args)}, args.out
+                )
         for members, directions in together(pyramid):
-            record = join(members, directions, cost)
+            record = join(members, directions, cost, rows)
             common.emit({**where, 'joint': [p.kernel for p in members], **record}, args.out)
 
 
-def improve(problem: choice.Problem, cost, device: Any, args: argparse.Namespace) -> dict[str, Any]:
+class Rows(NamedTuple):
+    """The rows of a generation in the table."""
+
+    name: str
+
+    def read(self, problem: choice.Problem) -> choice.Choice:
+        """Returns the algorithms of a convolution."""
+        return choice.choose(self.name, problem)
+
+    def write(self, problem: choice.Problem, row: choice.Choice) -> None:
+        """Replaces the algorithms of a convolution."""
+        grouped_conv.write(self.name, problem, row._asdict())
+
+
+def improve(
+    problem: choice.Problem, cost, rows: 'Rows', device: Any, args: argparse.Namespace
+) -> dict[str, Any]:
     """Tries the cheapest algorithms in each direction; returns the block's cycles per image."""
     before = fewest = cost()  # with the current table
-    best = choice.choose('tpu', problem)
+    best = rows.read(problem)
     for direction in choice.DIRECTIONS:
         alone = grouped_conv.measure(problem, direction, 'tpu', device, args.limit)
         ranked = sorted(alone, key=lambda algorithm: alone[algorithm]['cycles'])[: args.candidates]
@@ -68,12 +111,12 @@ def improve(problem: choice.Problem, cost, device: Any, args: argparse.Namespace
             trial = best._replace(**{direction: algorithm})
             if trial == best:
                 continue
-            grouped_conv.write('tpu', problem, trial._asdict())
+            rows.write(problem, trial)
             cycles = cost()
             common.log(f'{direction} {grouped_conv.shorten(algorithm)}: {cycles} cycles, best {fewest}')
             if cycles < fewest:
                 best, fewest = trial, cycles
-    grouped_conv.write('tpu', problem, best._asdict())
+    rows.write(problem, best)
     chosen = {direction: grouped_conv.shorten(a) for direction, a in best._asdict().items()}
     return {'cycles_per_image_before': before, 'cycles_per_image': fewest, **chosen}
 
@@ -87,14 +130,14 @@ def together(pyramid: Sequence[choice.Problem]) -> Iterator[tuple[Sequence[choic
             yield pair, ('input_gradient',)
 
 
-def join(members: Sequence[choice.Problem], directions: Sequence[str], cost) -> dict[str, Any]:
+def join(members: Sequence[choice.Problem], directions: Sequence[str], cost, table: 'Rows') -> dict[str, Any]:
     """Tries to join convolutions, direction by direction; returns the block's cycles per image."""
     before = fewest = cost()  # with the current table
-    rows = {problem: choice.choose('tpu', problem) for problem in members}
+    rows = {problem: table.read(problem) for problem in members}
 
     def write(rows: dict[choice.Problem, choice.Choice]) -> None:
         for problem, row in rows.items():
-            grouped_conv.write('tpu', problem, row._asdict())
+            table.write(problem, row)
 
     kept: dict[str, int] = {}  # direction -> number of groups of the joint convolution
     counts = divisors(math.gcd(*(problem.groups for problem in members)))
@@ -125,6 +168,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument('--topology', default='v5e:2x4')
     parser.add_argument('--image-size', type=int, default=224)
     parser.add_argument('--layers', nargs='*', help='layer1_0, layer1_1, ..; by default all distinct blocks')
+    parser.add_argument('--schedule', action='store_true', help='by the roofline, not the estimate')
     parser.add_argument('--candidates', type=int, default=3, help='algorithms tried for each direction')
     parser.add_argument(
         '--limit', type=float, default=6, help='skip algorithms with more than LIMIT times the products'

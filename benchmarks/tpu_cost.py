@@ -38,6 +38,7 @@ from epsanet_jax.analysis.topology import CHIPS
 from epsanet_jax.models import EPSABlock, create_model
 from epsanet_jax.models.epsanet import STEM_WIDTH, EPSANet
 from epsanet_jax.models.settings import of_stage, settings_of
+from epsanet_jax.ops import generation
 from epsanet_jax.training import sharding, steps
 from epsanet_jax.training.config import DataConfig, OptimizerConfig
 from epsanet_jax.training.optimizer import make_optimizer
@@ -53,6 +54,7 @@ class Measure:
     by_op: int = 0
     folder: str = ''  # of the schedules
     bytes_per_cycle: float = 1.0
+    device_kind: str = ''  # of the chip; by default the algorithms for all TPUs are used
 
 
 def main() -> None:
@@ -72,6 +74,7 @@ def main() -> None:
 def report(args: argparse.Namespace, measure: Measure) -> None:
     """Prints the cost of each model, or of each block."""
     devices = common.tpu_devices(args.topology)
+    measure = dataclasses.replace(measure, device_kind=devices[0].device_kind)
     if args.known:
         for name, (function, shapes) in known().items():
             place = jax.sharding.SingleDeviceSharding(devices[0])
@@ -199,7 +202,8 @@ def known() -> dict[str, tuple[Any, tuple[jax.ShapeDtypeStruct, ...]]]:
 def compile_cost(step: Any, arguments: tuple[Any, ...], images: int, measure: Measure) -> dict[str, Any]:
     """Returns what the compiler says about a function that is jitted for a chip, per image."""
     start = time.perf_counter()
-    compiled = step.trace(*arguments).lower(lowering_platforms=('tpu',)).compile()
+    with generation.lowering_for(measure.device_kind):
+        compiled = step.trace(*arguments).lower(lowering_platforms=('tpu',)).compile()
     compile_s = round(time.perf_counter() - start, 1)
     text = compiled.as_text()
     found = hlo.analyze(text)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.interpreters import ad, batching, mlir
 
-from epsanet_jax.ops import algorithms, choice, pallas_tpu
+from epsanet_jax.ops import algorithms, choice, generation, pallas_tpu
 from epsanet_jax.ops.algorithms import DIRECT, Algorithm
 from epsanet_jax.ops.materialize import materialize
 from epsanet_jax.ops.plain import Window
@@ -95,9 +95,9 @@ def _choose(platform: str, direction: str, x: Any, kernels: Sequence[tuple[int, 
     each = zip(kernels, spec.windows, spec.groups, strict=True)
     if spec.algorithm not in ('auto', 'pallas'):
         return [algorithms.by_name(spec.algorithm, shape, g) for shape, _, g in each]
-    chosen = []
+    chosen, rows = [], generation.rows_of(platform)
     for shape, window, g in each:
-        chosen.append(getattr(choice.choose(platform, choice.Problem.of(x, shape, window, g)), direction))
+        chosen.append(getattr(choice.choose(rows, choice.Problem.of(x, shape, window, g)), direction))
         if spec.algorithm == 'pallas' and pallas_tpu.applies(direction, x.shape, x.dtype, shape, window, g):
             chosen[-1] = Algorithm('pallas')
     return chosen

@@ -61,7 +61,7 @@ class Choice(NamedTuple):
 
 @functools.cache
 def choose(platform: str, problem: Problem) -> Choice:
-    """Returns the algorithms that 'auto' uses on a platform."""
+    """Returns the algorithms that 'auto' uses on a platform, or a TPU generation such as 'tpu v5p'."""
     choice = _choose(platform, problem)
     return _with_plain(choice, problem) if platform == 'cpu' and problem.groups == 1 else choice
 
@@ -83,7 +83,7 @@ def _with_plain(choice: Choice, p: Problem) -> Choice:
 
 
 def _choose(platform: str, problem: Problem) -> Choice:
-    rows = _table().get(platform, ())
+    rows = _rows(platform)
     if platform == 'cuda':
         # With 16 bits, products of zeros cost a matrix unit little; with 32 they cost twice as much or more.
         rows = [row for row in rows if (row[0].dtype in HALF) == (problem.dtype in HALF)]
@@ -198,6 +198,13 @@ def reload() -> None:
     _table.cache_clear()
     choose.cache_clear()
     jax.clear_caches()
+
+
+def _rows(platform: str) -> list[tuple[Problem, Choice]]:
+    """Returns the rows of a platform; those of a TPU generation replace those for all TPUs (v5e's)."""
+    own = dict(_table().get(platform, ()))
+    rest = _table().get(platform.partition(' ')[0], ())
+    return [*own.items(), *(row for row in rest if row[0] not in own)]
 
 
 @functools.cache

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from epsanet_jax.errors import InputError
 from epsanet_jax.models.epsanet import EPSANet
 from epsanet_jax.models.zoo import build_model
+from epsanet_jax.ops import generation
 from epsanet_jax.training import inputs, sharding, steps
 from epsanet_jax.training.config import Config, mixing, with_frozen_bn
 from epsanet_jax.training.optimizer import make_optimizer, make_schedule
@@ -91,7 +92,9 @@ def lower_train_step(config: Config, devices: Sequence[sharding.Device], platfor
     optimizer = make_optimizer(config.optimizer, schedule, config.freeze)
     size, ema = config.data.image_size, config.ema_decay > 0
     state = jax.eval_shape(lambda key: create_state(model, optimizer, key, size, ema), jax.random.key(0))
-    return trace_train_step(config, model, optimizer, mesh, state).lower(lowering_platforms=(platform,))
+    traced = trace_train_step(config, model, optimizer, mesh, state)
+    with generation.lowering_for(devices[0].device_kind):
+        return traced.lower(lowering_platforms=(platform,))
 
 
 def divides(config: Config, devices: Sequence[sharding.Device]) -> bool:

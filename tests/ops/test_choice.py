@@ -226,10 +226,10 @@ def test_branches_are_joined_only_if_they_were_measured_together(name, direction
             assert not left or together == 4 or direction == 'input_gradient'
 
 
-@pytest.mark.parametrize('platform', ['cpu', 'tpu'])
+@pytest.mark.parametrize('platform', choice._table())
 def test_the_table_of_the_package_names_known_algorithms(platform):
     rows = choice._table()[platform]
-    assert len({problem for problem, _ in rows}) == len(rows) > 10
+    assert len({problem for problem, _ in rows}) == len(rows) > (0 if ' ' in platform else 10)
     for problem, chosen in rows:
         for algorithm in chosen:
             assert algorithm.name in (*NAMES, 'joint')

@@ -1,0 +1,34 @@
+"""The TPU generation that a program is lowered for: each may have algorithms of its own."""
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
+import jax
+
+KINDS = {'TPU v4': 'v4', 'TPU v5 lite': 'v5e', 'TPU v5': 'v5p', 'TPU v6 lite': 'v6e', 'TPU7x': 'tpu7x'}
+_kind: contextvars.ContextVar[str] = contextvars.ContextVar('tpu_kind', default='')
+
+
+@contextlib.contextmanager
+def lowering_for(device_kind: str) -> Iterator[None]:
+    """Makes what is lowered for TPUs inside it use the algorithms of a generation.
+
+    Only needed to compile for TPUs that are not here. Otherwise the generation is that of JAX's devices.
+
+    Args:
+        device_kind: as devices name it, for example 'TPU v5'. Unknown kinds use the rows for all TPUs.
+    """
+    token = _kind.set(device_kind)
+    try:
+        yield
+    finally:
+        _kind.reset(token)
+
+
+def rows_of(platform: str) -> str:
+    """Returns the name of the rows of a platform, for a TPU of a known generation for example 'tpu v5p'."""
+    if platform != 'tpu':
+        return platform
+    kind = _kind.get() or (jax.devices()[0].device_kind if jax.default_backend() == 'tpu' else '')
+    return f'tpu {KINDS[kind]}' if kind in KINDS else platform
