@@ -16,21 +16,18 @@ block then takes one to several minutes.
 """
 
 import argparse
-import dataclasses
 import itertools
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import common
 import grouped_conv
 import jax.numpy as jnp
 import tpu_cost
 
-from epsanet_jax.analysis import schedule
-from epsanet_jax.analysis.topology import CHIPS
 from epsanet_jax.models import create_model
 from epsanet_jax.ops import choice, generation
 from epsanet_jax.ops.algorithms import Algorithm, divisors
@@ -42,22 +39,14 @@ def main() -> None:
     """Improves the table block by block."""
     args = _parse()
     with tempfile.TemporaryDirectory() as folder:
-        if args.schedule:
-            schedule.write_schedules(folder)
-        device = common.tpu_devices(args.topology)[0]
-        chip = CHIPS[args.topology.partition(':')[0]]
-        measure = tpu_cost.Measure(device_kind=device.device_kind)
-        if args.schedule and not chip.clock:
-            raise SystemExit(f'error: --schedule: the clock of {args.topology} is not known')
-        if args.schedule:
-            measure = dataclasses.replace(measure, folder=folder, bytes_per_cycle=chip.bandwidth / chip.clock)
-        choose(args, device, measure)
+        devices, measure = tpu_cost.begin(args.topology, folder if args.schedule else '')
+        choose(args, devices[0], measure)
 
 
 def choose(args: argparse.Namespace, device: Any, measure: tpu_cost.Measure) -> None:
     """Improves the rows of a device's generation, for each block that was asked for."""
-    kind = generation.KINDS[device.device_kind]
-    rows = Rows('tpu' if kind == 'v5e' else f'tpu {kind}')
+    with generation.lowering_for(device.device_kind):
+        rows = generation.rows_of('tpu')
     model = create_model(args.model, dtype=jnp.bfloat16)
     for layer, (block, shape) in tpu_cost.blocks(model, BATCH, args.image_size).items():
         if args.layers and layer not in args.layers:
@@ -84,26 +73,12 @@ def choose(args: argparse.Namespace, device: Any, measure: tpu_cost.Measure) -> 
             common.emit({**where, 'joint': [p.kernel for p in members], **record}, args.out)
 
 
-class Rows(NamedTuple):
-    """The rows of a generation in the table."""
-
-    name: str
-
-    def read(self, problem: choice.Problem) -> choice.Choice:
-        """Returns the algorithms of a convolution."""
-        return choice.choose(self.name, problem)
-
-    def write(self, problem: choice.Problem, row: choice.Choice) -> None:
-        """Replaces the algorithms of a convolution."""
-        grouped_conv.write(self.name, problem, row._asdict())
-
-
 def improve(
-    problem: choice.Problem, cost, rows: 'Rows', device: Any, args: argparse.Namespace
+    problem: choice.Problem, cost, rows: str, device: Any, args: argparse.Namespace
 ) -> dict[str, Any]:
     """Tries the cheapest algorithms in each direction; returns the block's cycles per image."""
     before = fewest = cost()  # with the current table
-    best = rows.read(problem)
+    best = choice.choose(rows, problem)
     for direction in choice.DIRECTIONS:
         alone = grouped_conv.measure(problem, direction, 'tpu', device, args.limit)
         ranked = sorted(alone, key=lambda algorithm: alone[algorithm]['cycles'])[: args.candidates]
@@ -111,12 +86,12 @@ def improve(
             trial = best._replace(**{direction: algorithm})
             if trial == best:
                 continue
-            rows.write(problem, trial)
+            grouped_conv.write(rows, problem, trial._asdict())
             cycles = cost()
             common.log(f'{direction} {grouped_conv.shorten(algorithm)}: {cycles} cycles, best {fewest}')
             if cycles < fewest:
                 best, fewest = trial, cycles
-    rows.write(problem, best)
+    grouped_conv.write(rows, problem, best._asdict())
     chosen = {direction: grouped_conv.shorten(a) for direction, a in best._asdict().items()}
     return {'cycles_per_image_before': before, 'cycles_per_image': fewest, **chosen}
 
@@ -130,14 +105,14 @@ def together(pyramid: Sequence[choice.Problem]) -> Iterator[tuple[Sequence[choic
             yield pair, ('input_gradient',)
 
 
-def join(members: Sequence[choice.Problem], directions: Sequence[str], cost, table: 'Rows') -> dict[str, Any]:
+def join(members: Sequence[choice.Problem], directions: Sequence[str], cost, table: str) -> dict[str, Any]:
     """Tries to join convolutions, direction by direction; returns the block's cycles per image."""
     before = fewest = cost()  # with the current table
-    rows = {problem: table.read(problem) for problem in members}
+    rows = {problem: choice.choose(table, problem) for problem in members}
 
     def write(rows: dict[choice.Problem, choice.Choice]) -> None:
         for problem, row in rows.items():
-            table.write(problem, row)
+            grouped_conv.write(table, problem, row._asdict())
 
     kept: dict[str, int] = {}  # direction -> number of groups of the joint convolution
     counts = divisors(math.gcd(*(problem.groups for problem in members)))

@@ -61,20 +61,28 @@ def main() -> None:
     """Compiles and prints."""
     args = _parse()
     with tempfile.TemporaryDirectory() as folder:
-        measure = Measure(args.by_op)
-        if args.schedule or args.known:
-            schedule.write_schedules(folder)
-            chip = CHIPS[args.topology.partition(':')[0]]
-            if chip.clock is None:
-                raise SystemExit(f'error: --schedule: the clock of {args.topology} is not known')
-            measure = Measure(args.by_op, folder, chip.bandwidth / chip.clock)
-        report(args, measure)
+        devices, measure = begin(args.topology, folder if args.schedule or args.known else '', args.by_op)
+        report(args, devices, measure)
 
 
-def report(args: argparse.Namespace, measure: Measure) -> None:
+def begin(topology: str, folder: str, by_op: int = 0) -> tuple[list[Any], Measure]:
+    """Returns the devices of a topology and what to report; call it before JAX starts.
+
+    With a folder, the compiler writes its schedules there.
+    """
+    bytes_per_cycle = 1.0
+    if folder:
+        schedule.write_schedules(folder)
+        chip = CHIPS[topology.partition(':')[0]]
+        if chip.clock is None:
+            raise SystemExit(f'error: --schedule: the clock of {topology} is not known')
+        bytes_per_cycle = chip.bandwidth / chip.clock
+    devices = common.tpu_devices(topology)
+    return devices, Measure(by_op, folder, bytes_per_cycle, devices[0].device_kind)
+
+
+def report(args: argparse.Namespace, devices: list[Any], measure: Measure) -> None:
     """Prints the cost of each model, or of each block."""
-    devices = common.tpu_devices(args.topology)
-    measure = dataclasses.replace(measure, device_kind=devices[0].device_kind)
     if args.known:
         for name, (function, shapes) in known().items():
             place = jax.sharding.SingleDeviceSharding(devices[0])

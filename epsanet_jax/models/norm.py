@@ -11,6 +11,7 @@ from jax import lax
 
 from epsanet_jax.errors import InputError
 from epsanet_jax.models.dtypes import Dtype, at_least_float32
+from epsanet_jax.ops.choice import GPUS
 
 EPSILON = 1e-5  # PyTorch's
 
@@ -46,7 +47,7 @@ class Weighted(NamedTuple):
         # The TPU compiler would fuse `piecewise` into the convolution that reads it, for up to a sixth
         # more cycles per block. On a GPU the sums of parts with 16 or 32 channels read memory at half speed.
         # On a CPU `whole` would be another pass over memory.
-        others = dict.fromkeys(('tpu', 'cuda', 'rocm'), whole)
+        others = dict.fromkeys(('tpu', *GPUS), whole)
         return lax.platform_dependent(self.parts, factor, offset, default=piecewise, **others)
 
     def by_part(self, values: jax.Array) -> list[jax.Array]:
@@ -214,7 +215,7 @@ def _stored(x: jax.Array) -> jax.Array:
     XLA merges operations that read the same array, but not those that read a matrix product: both sums of
     BatchNorm would each read it.
     """
-    gpus = dict.fromkeys(('cuda', 'rocm'), lax.optimization_barrier)
+    gpus = dict.fromkeys(GPUS, lax.optimization_barrier)
     return lax.platform_dependent(x, default=lambda x: x, **gpus)
 
 

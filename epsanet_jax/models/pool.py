@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from epsanet_jax.models.dtypes import at_least_float32
+from epsanet_jax.ops.choice import GPUS
 
 CODE = 4  # the place (i, j) in a window has the number CODE * i + j
 
@@ -17,7 +18,7 @@ def max_pool(x: jax.Array) -> jax.Array:
 
     If several positions of a window share the maximum, the gradient goes to the first one, as in PyTorch.
     """
-    gpus = {'cuda': _max_and_place, 'rocm': _max_and_place}
+    gpus = dict.fromkeys(GPUS, _max_and_place)
     return lax.platform_dependent(x, tpu=_max_window, default=_max_of_slices, **gpus)
 
 

@@ -17,11 +17,10 @@ from jax.interpreters import ad, batching, mlir
 
 from epsanet_jax.ops import algorithms, choice, generation, pallas_tpu
 from epsanet_jax.ops.algorithms import DIRECT, Algorithm
+from epsanet_jax.ops.choice import GPUS
 from epsanet_jax.ops.materialize import materialize
 from epsanet_jax.ops.plain import Window
 from epsanet_jax.ops.primitive import make_primitive
-
-GPUS = ('cuda', 'rocm')
 
 
 class Spec(NamedTuple):

@@ -20,7 +20,8 @@ from epsanet_jax.ops.direct import has_few_terms
 from epsanet_jax.ops.plain import Window, divisors
 from epsanet_jax.ops.wide import MANY_OUTPUTS
 
-PLATFORMS = ('cpu', 'cuda', 'rocm', 'tpu')
+GPUS = ('cuda', 'rocm')
+PLATFORMS = ('cpu', *GPUS, 'tpu')
 DIRECTIONS = ('forward', 'input_gradient', 'weight_gradient')
 TABLE = 'choices.json'
 MOST_SPLIT = 32  # matrix products for one 1x1 convolution; more take long to compile

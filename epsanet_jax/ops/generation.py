@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 import jax
 
-KINDS = {'TPU v4': 'v4', 'TPU v5 lite': 'v5e', 'TPU v5': 'v5p', 'TPU v6 lite': 'v6e', 'TPU7x': 'tpu7x'}
+# Without v5e, whose rows are those for all TPUs.
+KINDS = {'TPU v4': 'v4', 'TPU v5': 'v5p', 'TPU v6 lite': 'v6e', 'TPU7x': 'tpu7x'}
 _kind: contextvars.ContextVar[str] = contextvars.ContextVar('tpu_kind', default='')
 
 

@@ -90,7 +90,7 @@ def test_neighbours_are_joined_with_the_groups_that_make_their_block_cheapest(ch
     sets = list(choices.together(problems))
     assert sets == [(pair, ('input_gradient',)) for pair in (tuple(problems[:2]), tuple(problems[1:]))]
     before = chosen_for(choices, problems)
-    rejected = choices.join(*sets[0], cost, choices.Rows('tpu'))
+    rejected = choices.join(*sets[0], cost, 'tpu')
     assert rejected == {
         'cycles_per_image_before': 100,
         'cycles_per_image': 100,
@@ -98,7 +98,7 @@ def test_neighbours_are_joined_with_the_groups_that_make_their_block_cheapest(ch
         'by_phase': [],
     }
     assert chosen_for(choices, problems) == before
-    record = choices.join(*sets[1], cost, choices.Rows('tpu'))
+    record = choices.join(*sets[1], cost, 'tpu')
     after = chosen_for(choices, problems)
     if cheapest == 3:  # divides neither number of groups
         assert record['groups'] == {}
@@ -121,7 +121,7 @@ def test_a_pyramid_of_equal_groups_is_joined_where_that_is_cheaper(choices):
     ((members, directions),) = choices.together(problems)
     assert list(members) == problems
     assert set(directions) == set(choices.choice.DIRECTIONS)
-    record = choices.join(members, directions, cost, choices.Rows('tpu'))
+    record = choices.join(members, directions, cost, 'tpu')
     assert record == {
         'cycles_per_image_before': 100,
         'cycles_per_image': 98,
@@ -138,7 +138,7 @@ def test_phases_are_tried_only_with_a_stride(choices, stride, kept):
     def cost():
         return 100 - sum(row.input_gradient.phases for row in chosen_for(choices, problems))
 
-    record = choices.join(problems, ('input_gradient',), cost, choices.Rows('tpu'))
+    record = choices.join(problems, ('input_gradient',), cost, 'tpu')
     assert record['by_phase'] == kept
     assert record['cycles_per_image'] == cost() == 100 - 2 * len(kept)
 
