@@ -26,7 +26,8 @@ from epsanet_jax.errors import InputError
 _FREE = {'parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'partition-id', 'replica-id'}
 _CONTROL = {'while', 'call', 'conditional'}
 _BUNDLE = re.compile(r'^\s*(?:0x[0-9a-f]+|0)\s*([A-Z]{2})?\s*:\s')
-_EXIT = re.compile(r'scmp\.\w+\.\w+\.\w+ %(s\w+), (\d+) /\* [^*]*loop exit test')
+_EXIT = re.compile(r'%(p\w+) = scmp\.\w+\.\w+\.\w+ (?:\(!?%p\w+\), )?%(s\w+), (\d+) /\* [^*]*loop exit test')
+_AGAIN = re.compile(r'sbr\.rel \(!%(p\w+)\)')  # back to where a loop begins, unless the test has ended it
 _STEP = re.compile(r'%(s\w+) = sadd\.s32 (\d+), %s')
 _ELSEWHERE = re.compile(r'S\([1-9]\d*\)')  # in a layout: another memory than HBM
 _DELAY = 4  # bundles after a branch that are still executed
@@ -111,16 +112,16 @@ def read_kernel(path: str | os.PathLike[str]) -> Kernel:
         elif bundles:
             bundles[-1] += line
     steps = {name: int(n) for text in bundles for name, n in _STEP.findall(text) if int(n) < 2**31}
-    times, begins, trips = [1] * len(bundles), [], None
+    times, begins, trips = [1] * len(bundles), [], {}
     for i, text in enumerate(bundles):
         if _BUNDLE.match(text).group(1) == 'LB':  # type: ignore[union-attr]
             begins.append(i)
-        test = _EXIT.search(text)
-        trips = -(-int(test.group(2)) // steps.get(test.group(1), 1)) if test else trips
-        if trips is not None and 'sbr.rel (!' in text and begins:  # back to where the innermost loop begins
+        for test, count, n in _EXIT.findall(text):
+            trips[test] = -(-int(n) // steps.get(count, 1))
+        again = _AGAIN.search(text)
+        if again and again.group(1) in trips and begins:
             loop = slice(begins.pop(), i + 1 + _DELAY)
-            times[loop] = [n * max(trips, 1) for n in times[loop]]
-            trips = None
+            times[loop] = [n * max(trips[again.group(1)], 1) for n in times[loop]]
     rows: collections.Counter[str] = collections.Counter()
     for n, text in zip(times, bundles, strict=True):
         for kind, unit in _ROWS.findall(text):

@@ -20,7 +20,7 @@ or combined:
               results are added. The gradient of the input then convolves no inserted zeros.
 
     direct    Multiply-adds of shifted images instead of matrix products, see `direct`.
-    pallas    Kernels of our own for TPUs, for the forward pass and weight gradients, see `pallas_tpu`.
+    pallas    Kernels of our own for TPUs, see `pallas_tpu`.
 
 When several convolutions read the same input, as the branches of a pyramid do:
 
@@ -49,8 +49,7 @@ class Algorithm(NamedTuple):
 
     Attributes:
         name: 'stock', 'merged', 'joint' (for a single convolution the same as 'merged'), 'tiled', 'folded',
-            'banded', 'by_channel', 'by_image', for 1x1 kernels 'matmul' or, not for input gradients,
-            'pallas'.
+            'banded', 'by_channel', 'by_image', 'pallas' or, for 1x1 kernels, 'matmul'.
         merge: number of neighbouring groups that are merged into one; divides the number of groups. 'banded'
             always merges all groups.
         tile: rows and columns of output pixels that are computed at once; 'banded' uses only the columns.
@@ -165,11 +164,10 @@ def forward(
 
     With `interpret`, Pallas kernels are computed by XLA's operations, because this is no TPU.
     """
-    outputs = {
-        i: pallas_tpu.convolve(x, kernels[i], groups[i], windows[i].strides[0], interpret)
-        for i, algorithm in enumerate(algorithms)
-        if algorithm.name == 'pallas'
-    }
+    outputs: dict[int, jax.Array] = {}
+    if ours := [i for i, algorithm in enumerate(algorithms) if algorithm.name == 'pallas']:
+        some = [kernels[i] for i in ours], tuple(groups[i] for i in ours), windows[ours[0]].strides[0]
+        outputs.update(zip(ours, pallas_tpu.convolve(x, *some, interpret), strict=True))
     rest = [i for i in range(len(kernels)) if i not in outputs]
     if rest:
         settings = [windows[i] for i in rest], [groups[i] for i in rest], [algorithms[i] for i in rest]
@@ -189,6 +187,7 @@ def input_gradient(
     windows: Sequence[Window],
     groups: Sequence[int],
     algorithms: Sequence[Algorithm],
+    interpret: bool = False,
 ) -> jax.Array:
     """Returns the gradient of the images from those of the outputs of `convolve_all`.
 
@@ -199,6 +198,7 @@ def input_gradient(
         windows: as in `convolve_all`.
         groups: as in `convolve_all`.
         algorithms: algorithm for each kernel.
+        interpret: whether a Pallas kernel is computed by XLA's operations, because this is no TPU.
     """
     arguments = list(zip(dys, kernels, windows, groups, algorithms, strict=True))
     terms = [
@@ -206,8 +206,10 @@ def input_gradient(
         for dy, k, window, g, a in arguments
         if a.name in DIRECT
     ]
-    others = [argument for argument in arguments if argument[4].name not in DIRECT]
-    if others:
+    if ours := [argument for argument in arguments if argument[4].name == 'pallas']:
+        ds, ks, ws, gs, _ = zip(*ours, strict=True)
+        terms.append(pallas_tpu.input_gradient(tuple(shape), ds, ks, gs, ws[0].strides[0], interpret))
+    if others := [argument for argument in arguments if argument[4].name not in (*DIRECT, 'pallas')]:
         dys, *rest = zip(*others, strict=True)
         terms += jax.linear_transpose(lambda x: convolve_all(x, *rest), _like(dys[0], shape))(dys)
     return sum(terms[1:], terms[0])
@@ -238,10 +240,11 @@ def weight_gradient(
         if algorithm.name in DIRECT:
             by_image = algorithm.name == 'by_image'
             gradients[i] = direct.weight_gradient(x, dys[i], windows[i], groups[i], shapes[i][:2], by_image)
-        elif algorithm.name == 'pallas':
-            gradients[i] = pallas_tpu.weight_gradient(
-                x, dys[i], groups[i], shapes[i][0], windows[i].strides[0], interpret
-            )
+    if ours := [i for i, algorithm in enumerate(algorithms) if algorithm.name == 'pallas']:
+        parts, sizes = tuple(groups[i] for i in ours), tuple(shapes[i][0] for i in ours)
+        settings = parts, sizes, windows[ours[0]].strides[0]
+        found = pallas_tpu.weight_gradients(x, [dys[i] for i in ours], *settings, interpret)
+        gradients.update(zip(ours, found, strict=True))
     rest = [i for i in range(len(shapes)) if i not in gradients]
     if rest:
         kernels = [_like(x, shapes[i]) for i in rest]

@@ -94,11 +94,12 @@ def _choose(platform: str, direction: str, x: Any, kernels: Sequence[tuple[int, 
     each = zip(kernels, spec.windows, spec.groups, strict=True)
     if spec.algorithm not in ('auto', 'pallas'):
         return [algorithms.by_name(spec.algorithm, shape, g) for shape, _, g in each]
-    chosen, rows = [], generation.rows_of(platform)
-    for shape, window, g in each:
-        chosen.append(getattr(choice.choose(rows, choice.Problem.of(x, shape, window, g)), direction))
-        if spec.algorithm == 'pallas' and pallas_tpu.applies(direction, x.shape, x.dtype, shape, window, g):
-            chosen[-1] = Algorithm('pallas')
+    rows = generation.rows_of(platform)
+    problems = [choice.Problem.of(x, shape, window, g) for shape, window, g in each]
+    chosen = [getattr(choice.choose(rows, problem), direction) for problem in problems]
+    if spec.algorithm == 'pallas':
+        for i in pallas_tpu.taken(direction, x.shape, x.dtype, kernels, spec.windows, spec.groups):
+            chosen[i] = Algorithm('pallas')
     return chosen
 
 
@@ -117,7 +118,8 @@ def _lower_input_gradient(*args, spec, size, platform):
     def term(members: Sequence[int]) -> jax.Array:
         some, kinds = spec.take(members), [chosen[i] for i in members]
         left, right = ([values[i] for i in members] for values in (dys, kernels))
-        return algorithms.input_gradient(shape, left, right, some.windows, some.groups, kinds)
+        settings = some.windows, some.groups, kinds
+        return algorithms.input_gradient(shape, left, right, *settings, interpret=platform != 'tpu')
 
     alone = [i for i, k in enumerate(kernels) if _is_added_slowly(k.shape, size, platform)]
     rest = [i for i in range(len(kernels)) if i not in alone]

@@ -1,4 +1,4 @@
-"""The TPU generation that a program is lowered for: each may have algorithms of its own."""
+"""The TPU generation that a program is lowered for: its memory, and algorithms of its own."""
 
 import contextlib
 import contextvars
@@ -8,6 +8,7 @@ import jax
 
 # Without v5e, whose rows are those for all TPUs.
 KINDS = {'TPU v4': 'v4', 'TPU v5': 'v5p', 'TPU v6 lite': 'v6e', 'TPU7x': 'tpu7x'}
+_VMEM = {'TPU v2': 16, 'TPU v3': 16, 'TPU v4': 16, 'TPU v5': 64, 'TPU7x': 64}  # MiB; v5e and v6e have 128
 _kind: contextvars.ContextVar[str] = contextvars.ContextVar('tpu_kind', default='')
 
 
@@ -31,5 +32,14 @@ def rows_of(platform: str) -> str:
     """Returns the name of the rows of a platform, for a TPU of a known generation for example 'tpu v5p'."""
     if platform != 'tpu':
         return platform
-    kind = _kind.get() or (jax.devices()[0].device_kind if jax.default_backend() == 'tpu' else '')
+    kind = _current_kind()
     return f'tpu {KINDS[kind]}' if kind in KINDS else platform
+
+
+def vmem() -> int:
+    """Returns the bytes of a TPU core's fast memory."""
+    return _VMEM.get(_current_kind(), 128) * 2**20
+
+
+def _current_kind() -> str:
+    return _kind.get() or (jax.devices()[0].device_kind if jax.default_backend() == 'tpu' else '')

@@ -1,242 +1,205 @@
-"""Grouped convolutions as a Pallas kernel for TPUs, on Toeplitz tiles (`pallas_tiles`).
+"""Grouped convolutions as a Pallas kernel for TPUs, on `pallas_tiles`.
 
-    outputs of a tile [values, images] = matrix [values, window] x window of the images [window, images]
+    outputs that a tile meets [depth, N] += matrix [depth, values] x tile [values, N]
 
-The matrix has the kernel's values where a pixel of the tile meets one of the window, and zeros elsewhere. The
-matrices of all groups are built once; then every image is read once.
+The matrix has the kernel's values where an output meets a pixel of the tile, and zeros elsewhere. All
+convolutions of the same images read them once. The chip's memory holds the sums of a few rows of outputs, row
+r at place r modulo their number. A row that no later tile meets is rounded and leaves.
 """
 
 import functools
 import itertools
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax import lax
 
-from epsanet_jax.ops.pallas_tiles import (
-    CHUNK,
-    LANES,
-    MARGIN,
-    MEMORY,
-    arriving_blocks,
-    bordered,
-    chunk,
-    chunk_copies,
-    divide,
-    loop,
-    precision,
-    seen,
-)
-from epsanet_jax.ops.plain import divisors
+from epsanet_jax.ops import pallas_columns as columns
+from epsanet_jax.ops.pallas_call import call, index, loop, multiply, remainder, slot_of
+from epsanet_jax.ops.pallas_tiles import LANES, Branch, Plan
+
+HOLDS_TILES = True  # in the matrix units
 
 
-class Plan(NamedTuple):
-    """Sizes of the kernel for one convolution."""
-
-    shape: tuple[int, ...]  # of the images, [N, H, W, C]
-    outputs: tuple[int, ...]  # [N, rows, columns, C_out]
-    groups: int
-    size: int  # of the convolution's kernel
-    stride: int
-    tile: tuple[int, int]  # pixels of the outputs
-
-    @classmethod
-    def of(cls, shape: Sequence[int], kernel: Sequence[int], groups: int, stride: int) -> 'Plan':
-        """Returns the plan with the fewest products for a kernel [size, size, C_in / groups, C_out]."""
-        size = kernel[0]
-        rows, columns = ((n - 1) // stride + 1 for n in shape[1:3])
-        make = functools.partial(
-            cls, tuple(shape), (shape[0], rows, columns, kernel[3]), groups, size, stride
-        )
-        tiles = itertools.product(divisors(rows), divisors(columns))
-        fitting = [t for t in tiles if math.prod(t) * kernel[3] // groups <= 2 * LANES]
-        plans = [make(t) for t in fitting or [(1, 1)]]
-        # The matrix unit takes as long to load a window as to multiply it with 128 values.
-        return min(plans, key=lambda p: max(p.values, LANES) * p.depth / math.prod(p.tile))
-
-    @property
-    def seen(self) -> tuple[int, int]:
-        """Rows and columns of the window that a tile reads."""
-        return seen(self.tile, self.size, self.stride)
-
-    @property
-    def inputs(self) -> int:
-        """Inputs of a group."""
-        return self.shape[3] // self.groups
-
-    @property
-    def values(self) -> int:
-        """Values of a tile."""
-        return math.prod(self.tile) * self.outputs[3] // self.groups
-
-    @property
-    def depth(self) -> int:
-        """Values of a window."""
-        return math.prod(self.seen) * self.inputs
-
-    def scratch(self, dtype: jnp.dtype) -> dict[str, tuple[tuple[int, ...], jnp.dtype]]:
-        """Returns shape and type of each array in the chip's memory."""
-        border = bordered(self.shape[1:3], self.outputs[1:3], self.size, self.stride)
-        image = *self.outputs[1:], LANES
-        single = jnp.dtype('float32')
-        arrays = {
-            'kernels': ((self.groups, self.size, self.size, self.inputs, self.values), dtype),
-            'matrices': ((self.groups, self.values, self.depth), dtype),
-            'rows': ((self.size, self.seen[1], self.inputs, self.values), single),
-            'toeplitz': ((self.depth, self.values), single),
-            'window': ((2, *border, chunk(self.inputs), LANES), dtype),
-            'result': (image, dtype),
-        }
-        # A part of a register of bfloat16 is slow to write.
-        if self.outputs[3] // self.groups % CHUNK and dtype != single:
-            arrays |= {'result': (image, single), 'rounded': (image, dtype)}
-        return arrays
-
-    def needed(self, dtype: jnp.dtype) -> int:
-        """Returns the bytes of all these arrays."""
-        sides = [
-            (*shape[:-1], -(-shape[-1] // LANES) * LANES, t) for shape, t in self.scratch(dtype).values()
-        ]
-        return sum(math.prod(shape) * t.itemsize for *shape, t in sides)
-
-
-def fits(shape: Sequence[int], dtype: jnp.dtype, kernel: Sequence[int], groups: int, stride: int) -> bool:
-    """Returns whether the kernel exists for images [N, H, W, C] and a convolution [size, size, I, C_out]."""
-    if (kernel[2] != 8 and kernel[2] % CHUNK) or shape[3] % CHUNK or kernel[3] % CHUNK:
-        return False
-    return Plan.of(shape, kernel, groups, stride).needed(dtype) <= MEMORY
-
-
-def convolve(x: jax.Array, kernel: jax.Array, groups: int, stride: int, interpret: bool = False) -> jax.Array:
-    """Returns the convolution [N, rows, columns, C_out] with padding `size // 2`, where it `fits`.
+# Traced and lowered once for equal convolutions.
+@functools.partial(jax.jit, static_argnames=('groups', 'stride', 'interpret'))
+def convolve(
+    x: jax.Array,
+    kernels: Sequence[jax.Array],
+    groups: tuple[int, ...],
+    stride: int,
+    interpret: bool = False,
+) -> list[jax.Array]:
+    """Returns each convolution [N, rows, columns, C_out], with padding `size // 2`.
 
     Args:
         x: images, [N, H, W, C_in].
-        kernel: [size, size, C_in / groups, C_out].
-        groups: number of groups.
+        kernels: of each convolution, [size, size, C_in / groups, C_out].
+        groups: number of groups of each.
         stride: pixels between two outputs, for rows and columns.
         interpret: whether to compute it by XLA's operations instead, on any platform; slow.
     """
-    from jax.experimental import pallas as pl  # here, because importing it takes long
-    from jax.experimental.pallas import tpu as pltpu
-
-    plan = Plan.of(x.shape, kernel.shape, groups, stride)
-    images = jnp.pad(x.transpose(1, 2, 3, 0), [(0, 0)] * 3 + [(0, -x.shape[0] % LANES)])
-    kernels = _repeat(kernel, plan)
-    shape = *plan.outputs[1:], images.shape[3]
-    products = plan.depth * math.prod(shape)
-    scratch = {name: pltpu.VMEM(*array) for name, array in plan.scratch(x.dtype).items() if name != 'kernels'}
-    y = pl.pallas_call(
+    plan = Plan.of(x.shape, [k.shape for k in kernels], groups, stride, HOLDS_TILES)
+    images = columns.by_phase(x, plan)
+    tables = [columns.table(k, g, b) for k, g, b in zip(kernels, groups, plan.branches, strict=True)]
+    orders = [columns.order(b, x.dtype).T for b in plan.branches]
+    shapes = [(b.rows, b.columns, b.blocks * b.outputs, images.shape[-1]) for b in plan.branches]
+    ys = call(
+        'toeplitz_convolution',
         functools.partial(_kernel, plan=plan),
-        in_specs=[pl.BlockSpec(memory_space=pltpu.HBM), pl.BlockSpec(memory_space=pltpu.VMEM)],
-        out_specs=pl.BlockSpec(memory_space=pltpu.HBM),
-        # Like x: in a shard_map the result varies over the same mesh axes.
-        out_shape=jax.eval_shape(lambda x: lax.full_like(x, 0, shape=shape), images),
-        scratch_shapes={**scratch, 'arrived': pltpu.SemaphoreType.DMA((3,))},
-        compiler_params=pltpu.CompilerParams(vmem_limit_bytes=plan.needed(x.dtype) + MARGIN),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * products,
-            bytes_accessed=images.nbytes + kernels.nbytes + math.prod(shape) * x.dtype.itemsize,
-            transcendentals=0,
-        ),
-        interpret=interpret,
-        name='toeplitz_convolution',
-    )(images, kernels)
-    return y[..., : x.shape[0]].transpose(3, 0, 1, 2)
+        images,
+        [tables, orders],
+        [(shape, x.dtype) for shape in shapes],
+        scratch(plan, x.dtype),
+        {'arrived': (2,), 'left': (len(kernels), 2)},
+        sum(math.prod(s) * math.prod(k.shape[:3]) for s, k in zip(shapes, kernels, strict=True)),
+        interpret,
+    )
+    return [y[..., : x.shape[0]].transpose(3, 0, 1, 2) for y in ys]
 
 
-def _repeat(kernel: jax.Array, plan: Plan) -> jax.Array:
-    """Returns the kernel once for each pixel of a tile, [groups, size, size, inputs, values]."""
-    each = plan.outputs[3] // plan.groups
-    kernel = kernel.reshape(*kernel.shape[:3], plan.groups, each).transpose(3, 0, 1, 2, 4)
-    # A product with ones instead of a broadcast: TPUs pad a last axis of few outputs to 128.
-    ones = jnp.asarray(np.tile(np.eye(each), math.prod(plan.tile)), kernel.dtype)
-    return jnp.einsum('gpqio,ov->gpqiv', kernel, ones, precision=lax.Precision.HIGHEST)
+def scratch(plan: Plan, dtype: jnp.dtype) -> dict[str, Any]:
+    """Returns shape and type of each array that the kernel has in the chip's memory."""
+    rows = []
+    for b in plan.branches:
+        sums = b.blocks, b.rows_kept(plan.strip), b.columns_stored * b.outputs, LANES
+        leaving = 2, b.columns_stored, b.blocks * b.outputs, LANES
+        rows.append({'sums': (sums, jnp.dtype('float32')), 'leaving': (leaving, dtype)})
+    matrices = [
+        [((b.blocks, b.depth(phase), b.values), dtype) for phase in range(plan.stride)] for b in plan.branches
+    ]
+    return {'rows': rows, 'matrices': matrices, 'pixels': ((2, *plan.pixels()), dtype)}
 
 
-def _kernel(x, kernels, out, *, plan, matrices, rows, toeplitz, window, result, rounded=None, arrived):
+def _kernel(x, held, *outs, plan, rows, matrices, pixels, arrived, left):
     """Builds the matrices, then convolves 128 images after the other."""
     from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
 
-    _build(plan, kernels, matrices, rows, toeplitz)
-    window[...] = jnp.zeros_like(window)  # the borders stay zero
-    each = plan.outputs[3] // plan.groups
-    tiles = math.prod(plan.outputs[1:3]) // math.prod(plan.tile)
+    tables, orders = held
+    for branch, values, each in zip(plan.branches, tables, matrices, strict=True):
+        for phase, matrix in enumerate(each):
+            loop(branch.blocks, functools.partial(_build, branch, phase, values, matrix))
+    pixels[...] = jnp.zeros_like(pixels)  # beside the images they stay zero
 
-    def add(batch):
+    def convolve(batch):
         images = pl.ds(pl.multiple_of(batch * LANES, LANES), LANES)
-        copies = chunk_copies(x, window, arrived, images, plan.size // 2)
-        copies[0].start()
-        for slot, part, group in arriving_blocks(copies, window.shape[3] // plan.inputs):
-            read = window.at[slot, :, :, part * plan.inputs : (part + 1) * plan.inputs]
-            write = result.at[:, :, group * each : (group + 1) * each]
-            loop(tiles, functools.partial(_tile, plan, read, matrices.at[group], write))
-        if rounded is not None:
-            loop(result.shape[0], functools.partial(_round_row, result, rounded))
-        copy = pltpu.make_async_copy(
-            result if rounded is None else rounded, out.at[:, :, :, images], arrived.at[np.int32(2)]
-        )
-        copy.start()
-        copy.wait()
+        copy = functools.partial(columns.strip_copy, plan, x.at[..., images], pixels, arrived)
+        copy(jnp.int32(0)).start()
+        for arrays in rows:
+            arrays['sums'][...] = jnp.zeros_like(arrays['sums'])
+        outputs = [
+            _Rows(branch, outs[i].at[..., images], orders[i], left.at[index(i)], **rows[i])
+            for i, branch in enumerate(plan.branches)
+        ]
 
-    loop(x.shape[3] // LANES, add)
+        def compute(strip):
+            pl.when(strip + 1 < plan.strips)(lambda: copy(strip + 1).start())
+            copy(strip).wait()
+            for phase, i in itertools.product(range(plan.stride), range(len(outputs))):
+                tiles = pixels.at[slot_of(strip), :, index(phase)]
+                add = functools.partial(_add, outputs[i], phase, matrices[i][phase], strip * plan.strip)
+                columns.each_row_of_tiles(plan.branches[i], tiles, add)
+            _leave(outputs, strip * plan.strip, plan.strip)
+
+        loop(plan.strips, compute)
+        for each in outputs:
+            each.end()
+
+    loop(x.shape[-1] // LANES, convolve)
 
 
-def _round_row(result, rounded, row):
-    rounded[row] = result[row].astype(rounded.dtype)
+def _build(branch: Branch, phase: int, values, matrices, block):
+    matrices[block] = columns.build(branch, phase, values, block).astype(matrices.dtype)
 
 
-def _build(plan: Plan, kernels, matrices, rows, toeplitz):
-    """Writes the matrix of each group, [values, window]."""
+def _add(outputs: '_Rows', phase: int, matrices, begin, top, parts):
+    """Adds the products of a row of tiles to the sums."""
     from jax.experimental import pallas as pl
 
-    pixel, _ = divide(lax.broadcasted_iota(jnp.int32, (1, 1, plan.values), 2), plan.outputs[3] // plan.groups)
-    row_of, column_of = divide(pixel, plan.tile[1])
-    width = plan.seen[1] * plan.inputs
-
-    def build(group):
-        def build_row(p):
-            for v in range(plan.seen[1]):
-                found = jnp.zeros((1, plan.inputs, plan.values), jnp.float32)
-                for c in range(plan.tile[1]):
-                    if 0 <= (q := v - plan.stride * c) < plan.size:
-                        found = jnp.where(column_of == c, kernels[group, p, q].astype(jnp.float32), found)
-                rows[p, v] = found[0]
-
-        def build_window_row(u):
-            found = jnp.zeros((plan.seen[1], plan.inputs, plan.values), jnp.float32)
-            for r in range(plan.tile[0]):
-                p = u - plan.stride * r
-                inside = (p >= 0) & (p < plan.size) & (row_of == r)
-                found = jnp.where(inside, rows[jnp.clip(p, 0, plan.size - 1)], found)
-            place = pl.multiple_of(u * width, plan.inputs)
-            toeplitz[pl.ds(place, width)] = found.reshape(width, plan.values)
-
-        loop(plan.size, build_row)
-        loop(plan.seen[0], build_window_row)
-        matrices[group] = toeplitz[...].T.astype(matrices.dtype)
-
-    loop(plan.groups, build)
+    b, sums = outputs.branch, outputs.sums
+    first = begin + top + b.before - b.rows_before(phase)
+    places = [remainder(first + r, sums.shape[1]) for r in range(b.rows_seen(phase))]
+    step = b.step * b.outputs
+    for block, tiles, values in parts:
+        products = multiply(matrices[block], values)
+        met = pl.ds(tiles[0] * step, (len(tiles) - 1) * step + b.across)
+        for r, place in enumerate(places):
+            rows = products[r * b.across : (r + 1) * b.across]
+            each = [rows[:, i * LANES : (i + 1) * LANES] for i in range(len(tiles))]
+            sums[block, place, met] += _joined(each, step)
 
 
-def _tile(plan: Plan, window, matrix, result, place):
-    """Computes a tile of a group."""
-    from jax.experimental import pallas as pl
+def _joined(products: Sequence[jax.Array], step: int) -> jax.Array:
+    """Returns the sum of the products of tiles, each of which begins `step` rows after the one before."""
+    total = products[0]
+    for each in products[1:]:
+        shared = len(each) - step
+        first, second = total[: len(total) - shared], total[len(total) - shared :]
+        total = jnp.concatenate([first, second + each[:shared], each[shared:]])
+    return total
 
-    row, column = divide(place, plan.outputs[2] // plan.tile[1])
-    (rows, columns), step = plan.tile, plan.stride
-    seen = window[pl.ds(row * rows * step, plan.seen[0]), pl.ds(column * columns * step, plan.seen[1])]
-    products = lax.dot_general(
-        matrix[...],
-        seen.reshape(plan.depth, LANES),
-        (((1,), (0,)), ((), ())),
-        precision=precision(matrix.dtype),
-        preferred_element_type=jnp.float32,
-    )
-    to = pl.ds(row * rows, rows), pl.ds(column * columns, columns)
-    result[to] = products.reshape(rows, columns, -1, LANES).astype(result.dtype)
+
+class _Rows:
+    """The rows of a branch's outputs, which leave one after the other."""
+
+    def __init__(self, branch: Branch, y: Any, order: Any, left: Any, sums: Any, leaving: Any) -> None:
+        self.branch, self.y, self.order, self.left = branch, y, order, left
+        self.sums, self.leaving = sums, leaving
+
+    def _copy(self, row: Any) -> Any:
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import tpu as pltpu
+
+        slot = slot_of(row)
+        inside = self.leaving.at[slot, pl.ds(self.branch.before, self.branch.columns)]
+        return pltpu.make_async_copy(inside, self.y.at[row], self.left.at[slot])
+
+    def wait(self, stored: Any) -> None:
+        """Waits until there is space for a row, of those with their border."""
+        from jax.experimental import pallas as pl
+
+        row = stored - self.branch.before
+        pl.when(row >= 2)(lambda: self._copy(row - 2).wait())
+
+    def round(self, stored: Any) -> None:
+        """Rounds a row, and frees its place."""
+        from jax.experimental import pallas as pl
+
+        b, sums, leaving = self.branch, self.sums, self.leaving
+        slot = slot_of(stored - b.before)
+        place = remainder(stored, sums.shape[1])
+        for first in range(0, b.columns_stored, b.together):
+            if first + b.together > b.before and first < b.before + b.columns:
+                taken = sums[:, place, pl.ds(first * b.outputs, b.together * b.outputs)]
+                taken = taken.astype(leaving.dtype).reshape(-1, LANES)
+                if b.together > 1:
+                    taken = multiply(self.order[...], taken).astype(leaving.dtype)
+                leaving[slot, pl.ds(first, b.together)] = taken.reshape(b.together, -1, LANES)
+        sums[:, place] = jnp.zeros((b.blocks, *sums.shape[2:]), sums.dtype)
+
+    def start(self, stored: Any) -> None:
+        """Starts the copy of a row."""
+        from jax.experimental import pallas as pl
+
+        row = stored - self.branch.before
+        pl.when(row >= 0)(lambda: self._copy(row).start())
+
+    def end(self) -> None:
+        """Lets the last rows leave, and waits for them."""
+        b = self.branch
+        _leave([self], b.rows, b.before)
+        for row in range(max(0, b.rows - 2), b.rows):
+            self._copy(jnp.int32(row)).wait()
+
+
+def _leave(rows: Sequence[_Rows], first: Any, count: int) -> None:
+    """Lets rows leave that are complete."""
+
+    def leave(n):
+        for step in (_Rows.wait, _Rows.round, _Rows.start):
+            for each in rows:
+                step(each, first + n)
+
+    loop(count, leave)

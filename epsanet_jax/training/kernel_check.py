@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from epsanet_jax.errors import one_line
 from epsanet_jax.models.epsanet import EPSANet, abstract_variables
-from epsanet_jax.ops import bilinear, pallas_tpu
+from epsanet_jax.ops import bilinear, choice, pallas_tpu
 from epsanet_jax.paths import replacing
 from epsanet_jax.training import distributed, sharding
 
@@ -114,12 +114,8 @@ def _calls(jaxpr: Any) -> Iterator[Call]:
 
 
 def _has_kernel(call: Call) -> bool:
-    each = list(zip(call.kernels, call.spec.windows, call.spec.groups, strict=True))
-    return max(call.spec.groups) > 1 and any(
-        pallas_tpu.applies(direction, call.x.shape, call.x.dtype, kernel.shape, window, groups)
-        for kernel, window, groups in each
-        for direction in ('forward', 'weight_gradient')
-    )
+    settings = [k.shape for k in call.kernels], call.spec.windows, call.spec.groups
+    return any(pallas_tpu.taken(d, call.x.shape, call.x.dtype, *settings) for d in choice.DIRECTIONS)
 
 
 def _outcomes(calls: Sequence[Call], device: sharding.Device, log: Callable[[str], None]) -> list[Outcome]:

@@ -60,6 +60,21 @@ def test_a_loop_may_count_in_steps(tmp_path):
     assert schedule.read_kernel(path) == Kernel(9, 4 * 7 + 2, 0, 0)
 
 
+def test_the_test_of_a_loop_may_come_before_the_loops_inside(tmp_path):
+    bundles = [
+        '    LB: > { }',
+        '       : > { %p1 = scmp.ge.s32.totalorder %s1, 3 /* loop exit test */ }',
+        '    LB: >> { %p2 = scmp.ge.s32.totalorder (%p1), %s2, 5 /* region 7 :: loop exit test */ }',
+        '       : >> { %3 = sbr.rel (!%p2) target = $region4 }',
+        *['       : >> { }'] * 4,
+        '       : > { %4 = sbr.rel (!%p1) target = $region3 }',
+        *['       : > { }'] * 4,
+    ]
+    path = tmp_path / '1-loops-01-final_bundles.txt'
+    path.write_text('header\n' + '\n'.join(f'   0x{i:x}{text}' for i, text in enumerate(bundles)))
+    assert schedule.read_kernel(path) == Kernel(13, 3 * (7 + 5 * 6), 0, 0)
+
+
 def test_matrix_units_bound_the_cycles_and_unknown_loops_are_counted(tmp_path):
     bundle = '   0x{:x} LB: > {{ %1 = vmatmul.bf16.gmra.mxu0 %v1 ;; %2 = vmatmul.f32.gmra.mxu1 %v2 }}'
     path = tmp_path / '1-fusion-01-final_bundles.txt'

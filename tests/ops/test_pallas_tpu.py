@@ -7,14 +7,8 @@ import pytest
 from jax import export
 from jax.sharding import AxisType, PartitionSpec
 
-from epsanet_jax.ops import grouped_conv, pallas_tpu
+from epsanet_jax.ops import generation, grouped_conv, pallas_tpu
 from epsanet_jax.ops.plain import Window
-
-
-@pytest.fixture(autouse=True)
-def small_images_have_kernels(monkeypatch):
-    monkeypatch.setattr(pallas_tpu, 'SMALLEST', 1)
-    monkeypatch.setattr(pallas_tpu, 'FEWEST', 1)
 
 
 def window(size, stride=1):
@@ -22,54 +16,56 @@ def window(size, stride=1):
     return Window((stride, stride), (half, half))
 
 
+USUAL = {
+    'shape': (2, 8, 8, 64),
+    'dtype': jnp.dtype('float32'),
+    'kernels': [(3, 3, 8, 16)],
+    'windows': [window(3)],
+    'groups': [8],
+}
+
+
 @pytest.mark.parametrize(
     'change',
     [
-        {'dtype': 'float64'},
+        {'dtype': jnp.dtype('float64')},
         {'shape': (0, 8, 8, 64)},
-        {'kernel': (4, 4, 8, 16)},
-        {'kernel': (3, 5, 8, 16)},
-        {'kernel': (1, 1, 8, 16), 'window': Window()},
-        {'window': Window((2, 1), ((1, 1), (1, 1)))},
-        {'window': Window((1, 1), ((1, 1), (1, 1)), (2, 2))},
-        {'window': Window()},
-        {'groups': 16, 'shape': (2, 8, 8, 192), 'kernel': (3, 3, 12, 16)},  # no whole registers
-        {'shape': (2, 8, 8, 40), 'groups': 5, 'kernel': (3, 3, 8, 5)},
-        {'shape': (2, 224, 224, 64)},  # too large for the memory of the chip
+        {'kernels': [(4, 4, 8, 16)]},
+        {'kernels': [(3, 5, 8, 16)]},
+        {'kernels': [(1, 1, 8, 16)], 'windows': [Window()]},
+        {'windows': [Window((2, 1), ((1, 1), (1, 1)))]},
+        {'windows': [Window((1, 1), ((1, 1), (1, 1)), (2, 2))]},
+        {'windows': [Window()]},
+        {'windows': [window(3, 4)]},  # some rows are read by no output
+        {'groups': [1], 'kernels': [(3, 3, 64, 16)]},
+        {'groups': [16], 'shape': (2, 8, 8, 192), 'kernels': [(3, 3, 12, 16)]},  # no whole registers
+        {'shape': (2, 8, 8, 40), 'groups': [5], 'kernels': [(3, 3, 8, 5)]},
+        {'shape': (2, 1120, 1120, 64)},  # too large for the memory of the chip
     ],
 )
-@pytest.mark.parametrize('direction', ['forward', 'weight_gradient'])
+@pytest.mark.parametrize('direction', ['forward', 'input_gradient', 'weight_gradient'])
 def test_other_convolutions_are_left_to_xla(direction, change):
-    given = {'shape': (2, 8, 8, 64), 'dtype': 'float32', 'kernel': (3, 3, 8, 16), 'groups': 8}
-    given = {**given, 'window': window(3)}
-    assert pallas_tpu.applies(direction, **{**given, 'dtype': jnp.dtype('float32')})
-    given |= change
-    assert not pallas_tpu.applies(direction, **{**given, 'dtype': jnp.dtype(given['dtype'])})
+    assert pallas_tpu.taken(direction, **USUAL) == [0]
+    assert pallas_tpu.taken(direction, **USUAL | change) == []
 
 
-@pytest.mark.parametrize(
-    ('direction', 'stride', 'groups', 'expected'),
-    [
-        ('forward', 2, 8, True),
-        ('forward', 1, 1, True),
-        ('weight_gradient', 2, 8, True),
-        ('weight_gradient', 1, 1, False),
-        ('input_gradient', 1, 8, False),  # XLA's own are as fast
-    ],
-)
-def test_which_directions_have_a_kernel(direction, stride, groups, expected):
-    arguments = (2, 8, 8, 64), jnp.dtype('float32'), (3, 3, 64 // groups, 16), window(3, stride), groups
-    assert pallas_tpu.applies(direction, *arguments) == expected
+@pytest.mark.parametrize('direction', ['forward', 'input_gradient', 'weight_gradient'])
+def test_those_of_the_same_images_are_taken_together(direction):
+    kernels = [(3, 3, 64, 16), (3, 3, 16, 16), (4, 4, 8, 16), (5, 5, 8, 16)]
+    several = {'kernels': kernels, 'windows': [window(k[0]) for k in kernels], 'groups': [1, 4, 8, 8]}
+    assert pallas_tpu.taken(direction, **USUAL | several) == [0, 1, 3]
 
 
-@pytest.mark.parametrize(
-    ('size', 'outputs', 'groups', 'expected'),
-    [(14, 16, 4, True), (13, 16, 4, False), (7, 32, 1, True), (56, 16, 1, False)],
-)
-def test_forward_has_a_kernel_where_it_is_faster(monkeypatch, size, outputs, groups, expected):
-    monkeypatch.undo()
-    arguments = (2, size, size, 64), jnp.dtype('bfloat16'), (3, 3, 64 // groups, outputs), window(3), groups
-    assert pallas_tpu.applies('forward', *arguments) == expected
+def test_kernels_must_fit_into_the_memory_of_the_generation():
+    sizes, groups = (3, 5, 7, 9), [32] * 4
+    convolutions = [(k, k, 16, 128) for k in sizes], [window(k) for k in sizes], groups
+
+    def taken(device_kind):
+        with generation.lowering_for(device_kind):
+            return pallas_tpu.taken('forward', (128, 14, 14, 512), jnp.dtype('bfloat16'), *convolutions)
+
+    assert taken('TPU v5 lite') == taken('TPU v6 lite') == [0, 1, 2, 3]
+    assert taken('TPU v5') == taken('TPU v4') == []
 
 
 @pytest.fixture
@@ -122,7 +118,9 @@ def lowered(function, *arguments):
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=('tpu',)).as_text()
 
 
-@pytest.mark.parametrize('kernel', ['toeplitz_convolution', 'toeplitz_weight_gradient'])
+@pytest.mark.parametrize(
+    'kernel', ['toeplitz_convolution', 'toeplitz_input_gradient', 'toeplitz_weight_gradient']
+)
 def test_kernel_is_used_on_tpus_by_name_alone(small, kernel):
     assert kernel in lowered(gradients('pallas'), *small)
     assert kernel not in lowered(gradients('auto'), *small)

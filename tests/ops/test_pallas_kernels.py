@@ -1,0 +1,86 @@
+"""The kernels for gradients, computed by XLA's operations, against the gradients of XLA's own convolution."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from epsanet_jax.ops import pallas_convolve, pallas_input, pallas_weights, rewrites
+from epsanet_jax.ops.plain import Window
+
+PYRAMID = (3, 5, 7, 9), (1, 4, 8, 16)
+# images, rows, columns and channels of images; sizes, groups and outputs of each convolution; stride
+CASES = {
+    'pyramid': (2, 8, 8, 64, *PYRAMID, (16,) * 4, 1),
+    'pyramid, stride 2': (2, 8, 8, 64, *PYRAMID, (32,) * 4, 2),
+    'odd sizes, stride 2': (2, 9, 7, 64, *PYRAMID, (16, 32, 48, 64), 2),
+    'stride 3, more images than lanes': (130, 10, 8, 128, (3, 9), (1, 16), (16, 16), 3),
+    'one column': (2, 6, 1, 32, (5,), (2,), (16,), 1),
+    'one input in a group': (1, 6, 6, 16, (3,), (16,), (16,), 1),
+    'registers of two thirds': (1, 6, 6, 32, (3,), (4,), (48,), 1),
+}
+
+
+def convolutions(rng, case, dtype):
+    """Returns images, kernels, groups, gradients of the outputs, stride, and XLA's convolutions."""
+    n, h, w, channels, sizes, groups, outputs, stride = CASES[case]
+    each = list(zip(sizes, groups, outputs, strict=True))
+    x = jnp.asarray(rng.standard_normal((n, h, w, channels)), dtype)
+    kernels = [jnp.asarray(rng.standard_normal((k, k, channels // g, o)), dtype) for k, g, o in each]
+    small = -(-h // stride), -(-w // stride)
+    dys = [jnp.asarray(rng.standard_normal((n, *small, o)), dtype) for o in outputs]
+    windows = [Window((stride, stride), ((k // 2, k // 2),) * 2) for k in sizes]
+
+    def convolve(x, kernels):
+        return [rewrites.stock(x, *settings) for settings in zip(kernels, windows, groups, strict=True)]
+
+    return x, kernels, groups, dys, stride, convolve
+
+
+def single(arrays):
+    return jax.tree.map(lambda a: a.astype('float32'), arrays)
+
+
+def assert_equal(actual, expected, dtype):
+    assert (actual.dtype, actual.shape) == (jnp.dtype(dtype), expected.shape)
+    tolerance = 1e-5 if dtype == 'float32' else 2**-8
+    limit = tolerance * np.abs(expected).max()
+    np.testing.assert_allclose(actual.astype('float32'), expected, rtol=tolerance, atol=limit)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('case', CASES)
+def test_input_gradient_equals_stock(rng, case, dtype):
+    x, kernels, groups, dys, stride, convolve = convolutions(rng, case, dtype)
+
+    @jax.jit
+    def gradient(dys, kernels):
+        return pallas_input.input_gradient(x.shape, dys, kernels, groups, stride, interpret=True)
+
+    (expected,) = jax.linear_transpose(lambda x: convolve(x, single(kernels)), single(x))(single(dys))
+    assert_equal(gradient(dys, kernels), expected, dtype)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('case', CASES)
+def test_weight_gradients_equal_stock(rng, case, dtype):
+    x, kernels, groups, dys, stride, convolve = convolutions(rng, case, dtype)
+
+    @jax.jit
+    def gradients(x, dys):
+        sizes = tuple(k.shape[0] for k in kernels)
+        return pallas_weights.weight_gradients(x, dys, groups, sizes, stride, interpret=True)
+
+    transpose = jax.linear_transpose(lambda kernels: convolve(single(x), kernels), single(kernels))
+    (expected,) = transpose(single(dys))
+    for a, b in zip(gradients(x, dys), expected, strict=True):
+        assert_equal(a, b, dtype)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('case', CASES)
+def test_convolutions_equal_stock(rng, case, dtype):
+    x, kernels, groups, _, stride, convolve = convolutions(rng, case, dtype)
+    ours = jax.jit(lambda x, kernels: pallas_convolve.convolve(x, kernels, groups, stride, interpret=True))
+    for a, b in zip(ours(x, kernels), convolve(single(x), single(kernels)), strict=True):
+        assert_equal(a, b, dtype)
