@@ -1,5 +1,6 @@
 """What the Pallas kernels for TPUs read: tables of a kernel's values, strips of images, rows of outputs."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 from jax import lax
 
 from epsanet_jax.ops import rewrites
-from epsanet_jax.ops.pallas_call import divide, loop, multiply, remainder, slot_of
+from epsanet_jax.ops.pallas_call import divide, index, loop, multiply, remainder, slot_of
 from epsanet_jax.ops.pallas_tiles import CHUNK, LANES, Branch, Plan
 
 TOGETHER = 2  # tiles in one product: a matrix unit of a v6e is 256 wide, and a tile has 128 images
@@ -36,6 +37,11 @@ def table(kernel: jax.Array, groups: int, branch: Branch) -> jax.Array:
     ones = (meets * same).reshape(b.columns_seen, b.size, b.inputs, b.values)
     result = jnp.einsum('pqigo,cqiv->gpcov', blocks, ones, precision=lax.Precision.HIGHEST)
     return result.reshape(b.blocks, b.size, b.across, b.values)
+
+
+def tables(plan: Plan, kernels: Sequence[jax.Array], groups: Sequence[int]) -> list[jax.Array]:
+    """Returns the table of each kernel."""
+    return [table(k, g, b) for k, g, b in zip(kernels, groups, plan.branches, strict=True)]
 
 
 def order(branch: Branch, dtype: jnp.dtype) -> jax.Array:
@@ -118,10 +124,26 @@ class Rows:
         return jnp.concatenate(each, axis=1)
 
 
-def begin_rows(plan: Plan, rows: Sequence[Rows]) -> None:
-    """Reads the rows that the first strip shares with the next ones."""
+def begin_rows(
+    plan: Plan, dys: Sequence[Any], images: Any, orders: Sequence[Any], arrived: Any, arrays: Sequence[Any]
+) -> list[Rows]:
+    """Returns the rows of each branch for 128 images; reads those that the first strip shares with the next.
+
+    Args:
+        plan: sizes.
+        dys: references to the gradients of all images, [rows, columns, C_out, N].
+        images: which 128 of them.
+        orders: matrix of `order` for each branch.
+        arrived: two semaphores for each branch.
+        arrays: those of `Branch.arriving`.
+    """
+    rows = [
+        Rows(branch, dys[i].at[..., images], orders[i], arrived.at[index(i)], **arrays[i])
+        for i, branch in enumerate(plan.branches)
+    ]
     for each in rows:
         _read(each.window.shape[1] - plan.strip, [each], [0])
+    return rows
 
 
 def read_rows(plan: Plan, rows: Sequence[Rows], strip: Any) -> None:
@@ -145,7 +167,19 @@ def side_by_side(tiles: int) -> list[range]:
     return [range(first, min(first + TOGETHER, tiles)) for first in range(0, tiles, TOGETHER)]
 
 
-def build(branch: Branch, phase: int, values: Any, block: Any) -> jax.Array:
+def build(plan: Plan, tables: Sequence[Any], matrices: Sequence[Any], transpose: bool = False) -> None:
+    """Writes the matrices of each branch, phase and block, [depth, values] or the other way round."""
+
+    def write(branch, phase, values, matrix, block):
+        built = _matrix(branch, phase, values, block)
+        matrix[block] = (built.T if transpose else built).astype(matrix.dtype)
+
+    for branch, values, each in zip(plan.branches, tables, matrices, strict=True):
+        for phase, matrix in enumerate(each):
+            loop(branch.blocks, functools.partial(write, branch, phase, values, matrix))
+
+
+def _matrix(branch: Branch, phase: int, values: Any, block: Any) -> jax.Array:
     """Returns the matrix of a block for a phase, [(row, column, output), values], in float32.
 
     Args:

@@ -43,14 +43,13 @@ def convolve(
     """
     plan = Plan.of(x.shape, [k.shape for k in kernels], groups, stride, HOLDS_TILES)
     images = columns.by_phase(x, plan)
-    tables = [columns.table(k, g, b) for k, g, b in zip(kernels, groups, plan.branches, strict=True)]
     orders = [columns.order(b, x.dtype).T for b in plan.branches]
     shapes = [(b.rows, b.columns, b.blocks * b.outputs, images.shape[-1]) for b in plan.branches]
     ys = call(
         'toeplitz_convolution',
         functools.partial(_kernel, plan=plan),
         images,
-        [tables, orders],
+        [columns.tables(plan, kernels, groups), orders],
         [(shape, x.dtype) for shape in shapes],
         scratch(plan, x.dtype),
         {'arrived': (2,), 'left': (len(kernels), 2)},
@@ -78,9 +77,7 @@ def _kernel(x, held, *outs, plan, rows, matrices, pixels, arrived, left):
     from jax.experimental import pallas as pl
 
     tables, orders = held
-    for branch, values, each in zip(plan.branches, tables, matrices, strict=True):
-        for phase, matrix in enumerate(each):
-            loop(branch.blocks, functools.partial(_build, branch, phase, values, matrix))
+    columns.build(plan, tables, matrices)
     pixels[...] = jnp.zeros_like(pixels)  # beside the images they stay zero
 
     def convolve(batch):
@@ -108,10 +105,6 @@ def _kernel(x, held, *outs, plan, rows, matrices, pixels, arrived, left):
             each.end()
 
     loop(x.shape[-1] // LANES, convolve)
-
-
-def _build(branch: Branch, phase: int, values, matrices, block):
-    matrices[block] = columns.build(branch, phase, values, block).astype(matrices.dtype)
 
 
 def _add(outputs: '_Rows', phase: int, matrices, begin, top, parts):

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from epsanet_jax.ops import pallas_columns as columns
 from epsanet_jax.ops.pallas_call import call, divide, index, loop, multiply
 from epsanet_jax.ops.pallas_columns import Rows
-from epsanet_jax.ops.pallas_tiles import LANES, Branch, Plan
+from epsanet_jax.ops.pallas_tiles import LANES, Plan
 
 HOLDS_TILES = False  # the matrix units hold the gradients of the outputs
 
@@ -44,16 +44,15 @@ def input_gradient(
         interpret: whether to compute it by XLA's operations instead, on any platform; slow.
     """
     n, h, w, channels = shape
-    dtype, each = dys[0].dtype, range(len(dys))
+    dtype = dys[0].dtype
     plan = Plan.of(shape, [k.shape for k in kernels], groups, stride, HOLDS_TILES)
-    tables = [columns.table(kernels[i], groups[i], plan.branches[i]) for i in each]
     orders = [columns.order(b, dtype) for b in plan.branches]
     moved = [columns.images_last(dy) for dy in dys]
     (dx,) = call(
         'toeplitz_input_gradient',
         functools.partial(_kernel, plan=plan),
         moved,
-        [tables, orders],
+        [columns.tables(plan, kernels, groups), orders],
         [((plan.branches[0].rows, stride, w, channels, moved[0].shape[3]), dtype)],
         scratch(plan, dtype),
         {'arrived': (len(dys), 2), 'left': ()},
@@ -83,18 +82,13 @@ def _kernel(dys, held, out, *, plan, rows, matrices, sums, rounded, arrived, lef
     from jax.experimental.pallas import tpu as pltpu
 
     tables, orders = held
-    for branch, arrays, values, each in zip(plan.branches, rows, tables, matrices, strict=True):
-        for phase, matrix in enumerate(each):
-            loop(branch.blocks, functools.partial(_build, branch, phase, values, matrix))
+    columns.build(plan, tables, matrices, transpose=True)
+    for arrays in rows:
         arrays['arriving'][...] = jnp.zeros_like(arrays['arriving'])
 
     def add(batch):
         images = pl.ds(pl.multiple_of(batch * LANES, LANES), LANES)
-        outputs = [
-            Rows(branch, dys[i].at[..., images], orders[i], arrived.at[index(i)], **rows[i])
-            for i, branch in enumerate(plan.branches)
-        ]
-        columns.begin_rows(plan, outputs)
+        outputs = columns.begin_rows(plan, dys, images, orders, arrived, rows)
 
         def compute(strip):
             columns.read_rows(plan, outputs, strip)
@@ -118,10 +112,6 @@ def _kernel(dys, held, out, *, plan, rows, matrices, sums, rounded, arrived, lef
 def _round_row(plan: Plan, sums, rounded, place):
     row, phase = divide(place, plan.stride)
     rounded[row, phase] = sums[row, phase, : plan.shape[2]].astype(rounded.dtype)
-
-
-def _build(branch: Branch, phase: int, values, matrices, block):
-    matrices[block] = columns.build(branch, phase, values, block).T.astype(matrices.dtype)
 
 
 def _add(outputs: Rows, phase: int, begin, matrices, sums, first: bool, place):

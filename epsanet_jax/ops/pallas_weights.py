@@ -98,11 +98,7 @@ def _kernel(moved, orders, *outs, plan, rows, pixels, sums, arrived, pixels_arri
         images = pl.ds(pl.multiple_of(batch * LANES, LANES), LANES)
         copy = functools.partial(columns.strip_copy, plan, x.at[..., images], pixels, pixels_arrived)
         copy(jnp.int32(0)).start()
-        outputs = [
-            Rows(branch, dys[i].at[..., images], orders[i], arrived.at[index(i)], **rows[i])
-            for i, branch in enumerate(plan.branches)
-        ]
-        columns.begin_rows(plan, outputs)
+        outputs = columns.begin_rows(plan, dys, images, orders, arrived, rows)
 
         def compute(strip):
             pl.when(strip + 1 < plan.strips)(lambda: copy(strip + 1).start())
