@@ -1,5 +1,7 @@
 """Calls of Pallas kernels for TPUs, and the operations that they consist of."""
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from epsanet_jax.ops.pallas_tiles import MARGIN, Array, is_array, nbytes
+from epsanet_jax.ops.pallas_tiles import CHUNK, MARGIN, Array, is_array, nbytes
+from epsanet_jax.ops.plain import divisors
+
+AT_ONCE = 2**16  # values that are written by one step of a loop
 
 
 def call(
@@ -62,7 +67,38 @@ def call(
 
 def loop(count: int, body: Callable[[Any], None]) -> None:
     """Calls `body` with 0 to count - 1, in a loop of the compiled program."""
-    lax.fori_loop(jnp.int32(0), jnp.int32(count), lambda i, _: body(i), None)
+
+    # The counter of fori_loop has 64 bits in 64-bit mode, or else its number of steps is not a constant. Then
+    # Pallas lowers the body twice, and that of a loop inside four times.
+    def step(i, _):
+        body(i)
+        return i + index(1), None
+
+    lax.scan(step, index(0), length=count)
+
+
+def clear(arrays: Any) -> None:
+    """Fills references to the chip's memory with zeros, in loops: written out, they take long to compile."""
+
+    def write(array, rows, step):
+        array[span(step, rows)] = jnp.zeros((rows, *array.shape[1:]), array.dtype)
+
+    for array in jax.tree.leaves(arrays):
+        length, *row = array.shape
+        whole = 1 if len(row) > 1 else CHUNK  # a register has several of the last rows but one
+        fits = [n for n in divisors(length) if n % whole == 0 and n * math.prod(row) <= AT_ONCE]
+        if fits or len(row) < 2:
+            rows = max(fits, default=length)
+            loop(length // rows, functools.partial(write, array, rows))
+        else:
+            loop(length, lambda i, array=array: clear(array.at[i]))
+
+
+def span(number: Any, size: int, length: int | None = None) -> Any:
+    """Returns the slice that begins at `number` times `size`, which is also its length by default."""
+    from jax.experimental import pallas as pl
+
+    return pl.ds(pl.multiple_of(number * index(size), size), length or size)
 
 
 def divide(a: Any, b: int) -> tuple[jax.Array, jax.Array]:

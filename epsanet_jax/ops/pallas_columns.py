@@ -1,8 +1,8 @@
-"""What the Pallas kernels for TPUs read: tables of a kernel's values, strips of images, rows of outputs."""
+"""What the Pallas kernels for TPUs read beside images: tables of a kernel's values, rows of outputs."""
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,15 +11,8 @@ import numpy as np
 from jax import lax
 
 from epsanet_jax.ops import rewrites
-from epsanet_jax.ops.pallas_call import divide, index, loop, multiply, remainder, slot_of
-from epsanet_jax.ops.pallas_tiles import CHUNK, LANES, Branch, Plan
-
-TOGETHER = 2  # tiles in one product: a matrix unit of a v6e is 256 wide, and a tile has 128 images
-
-
-def images_last(a: jax.Array) -> jax.Array:
-    """Returns [N, H, W, C] as [H, W, C, N], with zeros up to whole lanes."""
-    return jnp.pad(a.transpose(1, 2, 3, 0), [(0, 0)] * 3 + [(0, -a.shape[0] % LANES)])
+from epsanet_jax.ops.pallas_call import divide, index, loop, multiply, remainder, slot_of, span
+from epsanet_jax.ops.pallas_tiles import LANES, Branch, Plan
 
 
 def table(kernel: jax.Array, groups: int, branch: Branch) -> jax.Array:
@@ -112,14 +105,12 @@ class Rows:
             row: first row of the tiles, in its phase.
             tiles: which ones, from left to right.
         """
-        from jax.experimental import pallas as pl
-
         b, kept = self.branch, self.window.shape[1]
         first = row + b.before - b.rows_before(phase)
         rows = [remainder(first + r, kept) for r in range(b.rows_seen(phase))]
         each = []
         for tile in tiles:
-            met = pl.ds(tile * b.step * b.outputs, b.across)
+            met = span(tile, b.step * b.outputs, b.across)
             each.append(jnp.concatenate([self.window[block, row, met] for row in rows]))
         return jnp.concatenate(each, axis=1)
 
@@ -162,11 +153,6 @@ def _read(count: int, rows: Sequence[Rows], first: Sequence[Any]) -> None:
     loop(count, read)
 
 
-def side_by_side(tiles: int) -> list[range]:
-    """Returns the tiles of a row, `TOGETHER` at a time."""
-    return [range(first, min(first + TOGETHER, tiles)) for first in range(0, tiles, TOGETHER)]
-
-
 def build(plan: Plan, tables: Sequence[Any], matrices: Sequence[Any], transpose: bool = False) -> None:
     """Writes the matrices of each branch, phase and block, [depth, values] or the other way round."""
 
@@ -204,59 +190,3 @@ def row_of_lanes(branch: Branch) -> jax.Array:
     """Returns the row of a tile for each of its values."""
     lanes = lax.broadcasted_iota(jnp.int32, (1, branch.values), 1)
     return divide(lanes, branch.tile[1] * branch.inputs)[0]
-
-
-def by_phase(x: jax.Array, plan: Plan) -> jax.Array:
-    """Returns images [N, H, W, C] as [rows, phases, W, C, N]."""
-    rows = plan.branches[0].rows
-    x = jnp.pad(images_last(x), [(0, rows * plan.stride - x.shape[1]), (0, 0), (0, 0), (0, 0)])
-    return x.reshape(rows, plan.stride, *x.shape[1:])
-
-
-def strip_copy(plan: Plan, x: Any, pixels: Any, arrived: Any, strip: Any) -> Any:
-    """Returns the copy of a strip from HBM to one of two places in turn.
-
-    Args:
-        plan: sizes.
-        x: reference to 128 images, [rows, phases, W, C, LANES].
-        pixels: reference to the chip's memory, [2, *plan.pixels()].
-        arrived: two semaphores.
-        strip: which one.
-    """
-    from jax.experimental import pallas as pl
-    from jax.experimental.pallas import tpu as pltpu
-
-    slot, rows = slot_of(strip), pl.ds(strip * plan.strip, plan.strip)
-    inside = pixels.at[slot, :, :, pl.ds(0, plan.shape[2])]
-    return pltpu.make_async_copy(x.at[rows], inside, arrived.at[slot])
-
-
-def each_row_of_tiles(branch: Branch, pixels: Any, body: Callable[[Any, list[Any]], None]) -> None:
-    """Calls `body` for each row of tiles of neighbouring blocks in a strip.
-
-    Args:
-        branch: sizes.
-        pixels: reference to the rows of a phase, [rows, columns, C, LANES].
-        body: gets the first row of pixels, and a list of block, tiles and values [values, tiles x LANES].
-    """
-    from jax.experimental import pallas as pl
-
-    # Neighbouring blocks may share a register.
-    count = min(branch.blocks, max(1, CHUNK // branch.inputs))
-    rows, wide = pixels.shape[0] // branch.tile[0], count * branch.inputs
-
-    def visit(place):
-        blocks, row = divide(place, rows)
-        top = row * branch.tile[0]
-        channels = pl.ds(pl.multiple_of(blocks * wide, wide), wide)
-        parts = []
-        for tiles in side_by_side(branch.tiles):
-            places = (pl.ds(tile * branch.tile[1], branch.tile[1]) for tile in tiles)
-            read = [pixels[pl.ds(top, branch.tile[0]), place, channels] for place in places]
-            for part in range(count):
-                inputs = slice(part * branch.inputs, (part + 1) * branch.inputs)
-                values = [r[:, :, inputs].reshape(-1, LANES) for r in read]
-                parts.append((blocks * count + part, tiles, jnp.concatenate(values, axis=1)))
-        body(top, parts)
-
-    loop(branch.blocks // count * rows, visit)

@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from epsanet_jax.ops import pallas_columns as columns
-from epsanet_jax.ops.pallas_call import call, index, loop, multiply, remainder, slot_of
+from epsanet_jax.ops import pallas_strips as strips
+from epsanet_jax.ops.pallas_call import call, clear, index, loop, multiply, remainder, slot_of, span
 from epsanet_jax.ops.pallas_tiles import LANES, Branch, Plan
 
 HOLDS_TILES = True  # in the matrix units
@@ -42,7 +43,7 @@ def convolve(
         interpret: whether to compute it by XLA's operations instead, on any platform; slow.
     """
     plan = Plan.of(x.shape, [k.shape for k in kernels], groups, stride, HOLDS_TILES)
-    images = columns.by_phase(x, plan)
+    images = strips.by_phase(x, plan)
     orders = [columns.order(b, x.dtype).T for b in plan.branches]
     shapes = [(b.rows, b.columns, b.blocks * b.outputs, images.shape[-1]) for b in plan.branches]
     ys = call(
@@ -78,14 +79,13 @@ def _kernel(x, held, *outs, plan, rows, matrices, pixels, arrived, left):
 
     tables, orders = held
     columns.build(plan, tables, matrices)
-    pixels[...] = jnp.zeros_like(pixels)  # beside the images they stay zero
+    clear(pixels)  # beside the images they stay zero
 
     def convolve(batch):
-        images = pl.ds(pl.multiple_of(batch * LANES, LANES), LANES)
-        copy = functools.partial(columns.strip_copy, plan, x.at[..., images], pixels, arrived)
+        images = span(batch, LANES)
+        copy = functools.partial(strips.strip_copy, plan, x.at[..., images], pixels, arrived)
         copy(jnp.int32(0)).start()
-        for arrays in rows:
-            arrays['sums'][...] = jnp.zeros_like(arrays['sums'])
+        clear([arrays['sums'] for arrays in rows])
         outputs = [
             _Rows(branch, outs[i].at[..., images], orders[i], left.at[index(i)], **rows[i])
             for i, branch in enumerate(plan.branches)
@@ -97,7 +97,7 @@ def _kernel(x, held, *outs, plan, rows, matrices, pixels, arrived, left):
             for phase, i in itertools.product(range(plan.stride), range(len(outputs))):
                 tiles = pixels.at[slot_of(strip), :, index(phase)]
                 add = functools.partial(_add, outputs[i], phase, matrices[i][phase], strip * plan.strip)
-                columns.each_row_of_tiles(plan.branches[i], tiles, add)
+                strips.visit_tiles(plan.branches[i], phase, tiles, add)
             _leave(outputs, strip * plan.strip, plan.strip)
 
         loop(plan.strips, compute)
@@ -109,15 +109,13 @@ def _kernel(x, held, *outs, plan, rows, matrices, pixels, arrived, left):
 
 def _add(outputs: '_Rows', phase: int, matrices, begin, top, parts):
     """Adds the products of a row of tiles to the sums."""
-    from jax.experimental import pallas as pl
-
     b, sums = outputs.branch, outputs.sums
     first = begin + top + b.before - b.rows_before(phase)
     places = [remainder(first + r, sums.shape[1]) for r in range(b.rows_seen(phase))]
     step = b.step * b.outputs
     for block, tiles, values in parts:
         products = multiply(matrices[block], values)
-        met = pl.ds(tiles[0] * step, (len(tiles) - 1) * step + b.across)
+        met = span(tiles[0], step, (len(tiles) - 1) * step + b.across)
         for r, place in enumerate(places):
             rows = products[r * b.across : (r + 1) * b.across]
             each = [rows[:, i * LANES : (i + 1) * LANES] for i in range(len(tiles))]

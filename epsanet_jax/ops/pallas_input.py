@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from epsanet_jax.ops import pallas_columns as columns
-from epsanet_jax.ops.pallas_call import call, divide, index, loop, multiply
+from epsanet_jax.ops import pallas_strips as strips
+from epsanet_jax.ops.pallas_call import call, clear, divide, index, loop, multiply, span
 from epsanet_jax.ops.pallas_columns import Rows
 from epsanet_jax.ops.pallas_tiles import LANES, Plan
 
@@ -47,7 +48,7 @@ def input_gradient(
     dtype = dys[0].dtype
     plan = Plan.of(shape, [k.shape for k in kernels], groups, stride, HOLDS_TILES)
     orders = [columns.order(b, dtype) for b in plan.branches]
-    moved = [columns.images_last(dy) for dy in dys]
+    moved = [strips.images_last(dy) for dy in dys]
     (dx,) = call(
         'toeplitz_input_gradient',
         functools.partial(_kernel, plan=plan),
@@ -83,11 +84,10 @@ def _kernel(dys, held, out, *, plan, rows, matrices, sums, rounded, arrived, lef
 
     tables, orders = held
     columns.build(plan, tables, matrices, transpose=True)
-    for arrays in rows:
-        arrays['arriving'][...] = jnp.zeros_like(arrays['arriving'])
+    clear([arrays['arriving'] for arrays in rows])
 
     def add(batch):
-        images = pl.ds(pl.multiple_of(batch * LANES, LANES), LANES)
+        images = span(batch, LANES)
         outputs = columns.begin_rows(plan, dys, images, orders, arrived, rows)
 
         def compute(strip):
@@ -121,10 +121,14 @@ def _add(outputs: Rows, phase: int, begin, matrices, sums, first: bool, place):
     b = outputs.branch
     block, number = divide(place, sums.shape[0] // b.tile[0])
     top = number * b.tile[0]
-    channels = pl.ds(pl.multiple_of(block * b.inputs, b.inputs), b.inputs)
-    for tiles in columns.side_by_side(b.tiles):
-        products = multiply(matrices[block], outputs.seen(phase, block, begin + top, tiles))
-        for i, tile in enumerate(tiles):
-            of_tile = products[:, i * LANES : (i + 1) * LANES].reshape(*b.tile, b.inputs, LANES)
-            to = pl.ds(top, b.tile[0]), pl.ds(tile * b.tile[1], b.tile[1]), channels
-            sums[to] = of_tile if first else sums[to] + of_tile
+    channels = span(block, b.inputs)
+
+    def visit(lists):
+        for tiles in lists:
+            products = multiply(matrices[block], outputs.seen(phase, block, begin + top, tiles))
+            for i, tile in enumerate(tiles):
+                of_tile = products[:, i * LANES : (i + 1) * LANES].reshape(*b.tile, b.inputs, LANES)
+                to = pl.ds(top, b.tile[0]), span(tile, b.tile[1]), channels
+                sums[to] = of_tile if first else sums[to] + of_tile
+
+    strips.along(b, b.products(phase), visit)

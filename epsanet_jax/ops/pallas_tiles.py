@@ -109,6 +109,10 @@ class Branch(NamedTuple):
         """Returns the values of the outputs that a tile meets."""
         return self.rows_seen(phase) * self.across
 
+    def products(self, phase: int) -> int:
+        """Returns the products of 128 by 128 values with 128 others for a tile."""
+        return -(-self.depth(phase) // LANES) * -(-self.values // LANES)
+
     def held(self, dtype: jnp.dtype) -> list[Array]:
         """Returns `pallas_columns.table` and `order`."""
         together = self.together * self.blocks * self.outputs

@@ -18,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from epsanet_jax.ops import pallas_columns as columns
-from epsanet_jax.ops.pallas_call import call, index, loop, multiply, slot_of
+from epsanet_jax.ops import pallas_strips as strips
+from epsanet_jax.ops.pallas_call import call, clear, index, loop, multiply, slot_of, span
 from epsanet_jax.ops.pallas_columns import Rows
 from epsanet_jax.ops.pallas_tiles import LANES, Branch, Plan
 
@@ -52,7 +53,7 @@ def weight_gradients(
     sums = call(
         'toeplitz_weight_gradient',
         functools.partial(_kernel, plan=plan),
-        [columns.by_phase(x, plan), [columns.images_last(dy) for dy in dys]],
+        [strips.by_phase(x, plan), [strips.images_last(dy) for dy in dys]],
         [columns.order(b, x.dtype) for b in plan.branches],
         [((b.blocks, b.size, b.outputs, b.size * b.inputs), single) for b in plan.branches],
         scratch(plan, x.dtype),
@@ -91,12 +92,12 @@ def _kernel(moved, orders, *outs, plan, rows, pixels, sums, arrived, pixels_arri
     from jax.experimental import pallas as pl
 
     x, dys = moved
-    for zeroed in (pixels, *jax.tree.leaves(sums), *(arrays['arriving'] for arrays in rows)):
-        zeroed[...] = jnp.zeros_like(zeroed)  # beside the images they stay zero
+    # Beside the images they stay zero.
+    clear([pixels, sums, [arrays['arriving'] for arrays in rows]])
 
     def add(batch):
-        images = pl.ds(pl.multiple_of(batch * LANES, LANES), LANES)
-        copy = functools.partial(columns.strip_copy, plan, x.at[..., images], pixels, pixels_arrived)
+        images = span(batch, LANES)
+        copy = functools.partial(strips.strip_copy, plan, x.at[..., images], pixels, pixels_arrived)
         copy(jnp.int32(0)).start()
         outputs = columns.begin_rows(plan, dys, images, orders, arrived, rows)
 
@@ -107,7 +108,7 @@ def _kernel(moved, orders, *outs, plan, rows, pixels, sums, arrived, pixels_arri
             for phase, i in itertools.product(range(plan.stride), range(len(outputs))):
                 tiles = pixels.at[slot_of(strip), :, index(phase)]
                 add = functools.partial(_add, outputs[i], phase, sums[i][phase], strip * plan.strip)
-                columns.each_row_of_tiles(plan.branches[i], tiles, add)
+                strips.visit_tiles(plan.branches[i], phase, tiles, add)
 
         loop(plan.strips, compute)
 

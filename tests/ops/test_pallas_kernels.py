@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from epsanet_jax.ops import pallas_convolve, pallas_input, pallas_weights, rewrites
+from epsanet_jax.ops.pallas_call import clear
 from epsanet_jax.ops.plain import Window
 
 PYRAMID = (3, 5, 7, 9), (1, 4, 8, 16)
@@ -18,6 +20,7 @@ CASES = {
     'one column': (2, 6, 1, 32, (5,), (2,), (16,), 1),
     'one input in a group': (1, 6, 6, 16, (3,), (16,), (16,), 1),
     'registers of two thirds': (1, 6, 6, 32, (3,), (4,), (48,), 1),
+    'tiles of a row in a loop, and two others': (1, 2, 14, 256, (3, 5), (1, 4), (64, 64), 1),
 }
 
 
@@ -89,3 +92,27 @@ def test_convolutions_equal_stock(rng, case, dtype):
     ours = jax.jit(lambda x, kernels: pallas_convolve.convolve(x, kernels, groups, stride, interpret=True))
     for a, b in zip(ours(x, kernels), convolve(single(x), single(kernels)), strict=True):
         assert_equal(a, b, dtype)
+
+
+@pytest.mark.parametrize('shape', [(4, 3), (2, 3, 2, 90, 8, 128), (1152, 512), (1031, 128)])
+def test_clear_fills_all_with_zeros(shape):
+    def kernel(out):
+        out[...] = jnp.ones_like(out)
+        clear([out])
+
+    cleared = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(shape, 'bfloat16'), interpret=True)()
+    np.testing.assert_array_equal(cleared.astype('float32'), np.zeros(shape))
+
+
+def test_loops_have_a_constant_number_of_steps(rng):
+    # Pallas lowers the body of any other loop twice.
+    x, kernels, groups, dys, stride, _ = convolutions(rng, 'pyramid', 'float32')
+    sizes = tuple(k.shape[0] for k in kernels)
+    for function, *args in [
+        (lambda x, kernels: pallas_convolve.convolve(x, kernels, groups, stride), x, kernels),
+        (lambda dys, k: pallas_input.input_gradient(x.shape, dys, k, groups, stride), dys, kernels),
+        (lambda x, dys: pallas_weights.weight_gradients(x, dys, groups, sizes, stride), x, dys),
+    ]:
+        text = str(jax.make_jaxpr(function)(*args))
+        assert 'scan[' in text
+        assert 'while[' not in text
