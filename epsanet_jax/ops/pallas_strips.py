@@ -9,9 +9,13 @@ import jax.numpy as jnp
 
 from epsanet_jax.ops.pallas_call import divide, index, loop, slot_of, span
 from epsanet_jax.ops.pallas_tiles import CHUNK, LANES, Branch, Plan
+from epsanet_jax.ops.plain import divisors
 
 TOGETHER = 2  # tiles in one product: a matrix unit of a v6e is 256 wide, and a tile has 128 images
-LEAST_PRODUCTS = 48  # of 128 by 128 values in a step of a loop, so that filling the matrix units takes little
+# Products of 128 by 128 values with others in a step of a loop. With fewer, matrix units wait between steps;
+# more take longer to compile.
+LEAST_PRODUCTS = 28
+LEAST_OF_ROW = 48  # the same, where the tiles of one row are divided among steps
 
 
 def images_last(a: jax.Array) -> jax.Array:
@@ -55,8 +59,7 @@ def visit_tiles(branch: Branch, phase: int, pixels: Any, body: Callable[[Any, li
     """
     from jax.experimental import pallas as pl
 
-    # Neighbouring blocks may share a register.
-    count = min(branch.blocks, max(1, CHUNK // branch.inputs))
+    count = blocks_at_once(branch, phase)
     rows, wide = pixels.shape[0] // branch.tile[0], count * branch.inputs
 
     def read(blocks, top, lists):
@@ -78,6 +81,14 @@ def visit_tiles(branch: Branch, phase: int, pixels: Any, body: Callable[[Any, li
     loop(branch.blocks // count * rows, visit_row)
 
 
+def blocks_at_once(branch: Branch, phase: int) -> int:
+    """Returns for how many neighbouring blocks a step of a loop computes a row of tiles."""
+    shared = min(branch.blocks, max(1, CHUNK // branch.inputs))  # in one register
+    counts = [n for n in divisors(branch.blocks) if n % shared == 0]
+    enough = (n for n in counts if n * branch.tiles * branch.products(phase) >= LEAST_PRODUCTS)
+    return next(enough, counts[-1])
+
+
 def along(branch: Branch, products: int, visit: Callable[[list[list[Any]]], None]) -> None:
     """Calls `visit` with the tiles of a row, from left to right.
 
@@ -88,7 +99,7 @@ def along(branch: Branch, products: int, visit: Callable[[list[list[Any]]], None
             for the tiles that remain.
     """
     tiles = branch.tiles
-    steps = [n for n in range(TOGETHER, tiles, TOGETHER) if n * products >= LEAST_PRODUCTS]
+    steps = [n for n in range(TOGETHER, tiles, TOGETHER) if n * products >= LEAST_OF_ROW]
     step = min([tiles, *steps], key=lambda n: n + tiles % n)
 
     def visit_from(first, number):
