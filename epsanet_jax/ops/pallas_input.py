@@ -95,8 +95,7 @@ def _kernel(dys, held, out, *, plan, rows, matrices, sums, rounded, arrived, lef
             for phase, i in itertools.product(range(plan.stride), range(len(outputs))):
                 branch = plan.branches[i]
                 settings = phase, strip * plan.strip, matrices[i][phase], sums.at[:, index(phase)], i == 0
-                steps = branch.blocks // strips.blocks_at_once(branch, phase) * (plan.strip // branch.tile[0])
-                loop(steps, functools.partial(_add, outputs[i], *settings))
+                strips.walk(branch, phase, plan.strip, functools.partial(_add, outputs[i], *settings))
             to = out.at[pl.ds(strip * plan.strip, plan.strip), ..., images]
             copy = pltpu.make_async_copy(rounded, to, left)
             pl.when(strip > 0)(copy.wait)  # of the strip before
@@ -114,22 +113,16 @@ def _round_row(plan: Plan, sums, rounded, place):
     rounded[row, phase] = sums[row, phase, : plan.shape[2]].astype(rounded.dtype)
 
 
-def _add(outputs: Rows, phase: int, begin, matrices, sums, first: bool, place):
-    """Adds a row of tiles of neighbouring blocks to the sums, or writes it as their `first` term."""
+def _add(outputs: Rows, phase: int, begin, matrices, sums, first: bool, group, top, lists):
+    """Adds tiles of neighbouring blocks to the sums, or writes them as their `first` term."""
     from jax.experimental import pallas as pl
 
     b = outputs.branch
     count = strips.blocks_at_once(b, phase)
-    blocks, number = divide(place, sums.shape[0] // b.tile[0])
-    top = number * b.tile[0]
-
-    def visit(lists):
-        for tiles in lists:
-            for block in (blocks * count + part for part in range(count)):
-                products = multiply(matrices[block], outputs.seen(phase, block, begin + top, tiles))
-                for i, tile in enumerate(tiles):
-                    of_tile = products[:, i * LANES : (i + 1) * LANES].reshape(*b.tile, b.inputs, LANES)
-                    to = pl.ds(top, b.tile[0]), span(tile, b.tile[1]), span(block, b.inputs)
-                    sums[to] = of_tile if first else sums[to] + of_tile
-
-    strips.along(b, count * b.products(phase), visit)
+    for tiles in lists:
+        for block in (group * count + part for part in range(count)):
+            products = multiply(matrices[block], outputs.seen(phase, block, begin + top, tiles))
+            for i, tile in enumerate(tiles):
+                of_tile = products[:, i * LANES : (i + 1) * LANES].reshape(*b.tile, b.inputs, LANES)
+                to = pl.ds(top, b.tile[0]), span(tile, b.tile[1]), span(block, b.inputs)
+                sums[to] = of_tile if first else sums[to] + of_tile

@@ -60,25 +60,38 @@ def visit_tiles(branch: Branch, phase: int, pixels: Any, body: Callable[[Any, li
     from jax.experimental import pallas as pl
 
     count = blocks_at_once(branch, phase)
-    rows, wide = pixels.shape[0] // branch.tile[0], count * branch.inputs
 
-    def read(blocks, top, lists):
-        channels, parts = span(blocks, wide), []
+    def read(group, top, lists):
+        channels, parts = span(group, count * branch.inputs), []
         for tiles in lists:
             places = (span(tile, branch.tile[1]) for tile in tiles)
             each = [pixels[pl.ds(top, branch.tile[0]), place, channels] for place in places]
             for part in range(count):
                 inputs = slice(part * branch.inputs, (part + 1) * branch.inputs)
                 values = [tile[:, :, inputs].reshape(-1, LANES) for tile in each]
-                parts.append((blocks * count + part, tiles, jnp.concatenate(values, axis=1)))
+                parts.append((group * count + part, tiles, jnp.concatenate(values, axis=1)))
         body(top, parts)
 
-    def visit_row(place):
-        blocks, row = divide(place, rows)
-        top = row * branch.tile[0]
-        along(branch, count * branch.products(phase), functools.partial(read, blocks, top))
+    walk(branch, phase, pixels.shape[0], read)
 
-    loop(branch.blocks // count * rows, visit_row)
+
+def walk(branch: Branch, phase: int, rows: int, visit: Callable[[Any, Any, list[list[Any]]], None]) -> None:
+    """Calls `visit` until it was called for all tiles of a strip.
+
+    Args:
+        branch: sizes.
+        phase: of the rows.
+        rows: how many the strip has.
+        visit: gets which `blocks_at_once`, the first row, and lists of tiles; see `_along`.
+    """
+    count, rows_of_tiles = blocks_at_once(branch, phase), rows // branch.tile[0]
+
+    def visit_row(place):
+        group, row = divide(place, rows_of_tiles)
+        top = row * branch.tile[0]
+        _along(branch, count * branch.products(phase), functools.partial(visit, group, top))
+
+    loop(branch.blocks // count * rows_of_tiles, visit_row)
 
 
 def blocks_at_once(branch: Branch, phase: int) -> int:
@@ -89,7 +102,7 @@ def blocks_at_once(branch: Branch, phase: int) -> int:
     return next(enough, counts[-1])
 
 
-def along(branch: Branch, products: int, visit: Callable[[list[list[Any]]], None]) -> None:
+def _along(branch: Branch, products: int, visit: Callable[[list[list[Any]]], None]) -> None:
     """Calls `visit` with the tiles of a row, from left to right.
 
     Args:
