@@ -99,8 +99,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument('--images', type=Path, help='for the short training: a file made by --pack')
     parser.add_argument('--rehearse', action='store_true', help='all parts with tiny sizes, on a CPU')
     parser.add_argument('--into', type=Path, help='with --adopt: another folder than the checkout')
-    parser.add_argument('--size', type=int, default=64, help='with --pack: height and width')
-    parser.add_argument('--most', type=int, default=2000, help='with --pack: number of images')
+    parser.add_argument('--size', type=int, default=224, help='with --pack: height and width')
+    parser.add_argument('--most', type=int, default=1600, help='with --pack: number of images')
     return parser.parse_args()
 
 
@@ -151,21 +151,25 @@ def plan(out: Path, images: Path | None, rehearse: bool) -> list[Part]:
         Part('torch nchw', 40, step(small, ['torch-nchw'], ['train'])),
         Part('golden', 8, ['gpu_parts.py', 'golden', '--write', str(out / 'golden.npz')]),
     ]
-    every = ['torch-nchw', 'torch-channels-last', 'torch-channels-last-compiled']
+    compiled = 'torch-channels-last-compiled'
+    every = ['torch-nchw', 'torch-channels-last', compiled]
     later = [
         Part('inference, ours', 70, step(small, ['ours'], ['inference']), rows=True),
         Part('resnet50, ours', 70, step('resnet50', ['ours'], ['train']), rows=True),
         Part('one image, ours', 50, step(small, ['ours'], ['inference'], 1), rows=True),
         Part('inference, torch', 80, step(small, every, ['inference'])),
         Part('one image, torch', 80, step(small, every, ['inference'], 1)),
-        Part('conv fusion', 80, step(small, ['ours'], ['train']), rows=True, flags=fusion),
-        Part('training, ours', 90, train('ours'), rows=True),
-        Part('training, torch', 40, train('torch')),
+        Part('training, ours', 130, train('ours'), rows=True),
+        Part('training, torch', 75, train('torch')),
+        Part('op resnext50', 75, op('resnext50')),
+        Part('op epsanet50_large', 180, op('epsanet50_large')),
         Part('large, ours', 120, step('epsanet50_large', ['ours'], ['train']), rows=True),
-        Part('large, torch', 50, step('epsanet50_large', ['torch-channels-last'], ['train'])),
-        Part('resnet50, torch', 50, step('resnet50', ['torch-channels-last'], ['train'])),
+        Part('large, torch', 75, step('epsanet50_large', ['torch-channels-last'], ['train'])),
+        Part('large, torch compiled', 130, step('epsanet50_large', [compiled], ['train'])),
+        Part('resnet50, torch', 30, step('resnet50', ['torch-channels-last'], ['train'])),
+        Part('resnet50, torch compiled', 90, step('resnet50', [compiled], ['train'])),
+        Part('conv fusion', 150, step(small, ['ours'], ['train']), rows=True, flags=fusion),
         Part('op epsanet50_small, others', 120, op(small, '--others')),
-        Part('op resnext50', 60, op('resnext50')),
         Part('tests', 60, [*tests, *(['--files', 'tests/data/test_walk.py'] if rehearse else [])]),
     ]
     parts += [part._replace(later=True) for part in later]
@@ -193,9 +197,10 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.rehearse and not args.images:
         args.images = out / 'images.npz'
+        import gpu_train  # needs Pillow
+
         rng = np.random.default_rng(0)
-        images, labels = rng.integers(0, 256, (40, 32, 32, 3), np.uint8), rng.integers(0, 3, 40)
-        np.savez(args.images, images=images, labels=labels)
+        gpu_train.save(args.images, rng.integers(0, 256, (40, 32, 32, 3), np.uint8), rng.integers(0, 3, 40))
     parts = plan(out, args.images and args.images.resolve(), args.rehearse)
     ended = {line['part']: line['status'] for line in record.earlier if 'status' in line}
     missing = [part for part in parts if part.name not in ended]

@@ -19,8 +19,8 @@ from epsanet_jax.ops.algorithms import Algorithm
 from epsanet_jax.ops.choice import DIRECTIONS, Problem
 
 MARGIN = 0.03  # of the time: smaller gains may be noise
-# Of the time, for XLA's own grouped convolutions to be chosen. cuDNN has several kernels for them, and which
-# one a program gets varies: one took 0.22 ms alone and 0.55 ms in a training step.
+# Of the time, for XLA's own convolutions of groups with fewer outputs than inputs to be chosen. cuDNN has
+# several kernels for them, and which one a program gets varies: one took 0.22 ms alone, 0.55 ms in a step.
 GROUPED_MARGIN = 0.1
 TOLERANCE = 0.02  # relative distance from XLA's own result, in bfloat16
 TABLE = Path('epsanet_jax/ops/choices.json')
@@ -87,7 +87,8 @@ def choose(lines: Lines) -> dict[Problem, dict[str, Algorithm]]:
         if STOCK not in ours:
             continue  # nothing to compare with
         fastest = min((way for way in ours if way != STOCK), key=lambda way: ours[way], default=STOCK)
-        bound = 1 / (1 - GROUPED_MARGIN) if problem.groups > 1 else 1 - MARGIN
+        fewer = problem.groups > 1 and problem.features < problem.channels
+        bound = 1 / (1 - GROUPED_MARGIN) if fewer else 1 - MARGIN
         chosen = fastest if ours[fastest] <= bound * ours[STOCK] else STOCK
         rows.setdefault(problem, dict.fromkeys(DIRECTIONS, STOCK))[direction] = chosen
         spent[problem, direction] = ours[chosen]

@@ -90,15 +90,19 @@ def table_algorithms(p: Problem) -> list[Algorithm]:
 
     Few, because cuDNN takes 0.4 s to choose how to compute a convolution: all groups merged; as many columns
     as fill a matrix unit; tiles of 2x2 pixels, which give the groups of a pyramid as many output as input
-    channels; with a stride its phases, as channels or apart.
+    channels, and groups merged to WIDE channels where they have as many; with a stride its phases apart, or
+    as channels where there are no groups (never the fastest with groups).
     """
     found = [Algorithm('stock')]
     if p.kernel == 1:
         return [*found, Algorithm('matmul')]
     if p.groups > 1:
         found += [Algorithm('merged', p.groups), Algorithm('tiled', 1, (2, 2))]
-    if p.stride > 1:
-        found.append(Algorithm('folded', p.groups))
+    if p.groups > 1 and p.features >= p.channels:
+        merges = {max(1, width * p.groups // p.channels) for width in (WIDE // 2, WIDE)}
+        found += [Algorithm('merged', merge) for merge in sorted(merges) if 1 < merge < p.groups]
+    if p.stride > 1 and p.groups == 1:
+        found.append(Algorithm('folded'))
     if p.stride > 1 and p.groups > 1:
         found.append(Algorithm('merged', p.groups, phases=True))
     wide = (WIDE // p.features, 2 * WIDE // p.features)

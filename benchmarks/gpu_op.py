@@ -37,7 +37,7 @@ from epsanet_jax.ops.choice import Problem
 
 COPIES = 2
 NOISE = 2**27  # random values, of which the operands are parts
-NETWORKS = ('epsanet50_small', 'resnext50', 'rehearsal')
+NETWORKS = ('epsanet50_small', 'epsanet50_large', 'resnext50', 'rehearsal')
 
 
 def main() -> None:
@@ -102,10 +102,10 @@ def name(members: Sequence[Problem]) -> str:
 
 
 def problems(network: str, batch: int, dtype: str) -> list[list[Problem]]:
-    """Returns the distinct convolutions of a network, and after the first pyramid it as a whole.
+    """Returns the distinct convolutions of a network; of EPSANet-50 Small also the first pyramid as a whole.
 
     Pyramids without a stride and with large images come first, the stem last. Matrix products differ little:
-    some are measured.
+    some are measured, and for other networks none.
     """
     if network == 'rehearsal':  # a pyramid, a stem and a shortcut
         small = ((5, 1, 4, 16, 8, 6), (3, 1, 1, 16, 8, 6), (3, 2, 1, 3, 8, 8), (1, 2, 1, 8, 8, 4))
@@ -122,6 +122,8 @@ def problems(network: str, batch: int, dtype: str) -> list[list[Problem]]:
     spatial = [p for p in found if p.kernel > 1 and p.channels > 3]
     spatial.sort(key=lambda p: (p.stride, -p.size, -p.channels, -p.kernel))
     pyramids = [list(same) for _, same in itertools.groupby(spatial, key=lambda p: p[1:2] + p[3:])]
+    if network == 'epsanet50_large':
+        return [[p] for p in spatial]
     joint = [first[::-1] for first in pyramids[:1] if len(first) > 1]  # slower than apart in all measurements
     rest = [[p] for pyramid in pyramids[1:] for p in pyramid]
     return [*([p] for p in pyramids[0]), *joint, *products[:2], *rest, *products[2::3], *stems]

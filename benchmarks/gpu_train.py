@@ -6,8 +6,11 @@ Both sides start with the same parameters and see the same batches. The images a
 """
 
 import argparse
+import io
 import os
 import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ import common
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # leave GPU memory for PyTorch
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import train_step
 
@@ -31,24 +35,23 @@ def main() -> None:
     """Trains and prints a line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument('--side', choices=('ours', 'torch'), default='ours')
-    parser.add_argument('--images', type=Path, required=True, help='.npz: images [N, H, W, 3] and labels [N]')
+    parser.add_argument('--images', type=Path, required=True, help='made by gpu.py --pack')
     parser.add_argument('--model', default='epsanet50_small')
     parser.add_argument('--small', action='store_true', help='as in train_step.py')
     parser.add_argument('--conv', default='auto', help='convolution algorithm of our side')
     parser.add_argument('--lr', type=float, default=0.05)
-    parser.add_argument('--batch', type=int, default=128)
+    parser.add_argument('--batch', type=int, default=256)
     parser.add_argument('--steps', type=int, default=200)
     parser.add_argument('--dtype', default='bfloat16')
     common.emit(train(parser.parse_args()), None)
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
-    """Trains on nine tenths of the images; returns losses, speed, and the accuracy on the last tenth."""
-    with np.load(args.images) as file:
-        images, labels = file['images'], file['labels'].astype(np.int32)
-    held, rng = max(1, len(images) // 10), np.random.default_rng(0)
+    """Trains; returns losses, speed, and the accuracy on the last tenth of the images, at least a batch."""
+    images, labels = load(args.images)
+    held, rng = max(args.batch, len(images) // 10), np.random.default_rng(0)
     model = train_step.make_model(args, num_classes=int(labels.max()) + 1)
-    optimizer = make_optimizer(OptimizerConfig(), lambda step: args.lr)
+    optimizer = make_optimizer(OptimizerConfig(), lambda step: args.lr * warm_up(args, step))
     state = jax.jit(lambda key: create_state(model, optimizer, key, 64))(jax.random.key(0))
     make = {'ours': train_ours, 'torch': train_in_torch}[args.side]
     step, classify = make(args, model, optimizer, state)
@@ -69,6 +72,11 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     record |= {'losses': [round(float(v), 4) for v in losses[:: max(1, args.steps // 20)]], 'last_loss': last}
     record |= {'images_per_s': round(rate, 1), 'accuracy': round(float(np.mean(right)), 4) if right else None}
     return record
+
+
+def warm_up(args: argparse.Namespace, step: Any) -> Any:
+    """Returns the factor of the learning rate, which rises during the first quarter of the steps."""
+    return jnp.minimum(1.0, (step + 1) / max(1, args.steps // 4))
 
 
 def train_ours(args: argparse.Namespace, model: Any, optimizer: Any, state: Any) -> tuple[Any, Any]:
@@ -99,6 +107,7 @@ def train_in_torch(args: argparse.Namespace, model: Any, optimizer: Any, state: 
     net.load_state_dict({k: torch.tensor(v) for k, v in to_torch(state.variables, model).items()})
     net.to(device, memory_format=torch.channels_last)
     sgd = torch.optim.SGD(net.parameters(), lr=args.lr, momentum=0.9, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.LambdaLR(sgd, lambda i: float(warm_up(args, i)))
     mean, std = (
         torch.tensor(v, device=device).view(1, 3, 1, 1) * 255
         for v in (train_step.DATA.mean, train_step.DATA.std)
@@ -115,6 +124,7 @@ def train_in_torch(args: argparse.Namespace, model: Any, optimizer: Any, state: 
         loss = torch.nn.functional.cross_entropy(logits(images), wanted, label_smoothing=train_step.SMOOTHING)
         loss.backward()
         sgd.step()
+        schedule.step()
         return loss.detach()
 
     def classify(images: np.ndarray) -> np.ndarray:
@@ -126,7 +136,7 @@ def train_in_torch(args: argparse.Namespace, model: Any, optimizer: Any, state: 
 
 
 def pack(folder: Path, file: Path, size: int, most: int) -> None:
-    """Writes images of a folder of classes, evenly drawn, as arrays in random order."""
+    """Writes images of a folder of classes, evenly drawn, in random order."""
     from epsanet_jax.data.decode import decode
     from epsanet_jax.data.image_folder import ImageFolder
     from epsanet_jax.data.transforms import CentreCrop
@@ -134,10 +144,33 @@ def pack(folder: Path, file: Path, size: int, most: int) -> None:
     source, crop = ImageFolder(folder), CentreCrop(size, size)
     rows = np.random.default_rng(0).permutation(len(source))[:most]
     records = [source[int(row)] for row in rows]
-    images = np.stack([crop(decode(record['image'])) for record in records])
+    images = (crop(decode(record['image'])) for record in records)
+    save(file, images, [record['label'] for record in records])
+    print(f'{file}: {len(rows)} images of {size} px, {file.stat().st_size / 1e6:.1f} MB')
+
+
+def save(file: Path, images: Iterable[np.ndarray], labels: Sequence[int]) -> None:
+    """Writes images [H, W, 3] of one size as JPEG, and labels."""
+    from PIL import Image
+
+    encoded = []
+    for image in images:
+        Image.fromarray(image).save(buffer := io.BytesIO(), 'JPEG', quality=90)
+        encoded.append(np.frombuffer(buffer.getvalue(), np.uint8))
     file.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(file, images=images, labels=np.array([record['label'] for record in records]))
-    print(f'{file}: {len(images)} images of {size} px, {file.stat().st_size / 1e6:.1f} MB')
+    starts = np.cumsum([0, *map(len, encoded)])
+    np.savez(file, jpegs=np.concatenate(encoded), starts=starts, labels=np.asarray(labels, np.int32))
+
+
+def load(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Returns images [N, H, W, 3] in uint8 and labels [N] that `save` wrote."""
+    from epsanet_jax.data.decode import decode
+
+    with np.load(file) as arrays:
+        jpegs, starts, labels = (arrays[name] for name in ('jpegs', 'starts', 'labels'))
+    with ThreadPoolExecutor() as pool:
+        images = pool.map(lambda i: decode(jpegs[starts[i] : starts[i + 1]].tobytes()), range(len(labels)))
+        return np.stack(list(images)), labels
 
 
 if __name__ == '__main__':

@@ -180,11 +180,23 @@ def test_the_fastest_correct_algorithm_is_chosen_if_it_is_clearly_faster():
     assert gpu_adopt.choose(lines) == {SMALL: expected}
 
 
-@pytest.mark.parametrize(('groups', 'ms', 'expected'), [(1, 0.98, STOCK), (8, 0.98, DENSE), (8, 1.05, DENSE)])
-def test_noise_is_no_gain_but_a_grouped_convolution_of_xla_must_be_clearly_faster(groups, ms, expected):
+@pytest.mark.parametrize(
+    ('groups', 'features', 'ms', 'expected'),
+    [
+        (1, 16, 0.98, STOCK),
+        (8, 16, 0.98, DENSE),
+        (8, 16, 1.05, DENSE),
+        (8, 64, 0.98, STOCK),  # as many outputs as inputs
+        (8, 64, 1.05, STOCK),
+        (8, 64, 0.95, DENSE),
+    ],
+)
+def test_noise_is_no_gain_but_groups_of_few_outputs_are_xlas_only_if_clearly_faster(
+    groups, features, ms, expected
+):
     import gpu_adopt
 
-    problem = SMALL._replace(groups=groups)
+    problem = SMALL._replace(groups=groups, features=features)
     rows = gpu_adopt.choose([timed(problem, STOCK, 1.0), timed(problem, DENSE, ms)])
     assert rows[problem]['forward'] == expected
 
@@ -298,9 +310,9 @@ def test_images_are_packed_with_their_labels(tmp_path, image_folder):
         (tmp_path / 'data' / name).mkdir(parents=True)
         shutil.copy(source, tmp_path / 'data' / name / 'image.png')
     gpu_train.pack(tmp_path / 'data', tmp_path / 'new/images.npz', size=16, most=5)
-    with np.load(tmp_path / 'new/images.npz') as file:
-        assert (file['images'].shape, file['images'].dtype) == ((2, 16, 16, 3), np.uint8)
-        assert sorted(file['labels']) == [0, 1]
+    images, labels = gpu_train.load(tmp_path / 'new/images.npz')
+    assert (images.shape, images.dtype) == ((2, 16, 16, 3), np.uint8)
+    assert sorted(labels) == [0, 1]
 
 
 def rehearse(out, **options):
