@@ -159,7 +159,7 @@ def plan(out: Path, images: Path | None, rehearse: bool) -> list[Part]:
         Part('one image, ours', 50, step(small, ['ours'], ['inference'], 1), rows=True),
         Part('inference, torch', 80, step(small, every, ['inference'])),
         Part('one image, torch', 80, step(small, every, ['inference'], 1)),
-        Part('training, ours', 130, train('ours'), rows=True),
+        Part('training, ours', 90, train('ours'), rows=True),
         Part('training, torch', 75, train('torch')),
         Part('op resnext50', 75, op('resnext50')),
         Part('op epsanet50_large', 180, op('epsanet50_large')),

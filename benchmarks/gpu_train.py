@@ -52,7 +52,12 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     held, rng = max(args.batch, len(images) // 10), np.random.default_rng(0)
     model = train_step.make_model(args, num_classes=int(labels.max()) + 1)
     optimizer = make_optimizer(OptimizerConfig(), lambda step: args.lr * warm_up(args, step))
-    state = jax.jit(lambda key: create_state(model, optimizer, key, 64))(jax.random.key(0))
+    mesh = sharding.make_mesh(args.batch)
+    # Placed as the step's results are: otherwise the second step is compiled again.
+    init = jax.jit(
+        lambda key: create_state(model, optimizer, key, 64), out_shardings=sharding.replicated(mesh)
+    )
+    state = init(jax.random.key(0))
     make = {'ours': train_ours, 'torch': train_in_torch}[args.side]
     step, classify = make(args, model, optimizer, state)
     losses, start = [], 0.0

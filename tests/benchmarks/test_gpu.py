@@ -315,6 +315,25 @@ def test_images_are_packed_with_their_labels(tmp_path, image_folder):
     assert sorted(labels) == [0, 1]
 
 
+@pytest.mark.slow
+def test_the_short_training_compiles_its_step_once(tmp_path, monkeypatch, capsys, rng):
+    import gpu_train
+
+    images, labels, made = tmp_path / 'images.npz', [0, 1] * 12, []
+    gpu_train.save(images, rng.integers(0, 256, (24, 32, 32, 3), np.uint8), labels)
+    make = gpu_train.steps.make_train_step
+    monkeypatch.setattr(
+        gpu_train.steps, 'make_train_step', lambda *a, **k: made.append(make(*a, **k)) or made[0]
+    )
+    command = ['gpu_train.py', '--images', str(images), '--small', '--batch', '8', '--steps', '3']
+    monkeypatch.setattr(sys, 'argv', [*command, '--dtype', 'float32'])
+    gpu_train.main()
+    assert [step._cache_size() for step in made] == [1]
+    line = json.loads(capsys.readouterr().out)
+    assert len(line['losses']) == 3
+    assert line['accuracy'] is not None
+
+
 def rehearse(out, **options):
     env = {
         **os.environ,
