@@ -99,7 +99,7 @@ def table_algorithms(p: Problem) -> list[Algorithm]:
     if p.groups > 1:
         found += [Algorithm('merged', p.groups), Algorithm('tiled', 1, (2, 2))]
     if p.groups > 1 and p.features >= p.channels:
-        merges = {max(1, width * p.groups // p.channels) for width in (WIDE // 2, WIDE)}
+        merges = {width * p.groups // p.channels for width in (WIDE // 2, WIDE)}
         found += [Algorithm('merged', merge) for merge in sorted(merges) if 1 < merge < p.groups]
     if p.stride > 1 and p.groups == 1:
         found.append(Algorithm('folded'))

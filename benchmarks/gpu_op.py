@@ -121,9 +121,9 @@ def problems(network: str, batch: int, dtype: str) -> list[list[Problem]]:
     stems = [[p] for p in found if p.channels <= 3]
     spatial = [p for p in found if p.kernel > 1 and p.channels > 3]
     spatial.sort(key=lambda p: (p.stride, -p.size, -p.channels, -p.kernel))
-    pyramids = [list(same) for _, same in itertools.groupby(spatial, key=lambda p: p[1:2] + p[3:])]
     if network == 'epsanet50_large':
         return [[p] for p in spatial]
+    pyramids = [list(same) for _, same in itertools.groupby(spatial, key=lambda p: p[1:2] + p[3:])]
     joint = [first[::-1] for first in pyramids[:1] if len(first) > 1]  # slower than apart in all measurements
     rest = [[p] for pyramid in pyramids[1:] for p in pyramid]
     return [*([p] for p in pyramids[0]), *joint, *products[:2], *rest, *products[2::3], *stems]

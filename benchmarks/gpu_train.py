@@ -28,7 +28,6 @@ from epsanet_jax.data.augment import normalize
 from epsanet_jax.training import sharding, steps
 from epsanet_jax.training.config import OptimizerConfig
 from epsanet_jax.training.optimizer import make_optimizer
-from epsanet_jax.training.state import create_state
 
 
 def main() -> None:
@@ -52,12 +51,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
     held, rng = max(args.batch, len(images) // 10), np.random.default_rng(0)
     model = train_step.make_model(args, num_classes=int(labels.max()) + 1)
     optimizer = make_optimizer(OptimizerConfig(), lambda step: args.lr * warm_up(args, step))
-    mesh = sharding.make_mesh(args.batch)
-    # Placed as the step's results are: otherwise the second step is compiled again.
-    init = jax.jit(
-        lambda key: create_state(model, optimizer, key, 64), out_shardings=sharding.replicated(mesh)
-    )
-    state = init(jax.random.key(0))
+    state = train_step.first_state(model, optimizer, sharding.make_mesh(args.batch))
     make = {'ours': train_ours, 'torch': train_in_torch}[args.side]
     step, classify = make(args, model, optimizer, state)
     losses, start = [], 0.0
